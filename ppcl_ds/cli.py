@@ -1,0 +1,122 @@
+"""The `ppcl` command: one function a subcommand; the work is done in the folders."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppcl_ds import console, launch
+from ppcl_ds.recipe import load_recipe, shipped
+
+app = typer.Typer(
+    help="""Shrink a diffusion transformer into a family of smaller ones.
+
+    The road: [bold]ppcl-data shard[/], [bold]ppcl-data encode[/], then [bold]ppcl probe[/], [bold]plan[/],
+    [bold]distill[/], [bold]consolidate[/], [bold]evaluate[/]. Every step reads the same recipe and writes into its run
+    folder. [bold]ppcl demo[/] walks it all on real handwritten digits in a few minutes.""",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
+
+
+@app.command()
+def probe(recipe: RecipeFile) -> None:
+    """Find what the teacher could do without.
+
+    Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
+    probe/report.json and probe/heatmap.png into the run folder. Needs encoded shards and the teacher.
+    """
+    from ppcl_ds.probing.run import check, probe
+
+    loaded = load_recipe(recipe)
+    files, anatomy = check(loaded)
+    if not launch.is_rank():
+        sys.exit(launch.start_ranks(["probe", str(recipe)], loaded.topology.world))
+    probe(loaded, files, anatomy)
+
+
+@app.command()
+def plan(recipe: RecipeFile) -> None:
+    """Choose the spans of every variant and write plan.yaml.
+
+    Each variant gives up the share of block parameters that the recipe asks for, at the least total error that the
+    probe expects. The file is meant to be read and edited.
+    """
+    from ppcl_ds.planning.run import plan
+
+    plan(load_recipe(recipe))
+
+
+@app.command()
+def distill(recipe: RecipeFile) -> None:
+    """Train all units of the plan at once against the frozen teacher.
+
+    Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
+    streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
+    """
+    from ppcl_ds.distill.run import check, distill
+
+    loaded = load_recipe(recipe)
+    files, anatomy, checked = check(loaded)
+    if not launch.is_rank():
+        sys.exit(launch.start_ranks(["distill", str(recipe)], loaded.topology.world))
+    distill(loaded, files, anatomy, checked)
+
+
+@app.command()
+def consolidate(
+    recipe: RecipeFile,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Variant to write; repeat for several. All by default.")
+    ] = None,
+) -> None:
+    """Write trained variants as diffusers folders: pruned/VARIANT/transformer in the run folder.
+
+    A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed.
+    """
+    from ppcl_ds.export.run import consolidate
+
+    consolidate(load_recipe(recipe), variant or [])
+
+
+@app.command()
+def evaluate(recipe: RecipeFile) -> None:
+    """Teacher, variants and undistilled variants side by side, on the same noise.
+
+    Writes samples.png, report.json and report.html into the run folder.
+    """
+    from ppcl_ds.evaluate.run import evaluate
+
+    evaluate(load_recipe(recipe))
+
+
+@app.command()
+def demo(
+    recipe: RecipeFile = shipped("recipes/digits.yaml"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
+    ] = False,
+) -> None:
+    """The whole road on 1,797 real handwritten digits: data, teacher, probe, plan, distill, consolidate, evaluate.
+
+    What is already done is not repeated.
+    """
+    from ppcl_ds.demo.run import demo
+
+    demo(recipe, load_recipe(recipe), fresh)
+
+
+def main() -> None:
+    """Entry point of the `ppcl` command."""
+    console.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What every command does at a terminal: one line for a user's fault, one progress display for a person or a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ppcl_ds.errors import UserError
+
+Item = TypeVar("Item")
+
+LOG_SECONDS = 10.0
+"""Least time between two progress lines where there is no terminal."""
+
+
+def run(app: typer.Typer) -> None:
+    """Run a command line: a `UserError` is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    try:
+        app()
+    except UserError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:
+    """Yield `items` and show how many of `total` have passed; `done` of them passed before this run."""
+    with progress(description, total, done) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show progress while the block runs: a bar on a terminal, else a plain line every `LOG_SECONDS` and at the end.
+
+    Yields:
+        `advance(n)`: says that n more of `total` are done.
+    """
+    if int(os.environ.get("RANK", "0")):  # of the processes of one launch, the first one speaks
+        yield lambda count: None
+        return
+    if not sys.stdout.isatty():
+        lines = _Lines(description, total, done)
+        yield lines.advance
+        lines.show()
+        return
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda count: bar.advance(task, count)
+
+
+class _Lines:
+    """Progress as plain lines, for logs."""
+
+    def __init__(self, description: str, total: int, done: int) -> None:
+        self.description, self.total, self.before, self.done = description, total, done, done
+        self.began = self.shown = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if time.monotonic() - self.shown >= LOG_SECONDS and self.done < self.total:
+            self.show()
+
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        elapsed = self.shown - self.began
+        line = f"{self.description}: {self.done} of {self.total}, {timedelta(seconds=int(elapsed))} elapsed"
+        if self.before < self.done < self.total:
+            remaining = elapsed / (self.done - self.before) * (self.total - self.done)
+            line += f", {timedelta(seconds=int(remaining))} remaining"
+        print(line, flush=True)

@@ -1,0 +1,123 @@
+"""The library: all units of a run as one DeepSpeed pipeline module, laid over the stages by cost."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import redirect_stdout
+from functools import partial
+from io import StringIO
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.units.depth import DepthUnit, Parcel
+from ppcl_ds.units.loss import boundary_loss, norm_ratio
+
+
+class Inbox:
+    """What the units of this stage read in the current micro-batch: unit name -> parcel.
+
+    It stands beside the pipeline because its tensors need no gradient and differ from unit to unit; only the running
+    loss goes from layer to layer.
+    """
+
+    def __init__(self) -> None:
+        self.parcels: Mapping[str, Parcel] = {}
+
+
+class UnitLayer(nn.Module):
+    """One unit as a layer of the pipeline: adds its own loss to the running loss.
+
+    Args:
+        plan: which span, which streams.
+        inbox: where the unit's parcel lies when `forward` runs.
+        checkpointing: recompute activations in the backward pass.
+    """
+
+    def __init__(
+        self,
+        plan: UnitPlan,
+        files: ModelFiles,
+        dtype: torch.dtype,
+        inbox: Inbox,
+        magnitude_weight: float,
+        checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.plan, self.inbox, self.magnitude_weight, self.checkpointing = plan, inbox, magnitude_weight, checkpointing
+        self.unit = DepthUnit(files, plan.span[0], dtype)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def forward(self, running: Tensor) -> Tensor:
+        """Running loss (), float32 -> running loss plus this unit's, () float32."""
+        parcel = self.inbox.parcels[self.plan.name]
+        call = partial(checkpoint, self.unit, use_reentrant=False) if self.checkpointing else self.unit
+        outputs = call(parcel.inputs, parcel.conditioning)
+        measured: dict[str, Tensor] = {}
+        for stream in self.plan.streams:
+            student, teacher, mask = outputs[stream], parcel.targets[stream], parcel.mask_of(stream)
+            measured[f"loss/{stream}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
+            measured[f"norm_ratio/{stream}"] = norm_ratio(student.detach(), teacher, mask)
+        self._note(measured)
+        losses = [value for name, value in measured.items() if name.startswith("loss/")]
+        return running + torch.stack(losses).sum()
+
+    def _note(self, measured: Mapping[str, Tensor]) -> None:
+        for name, value in measured.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._count += 1
+
+    def drain(self) -> dict[str, float]:
+        """Means of loss and norm ratio by stream since the last call; `unit/loss/stream` -> value."""
+        means = {f"{self.plan.name}/{name}": float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
+
+
+class Library(PipelineModule):
+    """All units of a plan over the pipeline stages; each rank builds only its stage's units.
+
+    Every rank must construct it. Afterwards `stage_units` says which stage holds which units, on every rank.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        files: ModelFiles,
+        anatomy: Anatomy,
+        *,
+        stages: int,
+        dtype: torch.dtype,
+        inbox: Inbox,
+        magnitude_weight: float,
+        checkpointing: bool,
+    ) -> None:
+        self.costs = [anatomy.blocks[unit.span[0]].parameters for unit in plan.units]
+        specs = [LayerSpec(UnitLayer, u, files, dtype, inbox, magnitude_weight, checkpointing) for u in plan.units]
+        with redirect_stdout(StringIO()):  # it prints its layout line by line
+            super().__init__(specs, num_stages=stages)
+        names = [unit.name for unit in plan.units]
+        self.stage_units = [names[a:b] for a, b in zip(self.parts, self.parts[1:], strict=False)]
+
+    def _count_layer_params(self) -> list[int]:
+        """The cost of each layer; the stock method would build every unit on every rank to count it."""
+        return self.costs
+
+    @property
+    def layers(self) -> list[UnitLayer]:
+        """This stage's units."""
+        return list(self.forward_funcs)
+
+    def drain(self) -> dict[str, float]:
+        """Means over this stage's units since the last call, see `UnitLayer.drain`."""
+        means: dict[str, float] = defaultdict(float)
+        for layer in self.layers:
+            means |= layer.drain()
+        return means

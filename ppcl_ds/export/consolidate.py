@@ -1,0 +1,67 @@
+"""`ppcl consolidate`: from a run's checkpoint to a diffusers folder that stock tools load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.surgery import assemble
+from ppcl_ds.planning.plan import Plan
+
+_LAYER_PREFIX = "unit.block."
+"""In front of a unit's tensors in a checkpoint; what follows is the name in the teacher's block class."""
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return folder / (folder / "latest").read_text().strip()
+    except OSError:
+        raise UserError(f"no checkpoint in {folder}; run `ppcl distill` first") from None
+
+
+def unit_state(checkpoint: Path, plan: Plan, name: str) -> dict[str, Tensor]:
+    """A trained unit's tensors, named as in the teacher's block class."""
+    layer = [unit.name for unit in plan.units].index(name)
+    path = checkpoint / f"layer_{layer:02d}-model_states.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{name}' is missing") from None
+    return {key.removeprefix(_LAYER_PREFIX): tensor for key, tensor in state.items()}
+
+
+def consolidate(
+    files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path | None, out: Path
+) -> None:
+    """Write one variant as a diffusers transformer folder.
+
+    Args:
+        checkpoint: where the units' tensors are; None keeps each span's first block untrained ("undistilled").
+        out: the folder to write; it appears whole, an older one is replaced.
+    """
+    places: list[tuple[int, Callable[[], Mapping[str, Tensor]] | None]] = []
+    for origin, unit in plan.places(variant):
+        trained = unit is not None and checkpoint is not None
+        places.append((origin, partial(unit_state, checkpoint, plan, unit.name) if trained else None))  # type: ignore[union-attr,arg-type]
+    config, tensors = assemble(files, anatomy, places)
+    model = files.empty_model(config)
+    dtype = next(iter(tensors.values())).dtype
+    model.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    model.save_pretrained(partial_out)
+    shutil.rmtree(out, ignore_errors=True)
+    partial_out.rename(out)

@@ -1,0 +1,193 @@
+"""The anatomy of a teacher: its block lists, the streams that cross its boundaries, and taps that record them.
+
+diffusers' `TransformerBlockRegistry` says, for each block class, which argument and which output is which stream.
+Shapes: B batch, S tokens of a stream, C channels, M blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from torch import Tensor, nn
+
+from ppcl_ds.errors import UserError
+
+Streams = dict[str, Tensor]
+"""Stream name (`image`, `text`) -> (B, S, C)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the teacher.
+
+    Boundaries are numbered along the execution. Inside one block list, what leaves a block enters the next: one
+    boundary. Each list has a closing boundary of its own, because a teacher may rearrange its streams between lists;
+    so with a single list, boundary b is what enters block b and boundary M is what leaves the last.
+
+    Attributes:
+        index: number among all blocks, 0..M-1.
+        list_name: attribute of the model that holds the block's list.
+        position: number inside its list.
+        last: whether it closes its list.
+        entering, leaving: boundary numbers.
+        reads: stream -> name of the argument that carries it.
+        returns: stream -> place in the returned tuple.
+        parameters: number of parameters.
+    """
+
+    index: int
+    list_name: str
+    position: int
+    last: bool
+    entering: int
+    leaving: int
+    reads: Mapping[str, str]
+    returns: Mapping[str, int]
+    parameters: int
+
+    @property
+    def key(self) -> str:
+        """Prefix of the block's tensors in a state dict."""
+        return f"{self.list_name}.{self.position}"
+
+    def split_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Streams, dict]:
+        """Separate the streams of a call from its other arguments (conditioning: time, RoPE, masks)."""
+        bound = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        bound.pop("self")
+        streams = {stream: bound.pop(name) for stream, name in self.reads.items()}
+        return streams, bound
+
+    def call(self, module: nn.Module, streams: Streams, conditioning: dict[str, Any]) -> Streams:
+        """Call a block of this class on streams of your choice; streams it does not return are left out."""
+        inputs = {name: streams[stream] for stream, name in self.reads.items()}
+        return self.read_output(module(**inputs, **conditioning))
+
+    def read_output(self, output: Any) -> Streams:
+        """The streams in what the block returned."""
+        if isinstance(output, Tensor):
+            return {"image": output}
+        return {s: output[place] for s, place in self.returns.items() if output[place] is not None}
+
+    def write_output(self, streams: Streams) -> Any:
+        """The inverse of `read_output`, as the teacher's own forward expects it."""
+        if len(self.returns) == 1:
+            return streams["image"]
+        output: list[Tensor | None] = [None] * len(self.returns)
+        for stream, place in self.returns.items():
+            output[place] = streams.get(stream)
+        return tuple(output)
+
+
+@dataclass
+class Capture:
+    """What was recorded in one forward.
+
+    Attributes:
+        streams: boundary -> its streams.
+        conditioning: block index -> its arguments other than the streams (tensors shared between blocks stay shared).
+    """
+
+    streams: dict[int, Streams] = field(default_factory=dict)
+    conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Anatomy:
+    """The blocks of a diffusers transformer, in execution order (weights are not needed: meta models will do).
+
+    Raises:
+        UserError: the model has no list of blocks that the registry knows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.guessed: set[str] = set()
+        """Block classes whose stream arguments the registry names wrongly and the signature decided."""
+        blocks: list[Block] = []
+        boundary = 0
+        for list_name, modules in _block_lists(model):
+            for position, module in enumerate(modules):
+                reads, returns = self._streams_of(module)
+                blocks.append(
+                    Block(
+                        index=len(blocks),
+                        list_name=list_name,
+                        position=position,
+                        last=position == len(modules) - 1,
+                        entering=boundary,
+                        leaving=boundary + 1,
+                        reads=reads,
+                        returns=returns,
+                        parameters=sum(p.numel() for p in module.parameters()),
+                    )
+                )
+                boundary += 1
+            boundary += 1
+        if not blocks:
+            raise UserError(
+                f"teacher class {type(model).__name__} has no list of transformer blocks known to diffusers"
+            )
+        self.blocks: Sequence[Block] = tuple(blocks)
+
+    def _streams_of(self, module: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
+        metadata = TransformerBlockRegistry.get(type(module))
+        signature = list(inspect.signature(module.forward).parameters)
+        image = metadata.hidden_states_argument_name
+        if image not in signature:
+            self.guessed.add(type(module).__name__)
+            image = signature[0]
+        reads, returns = {"image": image}, {"image": metadata.return_hidden_states_index}
+        text = metadata.encoder_hidden_states_argument_name
+        if text in signature and metadata.return_encoder_hidden_states_index is not None:
+            reads["text"], returns["text"] = text, metadata.return_encoder_hidden_states_index
+        return reads, returns
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def block_parameters(self) -> int:
+        """Number of parameters in all blocks together."""
+        return sum(block.parameters for block in self.blocks)
+
+    def module(self, model: nn.Module, block: Block) -> nn.Module:
+        """The block's module in `model`."""
+        return getattr(model, block.list_name)[block.position]
+
+    @contextmanager
+    def record(self, model: nn.Module) -> Iterator[Capture]:
+        """Record every boundary and every block's arguments of the forwards run inside.
+
+        The model's own forward runs unchanged; the recorded tensors are references, not copies.
+        """
+        capture = Capture()
+        with ExitStack() as stack:
+            for block in self.blocks:
+                module = self.module(model, block)
+                before = partial(_record_call, capture, block)
+                handle = module.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(handle.remove)
+                if block.last:
+                    handle = module.register_forward_hook(partial(_record_exit, capture, block))
+                    stack.callback(handle.remove)
+            yield capture
+
+
+def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
+    capture.streams[block.entering], capture.conditioning[block.index] = block.split_call(module, args, kwargs)
+
+
+def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    capture.streams[block.leaving] = block.read_output(output)
+
+
+def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of registered blocks, in the order of definition, which is the order of execution in diffusers."""
+    TransformerBlockRegistry._register()
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]) in TransformerBlockRegistry._registry:
+            yield name, child

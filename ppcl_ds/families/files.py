@@ -1,0 +1,90 @@
+"""A teacher on disk: its class, its configuration and single tensors, read without loading the model."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ppcl_ds.errors import UserError
+
+
+class ModelFiles:
+    """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder with `transformer/`.
+
+    Raises:
+        UserError: the folder is missing, is no diffusers transformer, or lacks weights; the message names it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.folder = path / "transformer" if (path / "transformer").is_dir() else path
+        try:
+            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(
+                f"teacher {path}: no readable config.json; give a folder that save_pretrained wrote"
+            ) from None
+        self.class_name: str = self.config.get("_class_name", "")
+        self.model_class = getattr(diffusers, self.class_name, None)
+        if not isinstance(self.model_class, type) or not issubclass(self.model_class, nn.Module):
+            raise UserError(
+                f"teacher {path}: config.json names class '{self.class_name}', which diffusers does not have"
+            )
+        self._file_of = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        """Parameter name -> the safetensors file that holds it."""
+        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
+        single = self.folder / SAFETENSORS_WEIGHTS_NAME
+        try:
+            if index.exists():
+                names = json.loads(index.read_text())["weight_map"]
+                files = {key: self.folder / name for key, name in names.items()}
+                for file in sorted(set(files.values())):
+                    if not file.exists():
+                        raise UserError(f"teacher {self.folder}: weights file {file.name} is missing; copy it again")
+                return files
+            with safe_open(single, framework="pt") as opened:
+                return dict.fromkeys(opened.keys(), single)
+        except (OSError, SafetensorError, KeyError, ValueError) as fault:
+            raise UserError(f"teacher {self.folder}: cannot read {single.name} or its index: {fault}") from None
+
+    @cached_property
+    def keys(self) -> frozenset[str]:
+        """Names of all stored tensors."""
+        return frozenset(self._file_of)
+
+    def empty_model(self, config: dict[str, Any] | None = None) -> nn.Module:
+        """The stock class with parameters on the meta device and everything else (RoPE tables) real.
+
+        Args:
+            config: another configuration of the same class; None for the teacher's own.
+        """
+        assert self.model_class is not None
+        with init_empty_weights(include_buffers=False):
+            model = self.model_class.from_config(config or self.config)
+        return model.eval().requires_grad_(False)
+
+    def tensor(self, key: str) -> Tensor:
+        """One stored tensor, whole, on the CPU."""
+        with safe_open(self._file_of[key], framework="pt") as opened:
+            return opened.get_tensor(key)
+
+    def flat_range(self, key: str, start: int, stop: int) -> Tensor:
+        """Elements `start:stop` of a stored tensor laid flat; reads only the rows that hold them."""
+        with safe_open(self._file_of[key], framework="pt") as opened:
+            stored = opened.get_slice(key)
+            shape = stored.get_shape()
+            if len(shape) == 0:
+                return opened.get_tensor(key).reshape(1)[start:stop]
+            row = max(1, torch.Size(shape[1:]).numel())
+            first, last = start // row, -(-stop // row)
+            return stored[first:last].reshape(-1)[start - first * row : stop - first * row]

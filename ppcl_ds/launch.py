@@ -1,0 +1,59 @@
+"""Starting the processes of a run: torchrun on this machine, or as one of the ranks that somebody else started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+def is_rank() -> bool:
+    """Whether this process is already one of several (started by torchrun)."""
+    return "RANK" in os.environ
+
+
+def start_ranks(arguments: Sequence[str], world: int) -> int:
+    """Run `ppcl ARGUMENTS` as `world` ranks on this machine and wait for them.
+
+    Returns:
+        The exit code: 0 when all ranks ended well.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    return subprocess.run([*command, "-m", "ppcl_ds.cli", *arguments], env=_environment(world)).returncode
+
+
+def _environment(world: int) -> dict[str, str]:
+    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)), "PYTHONWARNINGS": "ignore"}
+    if not torch.cuda.is_available():
+        defaults["DS_ACCELERATOR"] = "cpu"
+    return defaults | os.environ
+
+
+def join() -> torch.device:
+    """Join the other ranks; every rank must call it first. Returns this rank's device."""
+    # Imported here: it takes seconds, which the commands that start no ranks need not wait.
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # DeepSpeed would compile its shared-memory collectives now. We call none of them, and a compiler lock that a killed
+    # build left behind would hang every later run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if not torch.cuda.is_available():
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    else:
+        get_accelerator().set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(get_accelerator().current_device_name())
+
+
+def leave() -> None:
+    """Part from the other ranks in order."""
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""TensorBoard: scalars and pictures of a run, written by the first rank, gathered from all."""
+
+from __future__ import annotations
+
+import resource
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Board:
+    """A run's TensorBoard; every rank makes one, only rank 0 writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.writer = SummaryWriter(str(folder)) if dist.get_rank() == 0 else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Write scalars gathered from all ranks, the mean where several ranks give the same name.
+
+        Every rank must call this.
+
+        Returns:
+            The means, on every rank.
+        """
+        gathered: list[Mapping[str, float]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, dict(values))
+        columns: dict[str, list[float]] = defaultdict(list)
+        for part in gathered:
+            for name, value in part.items():
+                columns[name].append(value)
+        means = {name: sum(column) / len(column) for name, column in columns.items()}
+        if self.writer is not None:
+            for name, mean in means.items():
+                self.writer.add_scalar(name, mean, step)
+            self.writer.flush()
+        return means
+
+    def pictures(self, step: int, rows: Mapping[str, Tensor]) -> None:
+        """Write one strip of pictures a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""
+        if self.writer is not None:
+            for name, images in rows.items():
+                strip = torch.cat(list(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5), dim=-1)
+                self.writer.add_image(f"samples/{name}", strip, step)
+            self.writer.flush()
+
+
+def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Every scalar that was written: name -> (step, value); of a step written twice (a resumed run), the later one."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        name: sorted({event.step: event.value for event in events.Scalars(name)}.items())
+        for name in events.Tags()["scalars"]
+    }
+
+
+def peak_memory_gib() -> float:
+    """The most memory this process has held, in GiB: the accelerator's where there is one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def unit_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
+    """The loss curves of the units, summed over streams: unit -> (step, loss)."""
+    sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for name, points in scalars.items():
+        unit, _, rest = name.partition("/")
+        if rest.startswith("loss/"):
+            for step, value in points:
+                sums[unit][step] += value
+    return {unit: sorted(points.items()) for unit, points in sums.items()}
