@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 
+DEMO_RECIPE = shipped("recipes/digits.yaml")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
 
@@ -99,7 +100,7 @@ def evaluate(recipe: RecipeFile) -> None:
 
 @app.command()
 def demo(
-    recipe: RecipeFile = shipped("recipes/digits.yaml"),
+    recipe: RecipeFile = DEMO_RECIPE,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,

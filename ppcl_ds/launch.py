@@ -29,8 +29,10 @@ def start_ranks(arguments: Sequence[str], world: int) -> int:
 
 def _environment(world: int) -> dict[str, str]:
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)), "PYTHONWARNINGS": "ignore"}
-    if not torch.cuda.is_available():
-        defaults["DS_ACCELERATOR"] = "cpu"
+    if torch.cuda.device_count() < world:
+        if torch.cuda.is_available():
+            print(f"{world} processes, {torch.cuda.device_count()} GPU: running them on the CPU instead")
+        defaults |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return defaults | os.environ
 
 

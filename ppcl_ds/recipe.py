@@ -15,6 +15,11 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A part of a whole, 0 included, 1 excluded."""
 
 
+def checkpoint_tag(step: int) -> str:
+    """Name of the checkpoint behind a step."""
+    return f"step-{step:06d}"
+
+
 def shipped(name: str) -> Path:
     """A recipe or DeepSpeed file that ships with the package: inside it when installed, beside it in a checkout."""
     package = Path(__file__).parent
@@ -222,6 +227,12 @@ class Recipe(Section):
     def checkpoints(self) -> Path:
         """What `ppcl distill` trained."""
         return self.run / "distill" / "checkpoints"
+
+    @property
+    def distilled(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        latest = self.checkpoints / "latest"
+        return latest.exists() and latest.read_text().strip() == checkpoint_tag(self.distill.steps)
 
     @property
     def board(self) -> Path:

@@ -1,4 +1,4 @@
-"""Rounds: every rank of a pipe group runs the teacher once, the exchange, then each stage trains on every micro-batch."""
+"""Rounds: every rank of a pipe group runs the teacher once, tensors change hands, each stage trains on all of them."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream, read_teache
 from ppcl_ds.families.sampling import draw
 from ppcl_ds.families.sharded import load_teacher, read_deepspeed_file
 from ppcl_ds.planning.plan import Plan
-from ppcl_ds.recipe import Distill, Recipe
+from ppcl_ds.recipe import Distill, Recipe, checkpoint_tag
 from ppcl_ds.units.depth import Parcel
 from ppcl_ds.watch.board import Board, peak_memory_gib
 
@@ -75,11 +75,11 @@ class Trainer:
     def train(self) -> None:
         """Train to the recipe's last step, from the newest checkpoint if there is one."""
         settings = self.recipe.distill
-        step = self._resume()
-        rounds = self._rounds(step)
-        with progress("distill", settings.steps, step) as advance:
+        done = self._resume()
+        rounds = self._rounds(done)
+        with progress("distill", settings.steps, done) as advance:
             began = time.perf_counter()
-            for step in range(step + 1, settings.steps + 1):
+            for step in range(done + 1, settings.steps + 1):
                 self.engine.train_batch(rounds)
                 advance(1)
                 if step % settings.log_every == 0 or step == settings.steps:
@@ -105,7 +105,7 @@ class Trainer:
         return Rounds(stream.take(first, world), self.forward, self.exchange, self.inbox, self.device)
 
     def _save(self, step: int) -> None:
-        self.engine.save_checkpoint(str(self.recipe.checkpoints), tag=f"step-{step:06d}", client_state={"step": step})
+        self.engine.save_checkpoint(str(self.recipe.checkpoints), tag=checkpoint_tag(step), client_state={"step": step})
 
     def _log(self, step: int, steps: int, seconds: float) -> None:
         settings = self.recipe.distill

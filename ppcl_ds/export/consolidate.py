@@ -8,13 +8,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.surgery import assemble
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.planning.plan import Plan, UnitPlan
 
 _LAYER_PREFIX = "unit.block."
 """In front of a unit's tensors in a checkpoint; what follows is the name in the teacher's block class."""
@@ -43,25 +44,33 @@ def unit_state(checkpoint: Path, plan: Plan, name: str) -> dict[str, Tensor]:
     return {key.removeprefix(_LAYER_PREFIX): tensor for key, tensor in state.items()}
 
 
-def consolidate(
-    files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path | None, out: Path
-) -> None:
-    """Write one variant as a diffusers transformer folder.
+def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path | None) -> ModelMixin:
+    """A variant as a model of the teacher's stock class.
 
     Args:
-        checkpoint: where the units' tensors are; None keeps each span's first block untrained ("undistilled").
-        out: the folder to write; it appears whole, an older one is replaced.
+        checkpoint: where the units' tensors are; None leaves each unit as it was before training, a copy of its
+            span's first block.
     """
-    places: list[tuple[int, Callable[[], Mapping[str, Tensor]] | None]] = []
-    for origin, unit in plan.places(variant):
-        trained = unit is not None and checkpoint is not None
-        places.append((origin, partial(unit_state, checkpoint, plan, unit.name) if trained else None))  # type: ignore[union-attr,arg-type]
+
+    def tensors_of(unit: UnitPlan | None) -> Callable[[], Mapping[str, Tensor]] | None:
+        return None if unit is None or checkpoint is None else partial(unit_state, checkpoint, plan, unit.name)
+
+    places = [(origin, tensors_of(unit)) for origin, unit in plan.places(variant)]
     config, tensors = assemble(files, anatomy, places)
     model = files.empty_model(config)
-    dtype = next(iter(tensors.values())).dtype
-    model.load_state_dict({key: tensor.to(dtype) for key, tensor in tensors.items()}, assign=True)
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    model.save_pretrained(partial_out)
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def consolidate(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path, out: Path) -> None:
+    """Write one variant as a diffusers transformer folder, in the number format of the teacher's files.
+
+    Args:
+        out: the folder to write; it appears whole, an older one is replaced.
+    """
+    model = assembled(files, anatomy, plan, variant, checkpoint)
+    started = out.with_name(out.name + ".partial")
+    shutil.rmtree(started, ignore_errors=True)
+    model.save_pretrained(started)
     shutil.rmtree(out, ignore_errors=True)
-    partial_out.rename(out)
+    started.rename(out)

@@ -27,7 +27,8 @@ class _Partitioner(Init):
         The stock class would broadcast every parameter from rank 0 here.
         """
         # Memory that nobody has written to costs nothing until the rank's own part is copied out of it.
-        whole = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=self.local_device), requires_grad=False)
+        memory = torch.empty(parameter.shape, dtype=dtype, device=self.local_device)
+        whole: Any = nn.Parameter(memory, requires_grad=False)
         self._convert_to_deepspeed_param(whole)
         whole.partition()
         return whole

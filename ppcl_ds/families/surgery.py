@@ -1,8 +1,8 @@
 """Configuration surgery: the stock configuration of a model with fewer blocks, and its tensors' origins.
 
 A smaller model of a stock class needs more than one number changed: the length of each block list, and every key that
-holds block positions (SD3's `dual_attention_layers`). Which keys these are is found by building empty models and looking
-at their shapes, so that no family is written down here.
+holds block positions (SD3's `dual_attention_layers`). Which keys these are is found by building empty models and
+looking at their shapes, so that no family is written down here.
 """
 
 from __future__ import annotations
@@ -132,5 +132,7 @@ def assemble(
             own = {key: files.tensor(key) for key in sorted(files.keys) if key.startswith(f"{old}.")}
             tensors |= {key.replace(old, block.key, 1): tensor for key, tensor in own.items()}
         else:
-            tensors |= {f"{block.key}.{name}": tensor for name, tensor in unit().items()}
+            # Stored as the teacher stores the tensor that it replaces: some families keep a few in float32.
+            own = {name: tensor.to(files.tensor(f"{old}.{name}").dtype) for name, tensor in unit().items()}
+            tensors |= {f"{block.key}.{name}": tensor for name, tensor in own.items()}
     return config, tensors

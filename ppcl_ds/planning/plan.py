@@ -1,4 +1,4 @@
-"""The plan file: which spans get a unit, and which variants plug which units. Written by `ppcl plan`, editable by hand."""
+"""The plan file: which spans get a unit, which variants plug which units. Written by `ppcl plan`, edited by people."""
 
 from __future__ import annotations
 

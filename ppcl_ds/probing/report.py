@@ -27,7 +27,7 @@ class ProbeReport(BaseModel):
         teacher: class name.
         tokens: tokens that the probes were fitted on, by stream.
         cka: `cka[u][k]`: linear CKA of the output of block u and of "block u, then probes u+1..k".
-        error: `error[u][v]`: squared relative error of the chain "block u, then probes u+1..v" against block v's output.
+        error: `error[u][v]`: squared relative error of the chain "block u, then probes u+1..v" at block v's output.
         spans: the paper's spans.
         unused: streams that leave the last block and are read by nobody.
     """

@@ -1,0 +1,103 @@
+"""`ppcl demo`: the whole road on the digits, each step the public command that a cluster user would type."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcl_ds.demo.digits import write_images
+from ppcl_ds.demo.teacher import train_teacher
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the road.
+
+    Attributes:
+        title: what the user reads.
+        action: does it; a list is a command line.
+        makes: what it leaves in the run folder; removed when an earlier step has run anew.
+        done: whether it needs no running.
+    """
+
+    title: str
+    action: Callable[[], None] | list[str]
+    makes: list[Path]
+    done: Callable[[], bool]
+
+
+def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
+    """Walk the road; what is done already is not repeated.
+
+    Raises:
+        UserError: the run folder belongs to another recipe.
+    """
+    if recipe.demo is None:
+        raise UserError(f"recipe {path}: no section 'demo', which says how to train the demo's teacher")
+    if fresh:
+        shutil.rmtree(recipe.run, ignore_errors=True)
+    used = recipe.run / "recipe.yaml"
+    if used.exists() and used.read_text() != path.read_text():
+        raise UserError(f"{recipe.run} was made with another recipe; start over with --fresh (make demo FRESH=1)")
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    used.write_text(path.read_text())
+    steps = _steps(path, recipe)
+    for number, step in enumerate(steps):
+        shown = step.title if callable(step.action) else f"{step.title}: {' '.join(step.action)}"
+        if step.done():
+            print(f"[{number + 1}/{len(steps)}] {shown} (done before)", flush=True)
+            continue
+        print(f"[{number + 1}/{len(steps)}] {shown}", flush=True)
+        for later in steps[number + 1 :]:
+            for made in later.makes:
+                shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+        _run(step.action)
+    print(f"\nLook at {recipe.run}/samples.png and {recipe.run}/report.html; the models are in {recipe.run}/pruned/.")
+
+
+def _run(action: Callable[[], None] | list[str]) -> None:
+    if callable(action):
+        action()
+        return
+    program, *arguments = action
+    module = {"ppcl": "ppcl_ds.cli", "ppcl-data": "data_tools.cli"}[program]
+    code = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+def _steps(path: Path, recipe: Recipe) -> list[Step]:
+    def all_exist(*paths: Path) -> Callable[[], bool]:
+        return lambda: all(p.exists() for p in paths)
+
+    run, file = recipe.run, str(path)
+    raw, encoded = recipe.data.shards / "raw", recipe.data.shards / "encoded"
+    report = [run / "samples.png", run / "report.json", run / "report.html"]
+    pruned = [recipe.pruned(variant) / "config.json" for variant in recipe.plan.variants]
+    return [
+        Step(
+            "write the digits as images with captions",
+            lambda: write_images(recipe.data.source),
+            [recipe.data.source],
+            all_exist(raw / "index.json"),
+        ),
+        Step("shard", ["ppcl-data", "shard", file], [raw], all_exist(raw / "index.json")),
+        Step("encode", ["ppcl-data", "encode", file], [encoded], all_exist(encoded / "index.json")),
+        Step(
+            "train a teacher from scratch",
+            lambda: train_teacher(recipe),
+            [recipe.teacher.path],
+            all_exist(recipe.teacher.path / "config.json"),
+        ),
+        Step("probe", ["ppcl", "probe", file], [recipe.probe_folder], all_exist(recipe.probe_folder / "report.json")),
+        Step("plan", ["ppcl", "plan", file], [recipe.plan_file], all_exist(recipe.plan_file)),
+        Step("distill", ["ppcl", "distill", file], [run / "distill"], lambda: recipe.distilled),
+        Step("consolidate", ["ppcl", "consolidate", file], [run / "pruned"], all_exist(*pruned)),
+        Step("evaluate", ["ppcl", "evaluate", file], report, all_exist(*report)),
+    ]

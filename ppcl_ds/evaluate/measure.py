@@ -1,0 +1,150 @@
+"""What one model is worth: size, speed, and how far its velocities and pictures are from the teacher's.
+
+Shapes: N pictures, B batch, C latent channels, H and W latent height and width.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from statistics import median
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from ppcl_ds.data.encoders import text_encoder
+from ppcl_ds.data.stream import empty_prompt, read_samples, split_shards
+from ppcl_ds.errors import UserError
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.call import Caller
+from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.families.sampling import draw
+from ppcl_ds.recipe import Recipe
+
+Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
+"""Scores pictures (N, C, H, W) in [-1, 1] against their captions."""
+
+
+class ModelFigures(BaseModel):
+    """One row of the report.
+
+    Attributes:
+        name: `teacher`, a variant, or a variant with `-undistilled`.
+        params: parameters of the whole transformer.
+        block_params_ratio: parameters in its blocks over those in the teacher's.
+        latency_ms: milliseconds of one forward of one sample, the median of several.
+        accuracy: share of pictures that show what was asked; None where the recipe names no judge.
+        frechet: Frechet distance of the pictures to real ones; None likewise.
+        velocity_mse: mean squared difference from the teacher's velocity on held-out data.
+        sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
+    """
+
+    name: str
+    params: int
+    block_params_ratio: float
+    latency_ms: float
+    accuracy: float | None = None
+    frechet: float | None = None
+    velocity_mse: float
+    sample_mse: float
+
+
+class Bench:
+    """The same held-out data, prompts and noise for every model.
+
+    The first model measured must be the teacher; the others are compared with it.
+    """
+
+    def __init__(self, recipe: Recipe, caller: Caller, device: torch.device) -> None:
+        self.recipe, self.caller, self.device = recipe, caller, device
+        self.dtype = DTYPES[recipe.teacher.precision]
+        settings = recipe.evaluate
+        heldout = NoisyStream(recipe, "heldout", settings.batch_size, device)
+        self.batches: list[NoisyBatch] = [b for _, b in islice(heldout.take(0, 1), settings.velocity_batches)]
+        stored = [
+            s["txt"].decode() for shard in split_shards(recipe.data.shards, "heldout") for s in read_samples(shard)
+        ]
+        self.captions = [stored[i % len(stored)] for i in range(settings.samples)]
+        shape = (settings.samples, *self.batches[0].latents.shape[1:])
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed))
+        self.judge = load_judge(settings.judge) if settings.judge else None
+        self.teacher_velocities: list[Tensor] = []
+        self.teacher_latents: Tensor | None = None
+        self.teacher_blocks = 0
+
+    def measure(self, name: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> tuple[ModelFigures, Tensor]:
+        """All figures of one model, and its pictures (N, C, H, W) in [-1, 1].
+
+        Args:
+            model: already in the recipe's number format.
+        """
+        model.to(self.device)
+        velocities = [self._velocity(model, batch) for batch in self.batches]
+        latents = self._draw(model)
+        blocks = Anatomy(model).block_parameters
+        if self.teacher_latents is None:
+            self.teacher_velocities, self.teacher_latents, self.teacher_blocks = velocities, latents, blocks
+        pictures = decode(latents)
+        scores = self.judge(pictures, self.captions) if self.judge else {}
+        pairs = zip(velocities, self.teacher_velocities, strict=True)
+        figures = ModelFigures(
+            name=name,
+            params=sum(p.numel() for p in model.parameters()),
+            block_params_ratio=blocks / self.teacher_blocks,
+            latency_ms=self._latency(model),
+            accuracy=scores.get("accuracy"),
+            frechet=scores.get("frechet"),
+            velocity_mse=float(torch.stack([(own - teachers).square().mean() for own, teachers in pairs]).mean()),
+            sample_mse=float((latents - self.teacher_latents).square().mean()),
+        )
+        return figures, pictures
+
+    @torch.no_grad()
+    def _velocity(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        return self.caller(model, batch.latents, batch.prompts, batch.sigmas).float().cpu()
+
+    def _draw(self, model: nn.Module) -> Tensor:
+        settings, data = self.recipe.evaluate, self.recipe.data
+        encoder = text_encoder(data.captions)
+        empty = empty_prompt(data.shards, data.captions.max_tokens == 0).to(self.device, self.dtype)
+        drawn = []
+        for start in range(0, settings.samples, settings.batch_size):
+            part = slice(start, start + settings.batch_size)
+            latents = draw(
+                model,
+                self.caller,
+                self.noise[part].to(self.device, self.dtype),
+                encoder.encode(self.captions[part]).to(self.device, self.dtype),
+                empty,
+                steps=settings.steps,
+                shift=self.recipe.noise.shift,
+                guidance=settings.guidance,
+            )
+            drawn.append(latents.float().cpu())
+        return torch.cat(drawn)
+
+    def _latency(self, model: nn.Module, repeats: int = 20) -> float:
+        batch = self.batches[0]
+        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1], batch.velocity[:1])
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            self._velocity(model, one)  # ends with a copy to the CPU, so the device has finished
+            times.append(time.perf_counter() - began)
+        return 1000 * median(times[repeats // 4 :])
+
+
+def load_judge(path: str) -> Judge:
+    """The function that `evaluate.judge` names as `module:function`.
+
+    Raises:
+        UserError: there is no such function.
+    """
+    module, _, function = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as fault:
+        raise UserError(f"evaluate.judge: cannot load '{path}' ({fault}); write it as module:function") from None

@@ -1,0 +1,92 @@
+"""`ppcl evaluate`: measure the teacher, every variant, and every variant as it was before distillation."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ppcl_ds.console import track
+from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.errors import UserError
+from ppcl_ds.evaluate.measure import Bench, ModelFigures
+from ppcl_ds.evaluate.report import draw_samples, write_report
+from ppcl_ds.export.consolidate import assembled
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.reader import DTYPES, open_teacher
+from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.watch.board import read_scalars, unit_losses
+
+
+def evaluate(recipe: Recipe) -> None:
+    """Measure, write `samples.png`, `report.json` and `report.html`, print the table."""
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    for variant in plan.variants:
+        if not (recipe.pruned(variant) / "config.json").exists():
+            raise UserError(f"{recipe.pruned(variant)} is missing; run `ppcl consolidate RECIPE` first")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(recipe, caller_for(files.class_name), device)
+    decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data.images).decode
+    rows: list[ModelFigures] = []
+    pictures: dict[str, Tensor] = {}
+    for name, load in track(list(_models(recipe, files, anatomy, plan)), "evaluate", 1 + 2 * len(plan.variants)):
+        figures, pictures[name] = bench.measure(name, load(), decode)
+        rows.append(figures)
+    draw_samples(pictures, bench.captions, recipe.run / "samples.png")
+    scalars = read_scalars(recipe.board) if recipe.board.exists() else {}
+    prefix = "heldout/velocity_mse/"
+    heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
+    write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, files, device))
+    _show(rows)
+    print(f"wrote samples.png, report.json and report.html into {recipe.run}")
+
+
+def _models(
+    recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan
+) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+    """Name and loader of every model; each is loaded when its turn comes, so one at a time is in memory."""
+    model_class = files.model_class
+    assert model_class is not None
+    dtype = DTYPES[recipe.teacher.precision]
+    yield "teacher", lambda: model_class.from_pretrained(files.folder, torch_dtype=dtype)
+    for variant in plan.variants:
+        yield variant, lambda v=variant: model_class.from_pretrained(recipe.pruned(v), torch_dtype=dtype)  # type: ignore[misc]
+        yield f"{variant}-undistilled", lambda v=variant: assembled(files, anatomy, plan, v, None)  # type: ignore[misc]
+
+
+def _facts(recipe: Recipe, files: ModelFiles, device: torch.device) -> dict[str, str]:
+    settings = recipe.evaluate
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
+    return {
+        "Teacher": f"{files.class_name} from {files.folder}",
+        "Pictures": f"{settings.samples} a model, {settings.steps} Euler steps, guidance {settings.guidance:g}, "
+        f"seed {recipe.seed}",
+        "Distillation": f"{recipe.distill.steps} steps of "
+        f"{recipe.distill.micro_batch * recipe.distill.micro_batches_per_step} samples",
+        "Latency": f"one forward of one sample on {name}, {torch.get_num_threads()} CPU threads, "
+        f"{recipe.teacher.precision}",
+    }
+
+
+def _show(rows: list[ModelFigures]) -> None:
+    table = Table("model", "params", "blocks", "ms", "acc.", "Fréchet", "vel. MSE", "sample MSE")
+    for m in rows:
+        table.add_row(
+            m.name,
+            f"{m.params / 1e6:.2f}M",
+            f"{m.block_params_ratio:.0%}",
+            f"{m.latency_ms:.1f}",
+            "-" if m.accuracy is None else f"{m.accuracy:.1%}",
+            "-" if m.frechet is None else f"{m.frechet:.3f}",
+            f"{m.velocity_mse:.4f}",
+            f"{m.sample_mse:.4f}",
+        )
+    Console().print(table)

@@ -1,0 +1,173 @@
+"""Tiny real teachers of three families with their own encoded shards, made once and copied for each test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+WORDS = ["zero", "one", "two", "three"]
+
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen": (
+        "QwenImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 1,
+            "num_layers": 6,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": [4, 6, 6],
+        },
+    ),
+    "flux": (
+        "FluxTransformer2DModel",
+        {
+            "in_channels": 4,
+            "num_layers": 4,
+            "num_single_layers": 5,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 8,
+            "axes_dims_rope": [4, 6, 6],
+        },
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 8,
+            "patch_size": 2,
+            "in_channels": 1,
+            "out_channels": 1,
+            "num_layers": 6,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 16,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 8,
+            "pos_embed_max_size": 8,
+            "dual_attention_layers": [0, 1],
+            "qk_norm": "rms_norm",
+        },
+    ),
+}
+
+
+def make_teacher(family: str, folder: Path) -> None:
+    """A random teacher of the family, saved as its users find it."""
+    class_name, config = TEACHERS[family]
+    torch.manual_seed(0)
+    getattr(diffusers, class_name)(**config).save_pretrained(folder)
+
+
+def make_recipe(family: str, run: Path) -> dict[str, Any]:
+    """A recipe for the family's tiny teacher; it takes seconds."""
+    masked = family == "qwen"
+    captions: dict[str, Any] = {"encoder": "table", "width": 16}
+    if not masked:
+        captions |= {"pooled_width": 8, "max_tokens": 4}
+    return {
+        "run": str(run),
+        "data": {
+            "source": "{run}/images",
+            "shards": "{run}/shards",
+            "samples_per_shard": 16,
+            "heldout": 0.25,
+            "images": {"encoder": "pixels", "channels": 1, "size": 8},
+            "captions": captions,
+        },
+        "teacher": {"path": "{run}/teacher", "precision": "fp32"},
+        "noise": {"uniform_share": 0.3, "caption_dropout": 0.2},
+        "probe": {"batch_size": 8, "batches": 4},
+        "plan": {"variants": {"medium": 0.34, "small": 0.5}, "max_span": 4},
+        "topology": {"stages": 2, "replicas": 1},
+        "distill": {
+            "steps": 3,
+            "micro_batch": 4,
+            "micro_batches_per_step": 4,
+            "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+            "log_every": 1,
+            "checkpoint_every": 100,
+        },
+        "evaluate": {"samples": 8, "batch_size": 4, "steps": 2, "velocity_batches": 2},
+    }
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> a run folder with images, encoded shards and a teacher; made on first use."""
+    made: dict[str, Path] = {}
+
+    def prepare(family: str) -> Path:
+        if family not in made:
+            from data_tools.encode import encode
+            from data_tools.shard import shard
+            from ppcl_ds.recipe import Recipe, load_recipe
+
+            run = tmp_path_factory.mktemp(family) / "run"
+            (run / "images").mkdir(parents=True)
+            random = np.random.default_rng(0)
+            for number in range(64):
+                image = Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8))
+                image.save(run / "images" / f"{number:03d}.png")
+                caption = f"a tiny {WORDS[number % 4]}" if number % 3 else WORDS[number % 4]
+                (run / "images" / f"{number:03d}.txt").write_text(caption)
+            make_teacher(family, run / "teacher")
+            path = run / "recipe.yaml"
+            path.write_text(yaml.safe_dump(make_recipe(family, run)))
+            recipe: Recipe = load_recipe(path)
+            shard(recipe.data)
+            encode(recipe.data)
+            made[family] = run
+        return made[family]
+
+    return prepare
+
+
+@pytest.fixture
+def new_run(prepared: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """`new_run(family, section={key: value}, ...)`: a run folder of the test's own; returns its recipe file."""
+
+    def make(family: str, **changes: dict[str, Any]) -> Path:
+        run = tmp_path / f"run {len(list(tmp_path.iterdir()))}"  # with a space, as users have them
+        shutil.copytree(prepared(family), run)
+        recipe = make_recipe(family, run)
+        for section, values in changes.items():
+            recipe[section] |= values
+        path = run / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+
+    return make
+
+
+def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:
+    """Run `ppcl ARGUMENTS` as users do, check its exit code, return what it printed."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    return printed
