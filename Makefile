@@ -1,0 +1,33 @@
+# `make demo` and `make test` are all a newcomer needs; both set up .venv first, once.
+PYTHON ?= python3
+# A package index for torch alone, such as PyTorch's CPU-only one, which spares a laptop the CUDA download.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
+	$(BIN)/ppcl demo $(if $(FRESH),--fresh)
+
+test: $(READY)  ## the whole test suite
+	$(BIN)/pytest
+
+lint: $(READY)  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## forget the environment and every run
+	rm -rf .venv runs
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "setting up .venv (once, a few minutes)"
+	$(PYTHON) -m venv .venv
+	@# torch by itself first, so that nothing that depends on it chooses another build.
+	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) --editable ".[dev]"
+	@touch $@

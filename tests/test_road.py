@@ -1,0 +1,98 @@
+"""The whole road by the public commands, for families that differ in their blocks; nothing is written per family."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from ppcl_ds.export.consolidate import newest_checkpoint, unit_state
+from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.recipe import load_recipe
+from tests.conftest import TEACHERS, command
+
+LOAD_WITHOUT_US = """
+import sys
+sys.modules["ppcl_ds"] = None  # as if it were not installed
+import diffusers, torch
+model = getattr(diffusers, sys.argv[2]).from_pretrained(sys.argv[1])
+print(sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
+def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path], family: str) -> None:
+    path = new_run(family)
+    for step in ("probe", "plan", "distill", "consolidate", "evaluate"):
+        command(step, path)
+
+    recipe = load_recipe(path)
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    class_name = TEACHERS[family][0]
+    teacher = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path)
+    whole = sum(block.parameters for block in anatomy.blocks)
+    models = {row["name"]: row for row in json.loads((recipe.run / "report.json").read_text())["models"]}
+    assert set(models) == {"teacher", *plan.variants, *(f"{variant}-undistilled" for variant in plan.variants)}
+
+    for variant, share in recipe.plan.variants.items():
+        model = getattr(diffusers, class_name).from_pretrained(recipe.pruned(variant))
+        left = sum(anatomy.blocks[origin].parameters for origin, _ in plan.places(variant))
+        assert abs(left / whole - (1 - share)) < 0.6 * max(b.parameters for b in anatomy.blocks) / whole
+        assert models[variant]["params"] == sum(p.numel() for p in model.parameters())
+        expect_parts(model, teacher, path, variant)
+        printed = subprocess.run(
+            [sys.executable, "-c", LOAD_WITHOUT_US, str(recipe.pruned(variant)), class_name],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=path.parent,
+        ).stdout
+        assert int(printed) == models[variant]["params"]
+
+
+def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, variant: str) -> None:
+    """Units come from the checkpoint, every other block and everything around the blocks from the teacher."""
+    recipe = load_recipe(path)
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    checkpoint = newest_checkpoint(recipe.checkpoints)
+    places = plan.places(variant)
+    lists = list(dict.fromkeys(block.list_name for block in anatomy.blocks))
+    modules = [module for name in lists for module in getattr(model, name)]
+    assert len(modules) == len(places)
+    for module, (origin, unit) in zip(modules, places, strict=True):
+        source = anatomy.module(teacher, anatomy.blocks[origin]).state_dict()
+        expected = unit_state(checkpoint, plan, unit.name) if unit else source
+        torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
+        if unit:
+            assert any(not torch.equal(expected[key], source[key]) for key in source)
+    around = {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(lists))}
+    torch.testing.assert_close({k: model.state_dict()[k] for k in around}, around, rtol=0, atol=0)
+
+
+def test_a_stopped_run_goes_on_to_the_same_weights(new_run: Callable[..., Path]) -> None:
+    """Eight steps in one go, and eight with a stop in the middle."""
+    final = []
+    for stop in (None, 4):
+        path = new_run("qwen", distill={"steps": 8, "checkpoint_every": 4})
+        command("probe", path)
+        command("plan", path)
+        command("distill", path)
+        recipe = load_recipe(path)
+        if stop:  # as after a kill between the checkpoints: the newest one is the middle one
+            (recipe.checkpoints / "latest").write_text("step-000004")
+            (recipe.checkpoints / "step-000008").rename(path.parent / "lost")
+            command("distill", path)
+        files, anatomy = open_teacher(recipe)
+        plan = load_plan(recipe.plan_file, files, anatomy)
+        checkpoint = newest_checkpoint(recipe.checkpoints)
+        final.append({unit.name: unit_state(checkpoint, plan, unit.name) for unit in plan.units})
+    torch.testing.assert_close(final[0], final[1], rtol=0, atol=0)
