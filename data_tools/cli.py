@@ -50,3 +50,7 @@ def encode(recipe: RecipePath) -> None:
 def main() -> None:
     """Run the command line."""
     console.run(app)
+
+
+if __name__ == "__main__":
+    main()

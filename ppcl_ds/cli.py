@@ -12,11 +12,10 @@ from ppcl_ds import console, launch
 from ppcl_ds.recipe import load_recipe, shipped
 
 app = typer.Typer(
-    help="""Shrink a diffusion transformer into a family of smaller ones.
-
-    The road: [bold]ppcl-data shard[/], [bold]ppcl-data encode[/], then [bold]ppcl probe[/], [bold]plan[/],
-    [bold]distill[/], [bold]consolidate[/], [bold]evaluate[/]. Every step reads the same recipe and writes into its run
-    folder. [bold]ppcl demo[/] walks it all on real handwritten digits in a few minutes.""",
+    help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
+    "[bold]encode[/], then [bold]ppcl probe[/], [bold]plan[/], [bold]distill[/], [bold]consolidate[/] and "
+    "[bold]evaluate[/]. Every step reads the same recipe and writes into its run folder. [bold]ppcl demo[/] walks it "
+    "all on real handwritten digits in a few minutes.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -229,6 +229,11 @@ class Recipe(Section):
         return self.run / "distill" / "checkpoints"
 
     @property
+    def trained_plan(self) -> Path:
+        """The plan as it was when training began; its units are those in the checkpoints."""
+        return self.run / "distill" / "plan.yaml"
+
+    @property
     def distilled(self) -> bool:
         """Whether the newest checkpoint is that of the last step."""
         latest = self.checkpoints / "latest"

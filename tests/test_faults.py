@@ -60,6 +60,14 @@ def odd_micro_batches(path: Path) -> None:
     edit(path, lambda recipe: recipe.update(topology={"stages": 1, "replicas": 3}))
 
 
+def other_units(path: Path) -> None:
+    recipe = load_recipe(path)
+    recipe.checkpoints.mkdir(parents=True)
+    (recipe.checkpoints / "latest").write_text("step-000001")
+    recipe.plan_file.rename(recipe.trained_plan)
+    write_plan(path, (0, 1), (3, 4))
+
+
 def no_plan(path: Path) -> None:
     load_recipe(path).plan_file.unlink()
 
@@ -72,6 +80,7 @@ FAULTS: list[tuple[Change, list[str]]] = [
     (overlapping_spans, ["variant 'only'", "[0, 2]", "[2, 4]", "overlap"]),
     (too_many_stages, ["topology.stages is 4", "2 units"]),
     (odd_micro_batches, ["micro_batches_per_step", "multiple"]),
+    (other_units, ["trained with other units", "plan.yaml"]),
     (no_plan, ["plan.yaml", "ppcl plan"]),
 ]
 
@@ -98,7 +107,17 @@ def test_every_rank_reports_the_fault_and_none_hangs(ready: Path) -> None:
     lost_shard(ready)
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "ppcl_ds.cli", "distill", str(ready)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "ppcl_ds.cli",
+            "distill",
+            str(ready),
+        ],
         capture_output=True,
         text=True,
         timeout=120,

@@ -70,7 +70,7 @@ def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, v
     assert len(modules) == len(places)
     for module, (origin, unit) in zip(modules, places, strict=True):
         source = anatomy.module(teacher, anatomy.blocks[origin]).state_dict()
-        expected = unit_state(checkpoint, plan, unit.name) if unit else source
+        expected = unit_state(checkpoint, plan, unit) if unit else source
         torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
         if unit:
             assert any(not torch.equal(expected[key], source[key]) for key in source)
@@ -94,5 +94,5 @@ def test_a_stopped_run_goes_on_to_the_same_weights(new_run: Callable[..., Path])
         files, anatomy = open_teacher(recipe)
         plan = load_plan(recipe.plan_file, files, anatomy)
         checkpoint = newest_checkpoint(recipe.checkpoints)
-        final.append({unit.name: unit_state(checkpoint, plan, unit.name) for unit in plan.units})
+        final.append({unit.name: unit_state(checkpoint, plan, unit) for unit in plan.units})
     torch.testing.assert_close(final[0], final[1], rtol=0, atol=0)

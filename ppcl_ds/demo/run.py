@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ppcl_ds.demo.digits import write_images
 from ppcl_ds.demo.teacher import train_teacher
@@ -47,6 +50,9 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
         raise UserError(f"{recipe.run} was made with another recipe; start over with --fresh (make demo FRESH=1)")
     recipe.run.mkdir(parents=True, exist_ok=True)
     used.write_text(path.read_text())
+    # At this size a second thread gains a third on an idle machine and costs a factor of ten on a busy one.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     steps = _steps(path, recipe)
     for number, step in enumerate(steps):
         shown = step.title if callable(step.action) else f"{step.title}: {' '.join(step.action)}"

@@ -108,5 +108,5 @@ class Exchange:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    flat = tensor.detach().resolve_conj().contiguous().view(-1).view(torch.uint8)
     return torch.nn.functional.pad(flat, (0, -len(flat) % _ALIGNMENT))

@@ -25,6 +25,13 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
             f"topology.stages is {recipe.topology.stages}, but the plan has only {len(plan.units)} units; "
             "use at most one stage a unit"
         )
+    if (recipe.checkpoints / "latest").exists():
+        trained = load_plan(recipe.trained_plan, files, anatomy)
+        if trained.units != plan.units:
+            raise UserError(
+                f"{recipe.trained_plan.parent} was trained with other units than {recipe.plan_file} has; "
+                "restore them, or move that folder away to train anew"
+            )
     split_shards(recipe.data.shards, "train")
     return files, anatomy, plan
 

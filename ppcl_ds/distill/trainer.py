@@ -93,6 +93,8 @@ class Trainer:
     def _resume(self) -> int:
         folder = self.recipe.checkpoints
         if not (folder / "latest").exists():
+            if dist.get_rank() == 0:
+                self.plan.save(self.recipe.trained_plan)
             return 0
         _, state = self.engine.load_checkpoint(str(folder))
         return int(state["step"])

@@ -33,42 +33,53 @@ def newest_checkpoint(folder: Path) -> Path:
         raise UserError(f"no checkpoint in {folder}; run `ppcl distill` first") from None
 
 
-def unit_state(checkpoint: Path, plan: Plan, name: str) -> dict[str, Tensor]:
-    """A trained unit's tensors, named as in the teacher's block class."""
-    layer = [unit.name for unit in plan.units].index(name)
+def unit_state(checkpoint: Path, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
+    """A trained unit's tensors, named as in the teacher's block class.
+
+    Args:
+        trained: the plan that the checkpoint was trained with.
+
+    Raises:
+        UserError: the unit was not trained in that run, or its file is missing.
+    """
+    if unit not in trained.units:
+        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {checkpoint.parent.parent}")
+    layer = trained.units.index(unit)
     path = checkpoint / f"layer_{layer:02d}-model_states.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
-        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{name}' is missing") from None
+        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{unit.name}' is missing") from None
     return {key.removeprefix(_LAYER_PREFIX): tensor for key, tensor in state.items()}
 
 
-def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path | None) -> ModelMixin:
+Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
+"""Gives a unit's tensors, named as in the teacher's block class."""
+
+
+def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:
     """A variant as a model of the teacher's stock class.
 
     Args:
-        checkpoint: where the units' tensors are; None leaves each unit as it was before training, a copy of its
-            span's first block.
+        trained: None leaves each unit as it was before training, a copy of its span's first block.
     """
-
-    def tensors_of(unit: UnitPlan | None) -> Callable[[], Mapping[str, Tensor]] | None:
-        return None if unit is None or checkpoint is None else partial(unit_state, checkpoint, plan, unit.name)
-
-    places = [(origin, tensors_of(unit)) for origin, unit in plan.places(variant)]
+    places = [
+        (origin, None if unit is None or trained is None else partial(trained, unit))
+        for origin, unit in plan.places(variant)
+    ]
     config, tensors = assemble(files, anatomy, places)
     model = files.empty_model(config)
     model.load_state_dict(tensors, assign=True)
     return model
 
 
-def consolidate(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, checkpoint: Path, out: Path) -> None:
+def consolidate(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained, out: Path) -> None:
     """Write one variant as a diffusers transformer folder, in the number format of the teacher's files.
 
     Args:
         out: the folder to write; it appears whole, an older one is replaced.
     """
-    model = assembled(files, anatomy, plan, variant, checkpoint)
+    model = assembled(files, anatomy, plan, variant, trained)
     started = out.with_name(out.name + ".partial")
     shutil.rmtree(started, ignore_errors=True)
     model.save_pretrained(started)

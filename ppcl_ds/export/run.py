@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from ppcl_ds.console import track
 from ppcl_ds.export.consolidate import consolidate as write_variant
-from ppcl_ds.export.consolidate import newest_checkpoint
+from ppcl_ds.export.consolidate import newest_checkpoint, unit_state
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import Recipe
@@ -17,6 +19,6 @@ def consolidate(recipe: Recipe, variants: list[str]) -> None:
     names = variants or list(plan.variants)
     for name in names:
         plan.units_of(name)  # an unknown name is refused before anything is written
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    trained = partial(unit_state, newest_checkpoint(recipe.checkpoints), load_plan(recipe.trained_plan, files, anatomy))
     for name in track(names, "consolidate", len(names)):
-        write_variant(files, anatomy, plan, name, checkpoint, recipe.pruned(name))
+        write_variant(files, anatomy, plan, name, trained, recipe.pruned(name))

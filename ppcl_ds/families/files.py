@@ -27,12 +27,12 @@ class ModelFiles:
     def __init__(self, path: Path) -> None:
         self.folder = path / "transformer" if (path / "transformer").is_dir() else path
         try:
-            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError):
+            self.config: dict[str, Any] = dict(json.loads((self.folder / "config.json").read_text()))
+            self.class_name: str = self.config["_class_name"]
+        except (OSError, ValueError, TypeError, KeyError):
             raise UserError(
                 f"teacher {path}: no readable config.json; give a folder that save_pretrained wrote"
             ) from None
-        self.class_name: str = self.config.get("_class_name", "")
         self.model_class = getattr(diffusers, self.class_name, None)
         if not isinstance(self.model_class, type) or not issubclass(self.model_class, nn.Module):
             raise UserError(
@@ -46,7 +46,7 @@ class ModelFiles:
         single = self.folder / SAFETENSORS_WEIGHTS_NAME
         try:
             if index.exists():
-                names = json.loads(index.read_text())["weight_map"]
+                names = dict(json.loads(index.read_text())["weight_map"])
                 files = {key: self.folder / name for key, name in names.items()}
                 for file in sorted(set(files.values())):
                     if not file.exists():
@@ -54,7 +54,7 @@ class ModelFiles:
                 return files
             with safe_open(single, framework="pt") as opened:
                 return dict.fromkeys(opened.keys(), single)
-        except (OSError, SafetensorError, KeyError, ValueError) as fault:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as fault:
             raise UserError(f"teacher {self.folder}: cannot read {single.name} or its index: {fault}") from None
 
     @cached_property

@@ -43,7 +43,7 @@ class NoisyBatch:
     Attributes:
         latents: (B, C, H, W), noisy.
         prompts: B captions, some of them replaced by the empty one.
-        sigmas: (B,) noise levels in (0, 1].
+        sigmas: (B,) float32 noise levels in (0, 1]; families round them themselves, if at all.
         velocity: (B, C, H, W), the flow-matching target `noise - data`.
     """
 
@@ -93,7 +93,7 @@ class NoisyStream:
         return NoisyBatch(
             noisy.to(self.device, self.dtype),
             batch.prompts.to(self.device, self.dtype),
-            sigmas.to(self.device, self.dtype),
+            sigmas.to(self.device),
             velocity.to(self.device, self.dtype),
         )
 

@@ -41,7 +41,7 @@ def draw(
     latents = noise
     unguided = Prompts.stack([empty] * len(noise)) if guidance > 1 else prompts
     for time in scheduler.timesteps:
-        sigma = (time / scheduler.config["num_train_timesteps"]).to(noise).expand(len(noise))
+        sigma = (time / scheduler.config["num_train_timesteps"]).to(noise.device).expand(len(noise))
         velocity = caller(model, latents, prompts, sigma)
         if guidance > 1:
             plain = caller(model, latents, unguided, sigma)

@@ -69,8 +69,8 @@ def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) 
             module.register_parameter(name, own)
             _fill_partition(files, key, own)
     for name, buffer in model.named_buffers():
-        if name in files.keys:
-            buffer.copy_(files.tensor(name))
+        if name in files.keys:  # stored ones come in the number format of parameters, computed ones stay as they are
+            buffer.data = files.tensor(name).to(torch.float32 if kept & set(name.split(".")) else dtype)
     model.to(get_accelerator().current_device_name())
     # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
     set_z3_leaf_modules(

@@ -36,10 +36,10 @@ def length_keys(files: ModelFiles, anatomy: Anatomy) -> dict[str, str]:
     for name in names:
         length = sum(block.list_name == name for block in anatomy.blocks)
         for key, value in files.config.items():
-            if value != length or isinstance(value, bool) or length < 2:
+            if value != length or isinstance(value, bool):
                 continue
-            shorter = _try_model(files, {**files.config, key: length - 1})
-            if shorter is not None and len(getattr(shorter, name)) == length - 1:
+            longer = _try_model(files, {**files.config, key: length + 1})
+            if longer is not None and len(getattr(longer, name)) == length + 1:
                 keys[name] = key
         if name not in keys:
             raise UserError(f"teacher {files.folder}: no key of config.json sets the length of '{name}'")

@@ -36,7 +36,7 @@ class UnitPlan(BaseModel):
 
     name: str
     span: Annotated[tuple[int, int], Field(min_length=2, max_length=2)]
-    streams: tuple[Literal["image", "text"], ...]
+    streams: Annotated[tuple[Literal["image", "text"], ...], Field(min_length=1)]
 
 
 class Plan(BaseModel):
@@ -78,14 +78,22 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as a small commented YAML file."""
-        lines = [_HEADER, f"teacher: {self.teacher}", f"blocks: {self.blocks}", "units:"]
+        lines = [_HEADER, f"teacher: {self.teacher}", f"blocks: {self.blocks}"]
+        lines += ["units:" if self.units else "units: []"]
         lines += [
-            f"  - {{name: {u.name}, span: [{u.span[0]}, {u.span[1]}], streams: [{', '.join(u.streams)}]}}"
+            f"  - {{name: {_quoted(u.name)}, span: {list(u.span)}, streams: [{', '.join(u.streams)}]}}"
             for u in self.units
         ]
-        lines += ["variants:"] + [f"  {json.dumps(v)}: [{', '.join(names)}]" for v, names in self.variants.items()]
+        lines += ["variants:" if self.variants else "variants: {}"]
+        lines += [f"  {_quoted(v)}: [{', '.join(map(_quoted, names))}]" for v, names in self.variants.items()]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(lines) + "\n")
+
+
+def _quoted(name: str) -> str:
+    """A name as YAML, in quotes where it would read as something else."""
+    plain = name.replace("_", "").replace("-", "").isalnum() and yaml.safe_load(name) == name
+    return name if plain else json.dumps(name)
 
 
 def load_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> Plan:

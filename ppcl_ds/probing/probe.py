@@ -17,6 +17,7 @@ from ppcl_ds.console import track
 from ppcl_ds.families.anatomy import Anatomy, Block, Capture
 from ppcl_ds.probing.linear import NormalEquations, apply_probe, linear_cka
 from ppcl_ds.probing.report import Matrix, ProbeReport, ppcl_spans
+from ppcl_ds.units.loss import counted
 
 Reading = tuple[Capture, Tensor | None]
 """What was recorded in one teacher forward, and the mask of its text tokens."""
@@ -52,8 +53,8 @@ class Prober:
                     yield (
                         block,
                         stream,
-                        counted(capture.streams[block.entering][stream], mask, stream),
-                        counted(capture.streams[block.leaving][stream], mask, stream),
+                        counted(capture.streams[block.entering][stream], mask if stream == "text" else None),
+                        counted(capture.streams[block.leaving][stream], mask if stream == "text" else None),
                     )
 
     def fit(self, readings: Iterable[Reading], total: int) -> None:
@@ -81,14 +82,13 @@ class Prober:
             dist.all_reduce(sums)
 
     def _chains(self, leaving: dict[Key, Tensor]) -> Iterator[tuple[int, int, str, Tensor]]:
-        for u in self.anatomy.blocks:
-            for stream in self._streams(u):
-                chain = leaving[u.index, stream]
-                for v in self._behind(u):
-                    if (v.index, stream) not in self.probes:
-                        break
-                    chain = apply_probe(self.probes[v.index, stream], chain)
-                    yield u.index, v.index, stream, chain
+        for (u, stream), tokens in leaving.items():
+            chain = tokens
+            for v in self._behind(self.anatomy.blocks[u]):
+                if (v.index, stream) not in self.probes:
+                    break
+                chain = apply_probe(self.probes[v.index, stream], chain)
+                yield u, v.index, stream, chain
 
     def _behind(self, u: Block) -> list[Block]:
         return [b for b in self.anatomy.blocks[u.index + 1 :] if b.list_name == u.list_name]
@@ -133,11 +133,6 @@ class Prober:
             spans=ppcl_spans(cka, list(lists.values())),
             unused=self.unused,
         )
-
-
-def counted(tokens: Tensor, mask: Tensor | None, stream: str) -> Tensor:
-    """(B, S, C) -> (N, C): the tokens that are not padding."""
-    return tokens[mask] if mask is not None and stream == "text" else tokens.flatten(0, 1)
 
 
 def _covariance(gram: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ from pydantic import BaseModel, ValidationError
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Block
 
+_ROUNDING = 1e-9
+"""Differences of similarity below this are rounding, not acceleration."""
+
 Matrix = list[list[float | None]]
 """Rows u, columns k or v; None outside one block list and left of the diagonal."""
 
@@ -82,7 +85,7 @@ def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, i
         while u < end:
             row = np.array(cka[u][u : end + 1], dtype=float)  # cka(u, u), cka(u, u+1), ...
             delta = -np.diff(row)  # delta(u, u+1), delta(u, u+2), ...
-            accelerates = np.flatnonzero(np.diff(delta) > 0)  # at k = u + 2 + i
+            accelerates = np.flatnonzero(np.diff(delta) > _ROUNDING)  # at k = u + 2 + i
             v = u + 1 + int(accelerates[0]) if len(accelerates) else end
             spans.append((u, v))
             u = v + 1

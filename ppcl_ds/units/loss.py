@@ -1,6 +1,6 @@
 """How far a unit's output is from the teacher's boundary.
 
-Shapes: B batch, S tokens, C channels.
+Shapes: B batch, S tokens, C channels, N tokens that count.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_SMALLEST = 1e-6
+"""Token norms below this count as this: the gradient of a vanishing token stays bounded."""
 
 
 def boundary_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float) -> Tensor:
@@ -20,25 +23,29 @@ def boundary_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitu
         student, teacher: (B, S, C), any float dtype; computed in float32.
         mask: (B, S) bool, True for tokens that count; None when all do.
     """
-    student, teacher = student.float(), teacher.float()
-    direction = (F.normalize(student, dim=-1) - F.normalize(teacher, dim=-1)).square().sum(-1)  # (B, S)
-    magnitude = (token_norm(student).log() - token_norm(teacher).log()).square()  # (B, S)
-    return masked_mean(direction + magnitude_weight * magnitude, mask)
+    student, teacher = counted(student, mask), counted(teacher, mask)
+    direction = (_direction(student) - _direction(teacher)).square().sum(-1)  # (N,)
+    magnitude = (_norm(student).log() - _norm(teacher).log()).square()  # (N,)
+    return (direction + magnitude_weight * magnitude).mean()
 
 
 def norm_ratio(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens of `|s| / |t|`, a scalar; 1 where magnitudes are right."""
-    return masked_mean(token_norm(student.float()) / token_norm(teacher.float()), mask)
+    return (_norm(counted(student, mask)) / _norm(counted(teacher, mask))).mean()
 
 
-def token_norm(tokens: Tensor) -> Tensor:
-    """(B, S, C) -> (B, S) Euclidean norms, never zero so that logarithm and quotient are finite."""
-    return torch.linalg.vector_norm(tokens, dim=-1).clamp_min(1e-6)
+def counted(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, S, C) -> (N, C) float32: the tokens that count.
+
+    Padding is left out, not multiplied by zero: whatever stands there, even NaN, reaches neither loss nor gradients.
+    """
+    return (tokens.flatten(0, 1) if mask is None else tokens[mask]).float()
 
 
-def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of (B, S) values over the tokens that count."""
-    if mask is None:
-        return values.mean()
-    weights = mask.to(values.dtype)
-    return (values * weights).sum() / weights.sum().clamp_min(1)
+def _direction(tokens: Tensor) -> Tensor:
+    return F.normalize(tokens, dim=-1, eps=_SMALLEST)
+
+
+def _norm(tokens: Tensor) -> Tensor:
+    """(N, C) -> (N,) Euclidean norms, never zero so that logarithm and quotient are finite."""
+    return torch.linalg.vector_norm(tokens, dim=-1).clamp_min(_SMALLEST)

@@ -119,7 +119,7 @@ def test_distributed_distillation_equals_a_plain_loop(new_run: Callable[..., Pat
         curves = [scalars[f"{unit.name}/loss/{stream}"] for stream in unit.streams]
         sums = [sum(value for _, value in points) for points in zip(*curves, strict=True)]
         assert sums == pytest.approx(by_unit[unit.name], abs=1e-5)
-        trained = unit_state(newest_checkpoint(recipe.checkpoints), PLAN, unit.name)
+        trained = unit_state(newest_checkpoint(recipe.checkpoints), PLAN, unit)
         assert trained.keys() == weights[unit.name].keys()
         for key, expected in weights[unit.name].items():
             torch.testing.assert_close(trained[key], expected, rtol=0, atol=1e-5)

@@ -237,7 +237,9 @@ def test_blocks_are_numbered_in_the_order_of_execution(case: Case) -> None:
     executed = [seen.module for seen in watch(model, case)]
     assert [block.index for block in anatomy.blocks] == list(range(sum(case.lists.values())))
     assert [anatomy.module(model, block) for block in anatomy.blocks] == executed
-    assert [block.key for block in anatomy.blocks] == [f"{n}.{i}" for n, size in case.lists.items() for i in range(size)]
+    assert [block.key for block in anatomy.blocks] == [
+        f"{n}.{i}" for n, size in case.lists.items() for i in range(size)
+    ]
     assert len(anatomy) == len(executed)
 
 

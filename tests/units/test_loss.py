@@ -51,7 +51,7 @@ def test_the_norm_ratio_is_the_mean_of_the_quotients(mask: Tensor | None) -> Non
     assert norm_ratio(teacher * 3, teacher, mask).item() == pytest.approx(3, rel=1e-5)
 
 
-@pytest.mark.parametrize("garbage", [0.0, -7.0, 1e30])
+@pytest.mark.parametrize("garbage", [0.0, -7.0, 1e30, float("nan")])
 def test_padding_changes_neither_the_loss_nor_the_gradients(garbage: float) -> None:
     student, teacher = streams()
     results = []

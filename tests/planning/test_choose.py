@@ -1,0 +1,189 @@
+"""Choosing: of all sets of spans that meet a variant's budget, the plan has the one of least error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, assume, given, settings
+from hypothesis import strategies as st
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.choose import make_plan
+from ppcl_ds.planning.plan import Plan
+from ppcl_ds.probing.report import Matrix, ProbeReport
+from ppcl_ds.recipe import Plan as PlanSection
+from tests.conftest import TEACHERS
+
+Span = tuple[int, int]
+
+RANDOM = settings(deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+"""No shrinking: it would take minutes, and a seed does not become any clearer by being small."""
+
+CHANGES: dict[str, dict[str, Any]] = {"qwen": {"num_layers": 8}, "flux": {"num_single_layers": 4}, "sd3": {}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny teacher on disk, and what a reader of its source knows.
+
+    Attributes:
+        parameters: of each block.
+        lists: block numbers of each list.
+        closing: whether spans may close their list (not so in SD3: its last block has no text output).
+    """
+
+    files: ModelFiles
+    anatomy: Anatomy
+    parameters: np.ndarray
+    lists: Sequence[range]
+    closing: bool
+
+
+@pytest.fixture(scope="module")
+def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def make(family: str) -> Case:
+        if family not in made:
+            class_name, config = TEACHERS[family]
+            torch.manual_seed(0)
+            model = getattr(diffusers, class_name)(**config | CHANGES[family])
+            folder: Path = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            files = ModelFiles(folder)
+            blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+            sizes = np.array([sum(p.numel() for p in block.parameters()) for block in blocks], dtype=float)
+            lists = [range(4), range(4, 8)] if family == "flux" else [range(len(blocks))]
+            made[family] = Case(files, Anatomy(files.empty_model()), sizes, lists, family != "sd3")
+        return made[family]
+
+    return make
+
+
+def report_of(case: Case, seed: int, spans: Sequence[Span] = ()) -> ProbeReport:
+    random, size = np.random.default_rng(seed), len(case.parameters)
+    error: Matrix = [[None] * size for _ in range(size)]
+    for blocks in case.lists:
+        for u in blocks:
+            for v in range(u + 1, blocks[-1] + 1):
+                error[u][v] = float(random.random() ** 3)
+    return ProbeReport(teacher="", tokens={}, cka=error, error=error, spans=list(spans), unused=["text"])
+
+
+def span_sets(case: Case, max_span: int) -> Iterator[list[Span]]:
+    """Every set of spans that do not overlap: every way to cut each list into runs."""
+    by_list = []
+    for blocks in case.lists:
+        cuts = product([False, True], repeat=len(blocks) - 1)
+        bounds = [
+            [blocks[0], *[b for b, cut in zip(blocks[1:], row, strict=True) if cut], blocks[-1] + 1] for row in cuts
+        ]
+        by_list.append([[(a, b - 1) for a, b in pairwise(row) if b - a > 1] for row in bounds])
+    for parts in product(*by_list):
+        spans = [span for part in parts for span in part]
+        short = all(v - u < max_span for u, v in spans)
+        if short and (case.closing or not any(v == len(case.parameters) - 1 for _, v in spans)):
+            yield spans
+
+
+def saved(case: Case, spans: Sequence[Span]) -> float:
+    """Parameters given up: a span keeps as much as its first block."""
+    return float(sum(case.parameters[u + 1 : v + 1].sum() for u, v in spans))
+
+
+def total(report: ProbeReport, spans: Sequence[Span]) -> float:
+    return sum(report.error[u][v] or 0.0 for u, v in spans)
+
+
+def chosen(plan: Plan, variant: str) -> list[Span]:
+    return [unit.span for unit in plan.units_of(variant)]
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+@settings(RANDOM, max_examples=25)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.05, 0.9), max_span=st.integers(2, 8))
+def test_the_chosen_spans_are_the_best_of_all_that_meet_the_budget(
+    case_of: Callable[[str], Case], family: str, seed: int, share: float, max_span: int
+) -> None:
+    case = case_of(family)
+    report = report_of(case, seed)
+    section = PlanSection(variants={"v": share}, max_span=max_span)
+    goal, half = share * case.parameters.sum(), case.parameters.max() / 2
+    distances = [(abs(saved(case, spans) - goal) / half, spans) for spans in span_sets(case, max_span)]
+    assume(not any(0.99 < distance < 1.01 for distance, _ in distances))  # neither clearly in nor clearly out
+    feasible = [spans for distance, spans in distances if distance < 1]
+    if not feasible:
+        with pytest.raises(UserError, match=r"plan\.variants\.v"):
+            make_plan(section, report, case.files, case.anatomy)
+        return
+    spans = chosen(make_plan(section, report, case.files, case.anatomy), "v")
+    assert spans in feasible
+    assert total(report, spans) == pytest.approx(min(total(report, other) for other in feasible), rel=1e-6)
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_all_variants_draw_on_one_library(case_of: Callable[[str], Case], family: str) -> None:
+    case = case_of(family)
+    section = PlanSection(variants={"large": 0.3, "twin": 0.3, "small": 0.5}, max_span=4)
+    plan = make_plan(section, report_of(case, 1), case.files, case.anatomy)
+    spans = {variant: chosen(plan, variant) for variant in section.variants}
+    assert spans["large"] == spans["twin"] != spans["small"]
+    assert sorted({span for part in spans.values() for span in part}) == [unit.span for unit in plan.units]
+    assert len({unit.name for unit in plan.units}) == len(plan.units)
+    assert (plan.teacher, plan.blocks) == (case.files.class_name, len(case.parameters))
+
+
+def test_units_are_trained_on_the_streams_that_somebody_reads(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    report = report_of(case, 0, spans=[(0, 3), (4, 7)])
+    section = PlanSection(variants={"v": 0.75}, rule="ppcl")
+    streams = {unit.span: unit.streams for unit in make_plan(section, report, case.files, case.anatomy).units}
+    assert streams == {(0, 3): ("image", "text"), (4, 7): ("image",)}
+
+
+@settings(RANDOM, max_examples=20)
+@given(seed=st.integers(0, 10**6), share=st.floats(0.1, 0.6))
+def test_rule_ppcl_uses_the_reports_spans_only(case_of: Callable[[str], Case], seed: int, share: float) -> None:
+    case = case_of("flux")
+    spans = [(0, 1), (2, 3), (4, 6)]
+    report = report_of(case, seed, spans)
+    section = PlanSection(variants={"v": share}, rule="ppcl", max_span=2)  # the paper's spans may be longer
+    goal, half = share * case.parameters.sum(), case.parameters.max() / 2
+    subsets = [[s for s, keep in zip(spans, row, strict=True) if keep] for row in product([False, True], repeat=3)]
+    distances = [(abs(saved(case, subset) - goal) / half, subset) for subset in subsets]
+    assume(not any(0.99 < distance < 1.01 for distance, _ in distances))
+    feasible = [subset for distance, subset in distances if distance < 1]
+    assume(feasible)
+    picked = chosen(make_plan(section, report, case.files, case.anatomy), "v")
+    assert picked in feasible
+    assert total(report, picked) == pytest.approx(min(total(report, other) for other in feasible), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("share", "rule", "max_span", "spans"),
+    [
+        (0.95, "error", 8, []),  # one block of eight is 12.5 %
+        (0.7, "error", 2, []),  # pairs give up half at most
+        (0.5, "ppcl", 8, [(0, 1)]),
+        (0.5, "ppcl", 8, []),
+    ],
+)
+def test_a_budget_out_of_reach_is_refused_by_name(
+    case_of: Callable[[str], Case], share: float, rule: Any, max_span: int, spans: list[Span]
+) -> None:
+    case = case_of("qwen")
+    section = PlanSection(variants={"tiny one": share}, rule=rule, max_span=max_span)
+    with pytest.raises(UserError, match=r"plan\.variants\.tiny one") as refused:
+        make_plan(section, report_of(case, 0, spans), case.files, case.anatomy)
+    assert f"{share:.0%}" in str(refused.value)
+    assert "\n" not in str(refused.value)
