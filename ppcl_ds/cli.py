@@ -1,4 +1,7 @@
-"""The `ppcl` command: one function a subcommand; the work is done in the folders."""
+"""The `ppcl` command: one function a subcommand; the work is done in the folders.
+
+Each step is imported when it is called, behind the check of the recipe: help and a wrong key answer at once.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,9 @@ def probe(recipe: RecipeFile) -> None:
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
     probe/report.json and probe/heatmap.png into the run folder. Needs encoded shards and the teacher.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.probing.run import check, probe
 
-    loaded = load_recipe(recipe)
     files, anatomy = check(loaded)
     if not launch.is_rank():
         sys.exit(launch.start_ranks(["probe", str(recipe)], loaded.topology.world))
@@ -49,9 +52,10 @@ def plan(recipe: RecipeFile) -> None:
     Each variant gives up the share of block parameters that the recipe asks for, at the least total error that the
     probe expects. The file is meant to be read and edited.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.planning.run import plan
 
-    plan(load_recipe(recipe))
+    plan(loaded)
 
 
 @app.command()
@@ -61,9 +65,9 @@ def distill(recipe: RecipeFile) -> None:
     Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.distill.run import check, distill
 
-    loaded = load_recipe(recipe)
     files, anatomy, checked = check(loaded)
     if not launch.is_rank():
         sys.exit(launch.start_ranks(["distill", str(recipe)], loaded.topology.world))
@@ -81,9 +85,10 @@ def consolidate(
 
     A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.export.run import consolidate
 
-    consolidate(load_recipe(recipe), variant or [])
+    consolidate(loaded, variant or [])
 
 
 @app.command()
@@ -92,9 +97,10 @@ def evaluate(recipe: RecipeFile) -> None:
 
     Writes samples.png, report.json and report.html into the run folder.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.evaluate.run import evaluate
 
-    evaluate(load_recipe(recipe))
+    evaluate(loaded)
 
 
 @app.command()
@@ -108,9 +114,10 @@ def demo(
 
     What is already done is not repeated.
     """
+    loaded = load_recipe(recipe)
     from ppcl_ds.demo.run import demo
 
-    demo(recipe, load_recipe(recipe), fresh)
+    demo(recipe, loaded, fresh)
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Starting the processes of a run: torchrun on this machine, or as one of the ranks that somebody else started."""
+"""Starting the processes of a run: torchrun on this machine, or as one of the ranks that somebody else started.
+
+torch and DeepSpeed are imported where they are used: the commands that start no ranks need not wait for them.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch
 
 
 def is_rank() -> bool:
@@ -28,34 +32,36 @@ def start_ranks(arguments: Sequence[str], world: int) -> int:
 
 
 def _environment(world: int) -> dict[str, str]:
+    import torch
+
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)), "PYTHONWARNINGS": "ignore"}
-    if torch.cuda.device_count() < world:
-        if torch.cuda.is_available():
-            print(f"{world} processes, {torch.cuda.device_count()} GPU: running them on the CPU instead")
-        defaults |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return defaults | os.environ
+    gpus = torch.cuda.device_count()
+    if gpus >= world:
+        return defaults | os.environ
+    if gpus:
+        print(f"{world} processes, but {gpus} GPU: they run on the CPU (topology.stages x topology.replicas)")
+    return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def join() -> torch.device:
     """Join the other ranks; every rank must call it first. Returns this rank's device."""
-    # Imported here: it takes seconds, which the commands that start no ranks need not wait.
     import deepspeed
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory collectives now. We call none of them, and a compiler lock that a killed
     # build left behind would hang every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if not torch.cuda.is_available():
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    else:
-        get_accelerator().set_device(local_rank)
+    if torch.cuda.is_available():
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False)
     return torch.device(get_accelerator().current_device_name())
 
 
 def leave() -> None:
     """Part from the other ranks in order."""
+    import torch.distributed as dist
+
     dist.barrier()
     dist.destroy_process_group()

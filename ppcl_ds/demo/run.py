@@ -55,11 +55,11 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     steps = _steps(path, recipe)
     for number, step in enumerate(steps):
-        shown = step.title if callable(step.action) else f"{step.title}: {' '.join(step.action)}"
+        shown = step.title if callable(step.action) else " ".join(step.action)
         if step.done():
             print(f"[{number + 1}/{len(steps)}] {shown} (done before)", flush=True)
             continue
-        print(f"[{number + 1}/{len(steps)}] {shown}", flush=True)
+        print(f"\n[{number + 1}/{len(steps)}] {shown}", flush=True)
         for later in steps[number + 1 :]:
             for made in later.makes:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)

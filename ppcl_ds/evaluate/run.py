@@ -6,8 +6,9 @@ import platform
 from collections.abc import Callable, Iterator
 
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor, nn
 
 from ppcl_ds.console import track
@@ -77,7 +78,9 @@ def _facts(recipe: Recipe, files: ModelFiles, device: torch.device) -> dict[str,
 
 
 def _show(rows: list[ModelFigures]) -> None:
-    table = Table("model", "params", "blocks", "ms", "acc.", "Fréchet", "vel. MSE", "sample MSE")
+    table = Table(
+        Column("model", no_wrap=True), "params", "blocks", "ms", "accuracy", "Fréchet", "velocity", "sample", box=SIMPLE
+    )
     for m in rows:
         table.add_row(
             m.name,
