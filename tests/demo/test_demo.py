@@ -1,0 +1,98 @@
+"""`ppcl demo`, shortened: every step runs as a public command, leaves what the README names, and is not repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from ppcl_ds.recipe import shipped
+from ppcl_ds.watch.board import read_scalars
+from tests.conftest import command
+
+FILES = [
+    "plan.yaml",
+    "probe/report.json",
+    "probe/heatmap.png",
+    "teacher/config.json",
+    "samples.png",
+    "report.json",
+    "report.html",
+    "pruned/large/transformer/config.json",
+    "pruned/medium/transformer/config.json",
+    "pruned/small/transformer/config.json",
+]
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The recipe file of a finished short demo, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    recipe = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
+    recipe["run"] = str(folder / "run")
+    recipe["demo"]["steps"] = 20
+    recipe["distill"] |= {"steps": 6, "log_every": 2, "sample_every": 3, "checkpoint_every": 3, "micro_batch": 8}
+    recipe["probe"] = {"batch_size": 16, "batches": 2}
+    recipe["evaluate"] |= {"samples": 32, "batch_size": 32, "steps": 4, "velocity_batches": 1}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path, command("demo", path)
+
+
+def test_the_demo_leaves_everything_it_promises(short: tuple[Path, str]) -> None:
+    run = short[0].parent / "run"
+    for name in FILES:
+        assert (run / name).stat().st_size > 0, name
+    models = {row["name"]: row for row in json.loads((run / "report.json").read_text())["models"]}
+    assert set(models) == {"teacher"} | {f"{v}{u}" for v in ("large", "medium", "small") for u in ("", "-undistilled")}
+    keys = {"name", "params", "block_params_ratio", "latency_ms", "accuracy", "frechet", "velocity_mse", "sample_mse"}
+    assert all(row.keys() == keys and None not in row.values() for row in models.values())
+    for variant, share in (("large", 0.33), ("medium", 0.5), ("small", 0.75)):
+        assert models[variant]["block_params_ratio"] == pytest.approx(1 - share, abs=0.05)
+        assert 0 < models[variant]["velocity_mse"] < models[f"{variant}-undistilled"]["velocity_mse"]
+    assert models["teacher"]["velocity_mse"] == models["teacher"]["sample_mse"] == 0
+    assert Image.open(run / "samples.png").size[0] > 1000
+
+
+def test_tensorboard_has_what_a_run_is_watched_by(short: tuple[Path, str]) -> None:
+    scalars = read_scalars(short[0].parent / "run" / "distill" / "tensorboard")
+    parts = {name.split("/")[0] for name in scalars}
+    assert {"run", "memory_gib", "heldout"} <= parts
+    assert {"run/learning_rate", "run/samples_per_second", "run/loss"} <= scalars.keys()
+    units = [part for part in parts if part.startswith("blocks_")]
+    assert len(units) > 3
+    for unit in units:
+        assert [step for step, _ in scalars[f"{unit}/loss/image"]] == [2, 4, 6]
+        assert [step for step, _ in scalars[f"{unit}/norm_ratio/image"]] == [2, 4, 6]
+    assert [step for step, _ in scalars["heldout/velocity_mse/medium"]] == [3, 6]
+
+
+def test_the_report_page_needs_no_other_file(short: tuple[Path, str]) -> None:
+    page = (short[0].parent / "run" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "src=" not in page.replace('src="data:', "")
+    assert "medium-undistilled" in page
+
+
+def test_a_second_demo_repeats_nothing(short: tuple[Path, str]) -> None:
+    printed = command("demo", short[0])
+    assert printed.count("(done before)") == 9
+    assert "distill:" not in printed
+
+
+def test_a_lost_result_is_made_again_with_all_that_follows(short: tuple[Path, str]) -> None:
+    run = short[0].parent / "run"
+    shutil.rmtree(run / "pruned" / "small")
+    printed = command("demo", short[0])
+    assert printed.count("(done before)") == 7
+    assert (run / "pruned" / "small" / "transformer" / "config.json").exists()
+
+
+def test_another_recipe_does_not_mix_with_an_old_run(short: tuple[Path, str]) -> None:
+    path = short[0].with_name("other.yaml")
+    path.write_text(short[0].read_text() + "\n# changed\n")
+    assert "--fresh" in command("demo", path, code=2)
