@@ -28,6 +28,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "setting up .venv (once, a few minutes)"
 	$(PYTHON) -m venv .venv
 	@# torch by itself first, so that nothing that depends on it chooses another build.
-	$(PIP) torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) torch $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
 	$(PIP) --editable ".[dev]"
 	@touch $@

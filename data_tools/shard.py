@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from ppcl_ds.console import track
 from ppcl_ds.data.stream import Index, ShardEntry
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Data
+from ppcl_ds.whole import whole_folder
 
 COMMAND = "ppcl-data shard"
 
@@ -54,14 +53,10 @@ def shard(data: Data) -> None:
         print(f"{raw}: already sharded; delete the folder to do it again")
         return
     splits = _split(_find_pairs(data.source), data.heldout)
-    partial = data.shards / "raw.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    entries = {split: _write(partial, split, pairs, data.samples_per_shard) for split, pairs in splits.items()}
-    index = Index(shards=[entry for shards in entries.values() for entry in shards], settings=settings)
-    index.write(partial / "index.json")
-    shutil.rmtree(raw, ignore_errors=True)
-    os.replace(partial, raw)
+    with whole_folder(raw) as folder:
+        entries = {split: _write(folder, split, pairs, data.samples_per_shard) for split, pairs in splits.items()}
+        index = Index(shards=[entry for shards in entries.values() for entry in shards], settings=settings)
+        index.write(folder / "index.json")
     print(f"{raw}: " + ", ".join(f"{len(splits[s])} {s} samples (shards: {len(entries[s])})" for s in splits))
 
 

@@ -5,7 +5,6 @@ Each step is imported when it is called, behind the check of the recipe: help an
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +40,7 @@ def probe(recipe: RecipeFile) -> None:
 
     files, anatomy = check(loaded)
     if not launch.is_rank():
-        sys.exit(launch.start_ranks(["probe", str(recipe)], loaded.topology.world))
+        launch.start_ranks(["probe", str(recipe)], loaded.topology.world)
     probe(loaded, files, anatomy)
 
 
@@ -70,7 +69,7 @@ def distill(recipe: RecipeFile) -> None:
 
     files, anatomy, checked = check(loaded)
     if not launch.is_rank():
-        sys.exit(launch.start_ranks(["distill", str(recipe)], loaded.topology.world))
+        launch.start_ranks(["distill", str(recipe)], loaded.topology.world)
     distill(loaded, files, anatomy, checked)
 
 

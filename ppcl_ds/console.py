@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,14 +23,13 @@ LOG_SECONDS = 10.0
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line: a `UserError` is one line on stderr and exit code 2, Ctrl-C is exit code 130."""
+    """Run a command line: a `UserError` is one line on stderr and exit code 2; SIGTERM unwinds like Ctrl-C."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:

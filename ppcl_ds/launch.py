@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
+
+from ppcl_ds.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -21,14 +22,25 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def start_ranks(arguments: Sequence[str], world: int) -> int:
-    """Run `ppcl ARGUMENTS` as `world` ranks on this machine and wait for them.
+def start_ranks(arguments: Sequence[str], world: int) -> NoReturn:
+    """Become the torchrun that runs `ppcl ARGUMENTS` as `world` ranks on this machine.
 
-    Returns:
-        The exit code: 0 when all ranks ended well.
+    This process is replaced, so that who stops it stops torchrun, and torchrun its ranks: none is left behind.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return subprocess.run([*command, "-m", "ppcl_ds.cli", *arguments], env=_environment(world)).returncode
+    sys.stdout.flush()
+    os.execve(sys.executable, [*command, "-m", "ppcl_ds.cli", *arguments], _environment(world))
+
+
+def check_world(world: int) -> None:
+    """Compare the ranks that somebody else started with the recipe's topology.
+
+    Raises:
+        UserError: their number differs.
+    """
+    started = int(os.environ.get("WORLD_SIZE", world))
+    if is_rank() and started != world:
+        raise UserError(f"{started} processes were started, but topology.stages x topology.replicas is {world}")
 
 
 def _environment(world: int) -> dict[str, str]:

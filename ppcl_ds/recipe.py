@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -55,6 +56,11 @@ class CaptionEncoding(Section):
     max_tokens: int = Field(default=0, ge=0)
     """0: every caption keeps its own length and comes with a mask. Otherwise all are padded to this many tokens,
     as families without a text mask (FLUX, SD3) were trained to read them."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether captions keep their own length and come with a mask."""
+        return self.max_tokens == 0
 
 
 class Data(Section):
@@ -234,6 +240,11 @@ class Recipe(Section):
         return self.run / "distill" / "plan.yaml"
 
     @property
+    def trained_recipe(self) -> Path:
+        """This recipe as it was when training began."""
+        return self.run / "distill" / "recipe.json"
+
+    @property
     def distilled(self) -> bool:
         """Whether the newest checkpoint is that of the last step."""
         latest = self.checkpoints / "latest"
@@ -257,6 +268,18 @@ class Recipe(Section):
                 f"topology.replicas = {world}; use {max(world, per_step // world * world)}"
             )
         return self
+
+
+def read_deepspeed_file(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as fault:
+        raise UserError(f"DeepSpeed file {path}: {fault}") from None
 
 
 def load_recipe(path: Path) -> Recipe:

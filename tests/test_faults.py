@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -68,6 +69,29 @@ def other_units(path: Path) -> None:
     write_plan(path, (0, 1), (3, 4))
 
 
+def other_optimizer(path: Path) -> None:
+    recipe = load_recipe(path)
+    recipe.checkpoints.mkdir(parents=True)
+    (recipe.checkpoints / "latest").write_text("step-000001")
+    recipe.trained_plan.write_text(recipe.plan_file.read_text())
+    recipe.trained_recipe.write_text(recipe.model_dump_json())
+    edit(path, lambda recipe: recipe["distill"]["optimizer"].update(lr=0.5))
+
+
+def clipping(path: Path) -> None:
+    (path.parent / "students.json").write_text('{"gradient_clipping": 1.0}')
+    edit(path, lambda recipe: recipe.update(deepspeed={"students": "{run}/students.json"}))
+
+
+def narrow_captions(path: Path) -> None:
+    edit(path, lambda recipe: recipe["data"]["captions"].update(width=8))
+
+
+def no_heldout(path: Path) -> None:
+    next((path.parent / "shards" / "encoded").glob("heldout-*.tar")).unlink()
+    edit(path, lambda recipe: recipe["distill"].update(sample_every=1))
+
+
 def no_plan(path: Path) -> None:
     load_recipe(path).plan_file.unlink()
 
@@ -81,6 +105,10 @@ FAULTS: list[tuple[Change, list[str]]] = [
     (too_many_stages, ["topology.stages is 4", "2 units"]),
     (odd_micro_batches, ["micro_batches_per_step", "multiple"]),
     (other_units, ["trained with other units", "plan.yaml"]),
+    (other_optimizer, ["distill.optimizer", "move", "train anew"]),
+    (clipping, ["students.json", "gradient_clipping must be 0"]),
+    (narrow_captions, ["data.captions", "8 channels", "joint_attention_dim is 16"]),
+    (no_heldout, ["heldout-", "missing"]),
     (no_plan, ["plan.yaml", "ppcl plan"]),
 ]
 
@@ -103,8 +131,13 @@ def test_a_fault_is_one_line_and_exit_code_2(ready: Path, break_it: Change, word
         assert word in printed
 
 
-def test_every_rank_reports_the_fault_and_none_hangs(ready: Path) -> None:
-    lost_shard(ready)
+def one_stage(path: Path) -> None:
+    edit(path, lambda recipe: recipe.update(topology={"stages": 1, "replicas": 1}))
+
+
+@pytest.mark.parametrize("break_it", [lost_shard, one_stage])
+def test_every_rank_reports_the_fault_and_none_hangs(ready: Path, break_it: Change) -> None:
+    break_it(ready)
     began = time.monotonic()
     done = subprocess.run(
         [
@@ -142,3 +175,24 @@ def test_an_unknown_variant_is_refused_before_anything_is_written(ready: Path) -
 
 def test_evaluating_before_consolidating_says_what_to_run(ready: Path) -> None:
     assert "ppcl consolidate" in command("evaluate", ready, code=2)
+
+
+def test_a_stopped_command_leaves_no_rank_behind(ready: Path) -> None:
+    edit(ready, lambda recipe: recipe["distill"].update(steps=100000))
+    with subprocess.Popen([sys.executable, "-m", "ppcl_ds.cli", "distill", str(ready)], stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        for line in run.stdout:  # the first progress line: the ranks are training
+            if b"distill: " in line:
+                break
+        assert ranks_of(ready)
+        run.terminate()
+        run.wait(timeout=60)
+    deadline = time.monotonic() + 40
+    while ranks_of(ready) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not ranks_of(ready)
+
+
+def ranks_of(path: Path) -> list[int]:
+    """Processes whose command line names the recipe."""
+    return [process.pid for process in psutil.process_iter() if str(path) in process.cmdline() and process.is_running()]

@@ -6,7 +6,6 @@ Shapes: C latent channels, H and W latent height and width, S text tokens, E emb
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from ppcl_ds.data.batch import Batch, Prompts
 from ppcl_ds.errors import UserError
+from ppcl_ds.whole import write_whole
 
 Sample = dict[str, Any]
 """One sample as webdataset gives it: `__key__`, and the bytes of each member by its suffix."""
@@ -74,9 +74,7 @@ class Index(BaseModel):
 
     def write(self, path: Path) -> None:
         """Write an index file, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.model_dump_json(indent=1) + "\n")
-        os.replace(partial, path)
+        write_whole(path, self.model_dump_json(indent=1) + "\n")
 
 
 def split_shards(folder: Path, split: Literal["train", "heldout"]) -> list[Path]:

@@ -43,9 +43,14 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
     """
     if recipe.demo is None:
         raise UserError(f"recipe {path}: no section 'demo', which says how to train the demo's teacher")
-    if fresh:
-        shutil.rmtree(recipe.run, ignore_errors=True)
     used = recipe.run / "recipe.yaml"
+    for name, inside in (("teacher.path", recipe.teacher.path), ("data.shards", recipe.data.shards)):
+        if not inside.resolve().is_relative_to(recipe.run.resolve()):
+            raise UserError(f"recipe {path}: {name} lies outside the run folder; the demo makes and replaces it")
+    if fresh and recipe.run.exists():
+        if not used.exists():
+            raise UserError(f"{recipe.run} is not a demo's run folder (no recipe.yaml in it); remove it yourself")
+        shutil.rmtree(recipe.run)
     if used.exists() and used.read_text() != path.read_text():
         raise UserError(f"{recipe.run} was made with another recipe; start over with --fresh (make demo FRESH=1)")
     recipe.run.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,12 @@ def _run(action: Callable[[], None] | list[str]) -> None:
         return
     program, *arguments = action
     module = {"ppcl": "ppcl_ds.cli", "ppcl-data": "data_tools.cli"}[program]
-    code = subprocess.run([sys.executable, "-m", module, *arguments]).returncode
+    with subprocess.Popen([sys.executable, "-m", module, *arguments]) as step:
+        try:
+            code = step.wait()
+        except BaseException:  # stopped: the step stops its own processes, then we go
+            step.terminate()
+            raise
     if code:
         sys.exit(code)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +17,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.noise import add_noise, draw_sigmas
 from ppcl_ds.recipe import DemoTeacher, Noise, Recipe
+from ppcl_ds.whole import whole_folder
 
 _WARMUP_STEPS = 50
 """Enough for AdamW's second moments; zero-initialised modulation tolerates a short warm-up."""
@@ -37,14 +36,15 @@ def train_teacher(recipe: Recipe) -> None:
         raise UserError("key 'demo' is missing from the recipe: it says how large the demo's teacher is")
     if recipe.teacher.path.exists():
         return
-    masked = recipe.data.captions.max_tokens == 0
+    masked = recipe.data.captions.masked
     shards = split_shards(recipe.data.shards, "train")
     stream = MicroBatchStream(shards, recipe.demo.batch_size, recipe.seed, masked=masked)
     batches = (batch for _, batch in stream.take(start=0, stride=1))
     empty = empty_prompt(recipe.data.shards, masked)
     model = fresh_model(recipe.demo, recipe.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     fit(model, batches, empty, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
-    _save_whole(model, recipe.teacher.path)
+    with whole_folder(recipe.teacher.path) as folder:
+        model.save_pretrained(folder)
 
 
 def fresh_model(demo: DemoTeacher, seed: int) -> QwenImageTransformer2DModel:
@@ -99,11 +99,3 @@ def fit(
         schedule.step()
         average.step(model.parameters())
     average.copy_to(model.parameters())
-
-
-def _save_whole(model: QwenImageTransformer2DModel, folder: Path) -> None:
-    """Save beside `folder`, then rename: a killed run leaves no half folder under the right name."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)

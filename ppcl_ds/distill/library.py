@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import redirect_stdout
 from functools import partial
@@ -117,7 +116,4 @@ class Library(PipelineModule):
 
     def drain(self) -> dict[str, float]:
         """Means over this stage's units since the last call, see `UnitLayer.drain`."""
-        means: dict[str, float] = defaultdict(float)
-        for layer in self.layers:
-            means |= layer.drain()
-        return means
+        return {name: mean for layer in self.layers for name, mean in layer.drain().items()}

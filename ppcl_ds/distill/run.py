@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
+from pydantic import ValidationError
+
 from ppcl_ds import launch
-from ppcl_ds.data.stream import split_shards
+from ppcl_ds.data.stream import empty_prompt, split_shards
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
-from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+
+_FIXED = [f"distill.{key}" for key in ("micro_batch", "micro_batches_per_step", "magnitude_weight", "optimizer")]
 
 
 def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
@@ -25,15 +31,38 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
             f"topology.stages is {recipe.topology.stages}, but the plan has only {len(plan.units)} units; "
             "use at most one stage a unit"
         )
+    launch.check_world(recipe.topology.world)
+    for split in ("train", "heldout") if recipe.distill.sample_every else ("train",):
+        split_shards(recipe.data.shards, split)
+    empty_prompt(recipe.data.shards, recipe.data.captions.masked)
+    read_deepspeed_file(recipe.deepspeed.teacher)
+    if read_deepspeed_file(recipe.deepspeed.students).get("gradient_clipping"):
+        raise UserError(
+            f"DeepSpeed file {recipe.deepspeed.students}: gradient_clipping must be 0; its norm is over all units, "
+            "so one of them would change the others"
+        )
     if (recipe.checkpoints / "latest").exists():
-        trained = load_plan(recipe.trained_plan, files, anatomy)
-        if trained.units != plan.units:
-            raise UserError(
-                f"{recipe.trained_plan.parent} was trained with other units than {recipe.plan_file} has; "
-                "restore them, or move that folder away to train anew"
-            )
-    split_shards(recipe.data.shards, "train")
+        _check_resume(recipe, plan, load_plan(recipe.trained_plan, files, anatomy))
     return files, anatomy, plan
+
+
+def _check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
+    """A checkpoint goes on only as the run that wrote it: same units, samples, topology and optimizer."""
+    folder = recipe.trained_plan.parent
+    anew = f"restore it, or move {folder} away to train anew"
+    if trained.units != plan.units:
+        raise UserError(f"{folder} was trained with other units than {recipe.plan_file} has; {anew}")
+    try:
+        before = Recipe.model_validate_json(recipe.trained_recipe.read_text())
+    except (OSError, ValidationError):
+        raise UserError(f"{recipe.trained_recipe} is missing or damaged; {anew}") from None
+    for key in ("seed", "topology", "noise", "data.captions", "data.images", "teacher.precision", *_FIXED):
+        old, new = (attrgetter(key)(version) for version in (before, recipe))
+        if old != new:
+            raise UserError(f"recipe key '{key}' is not what {folder} was trained with ({old}); {anew}")
+    tag = (recipe.checkpoints / "latest").read_text().strip()
+    if not (recipe.checkpoints / tag).is_dir():
+        raise UserError(f"{recipe.checkpoints}/latest names '{tag}', which is not there; write a tag that is into it")
 
 
 def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan) -> None:

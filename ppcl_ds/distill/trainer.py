@@ -26,11 +26,12 @@ from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream, read_teacher
 from ppcl_ds.families.sampling import draw
-from ppcl_ds.families.sharded import load_teacher, read_deepspeed_file
+from ppcl_ds.families.sharded import load_teacher
 from ppcl_ds.planning.plan import Plan
-from ppcl_ds.recipe import Distill, Recipe, checkpoint_tag
+from ppcl_ds.recipe import Distill, Recipe, checkpoint_tag, read_deepspeed_file
 from ppcl_ds.units.depth import Parcel
 from ppcl_ds.watch.board import Board, peak_memory_gib
+from ppcl_ds.whole import write_whole
 
 _PICTURES = 8
 """Pictures of each model in TensorBoard."""
@@ -77,17 +78,23 @@ class Trainer:
         settings = self.recipe.distill
         done = self._resume()
         rounds = self._rounds(done)
+
+        def due(step: int, every: int) -> bool:
+            return bool(every) and (step % every == 0 or step == settings.steps)
+
         with progress("distill", settings.steps, done) as advance:
-            began = time.perf_counter()
+            seconds, logged = 0.0, done
             for step in range(done + 1, settings.steps + 1):
+                began = time.perf_counter()
                 self.engine.train_batch(rounds)
+                seconds += time.perf_counter() - began
                 advance(1)
-                if step % settings.log_every == 0 or step == settings.steps:
-                    self._log(step, settings.log_every, time.perf_counter() - began)
-                    began = time.perf_counter()
-                if step % settings.checkpoint_every == 0 or step == settings.steps:
+                if due(step, settings.log_every):
+                    self._log(step, seconds / (step - logged))
+                    seconds, logged = 0.0, step
+                if due(step, settings.checkpoint_every):
                     self._save(step)
-                if settings.sample_every and (step % settings.sample_every == 0 or step == settings.steps):
+                if due(step, settings.sample_every):
                     self._look(step)
 
     def _resume(self) -> int:
@@ -95,6 +102,7 @@ class Trainer:
         if not (folder / "latest").exists():
             if dist.get_rank() == 0:
                 self.plan.save(self.recipe.trained_plan)
+                write_whole(self.recipe.trained_recipe, self.recipe.model_dump_json(indent=1))
             return 0
         _, state = self.engine.load_checkpoint(str(folder))
         return int(state["step"])
@@ -107,13 +115,22 @@ class Trainer:
         return Rounds(stream.take(first, world), self.forward, self.exchange, self.inbox, self.device)
 
     def _save(self, step: int) -> None:
-        self.engine.save_checkpoint(str(self.recipe.checkpoints), tag=checkpoint_tag(step), client_state={"step": step})
+        """Write a checkpoint; it counts only once every rank has written its part.
 
-    def _log(self, step: int, steps: int, seconds: float) -> None:
+        DeepSpeed would name it the latest before the other ranks have finished.
+        """
+        folder, tag = self.recipe.checkpoints, checkpoint_tag(step)
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            write_whole(folder / "latest", tag)
+
+    def _log(self, step: int, seconds: float) -> None:
+        """Write what was measured since the last time; `seconds` is one step's share."""
         settings = self.recipe.distill
         own = self.library.drain()
         own["run/learning_rate"] = float(self.engine.get_lr()[0])
-        own["run/samples_per_second"] = steps * settings.micro_batch * settings.micro_batches_per_step / seconds
+        own["run/samples_per_second"] = settings.micro_batch * settings.micro_batches_per_step / seconds
         own["run/loss"] = float(self.engine.agg_train_loss)
         own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
         self.board.scalars(step, own)
@@ -186,5 +203,5 @@ def student_config(config: dict[str, Any], settings: Distill, replicas: int, rec
     return config | {
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": settings.micro_batches_per_step // replicas,
-        "bf16": {"enabled": recipe.teacher.precision == "bf16"},
+        "bf16": config.get("bf16", {}) | {"enabled": recipe.teacher.precision == "bf16"},
     }

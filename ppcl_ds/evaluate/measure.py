@@ -52,6 +52,12 @@ class ModelFigures(BaseModel):
     sample_mse: float
 
 
+class Figures(BaseModel):
+    """The content of report.json."""
+
+    models: Sequence[ModelFigures]
+
+
 class Bench:
     """The same held-out data, prompts and noise for every model.
 
@@ -109,7 +115,7 @@ class Bench:
     def _draw(self, model: nn.Module) -> Tensor:
         settings, data = self.recipe.evaluate, self.recipe.data
         encoder = text_encoder(data.captions)
-        empty = empty_prompt(data.shards, data.captions.max_tokens == 0).to(self.device, self.dtype)
+        empty = empty_prompt(data.shards, data.captions.masked).to(self.device, self.dtype)
         drawn = []
         for start in range(0, settings.samples, settings.batch_size):
             part = slice(start, start + settings.batch_size)
@@ -128,7 +134,7 @@ class Bench:
 
     def _latency(self, model: nn.Module, repeats: int = 20) -> float:
         batch = self.batches[0]
-        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1], batch.velocity[:1])
+        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1])
         times = []
         for _ in range(repeats):
             began = time.perf_counter()

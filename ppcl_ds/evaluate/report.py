@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,10 +11,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from ppcl_ds.evaluate.measure import ModelFigures
+from ppcl_ds.evaluate.measure import Figures, ModelFigures
+from ppcl_ds.probing.report import as_png
+from ppcl_ds.whole import write_whole
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 _COLUMNS = 16
@@ -43,8 +42,7 @@ def draw_samples(pictures: Mapping[str, Tensor], captions: Sequence[str], path: 
     for axis, caption in zip(axes[0], captions, strict=False):
         axis.set_title("\n".join(caption.split()[-2:]), fontsize=6)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    write_whole(path, as_png(figure))
 
 
 def write_report(
@@ -57,8 +55,7 @@ def write_report(
         heldout: variant -> (step, velocity error on held-out data).
         facts: lines that say what was measured, name -> text.
     """
-    content = {"models": [model.model_dump() for model in models]}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_whole(folder / "report.json", Figures(models=models).model_dump_json(indent=1) + "\n")
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.evaluate", "."), autoescape=True)
     heatmap = folder / "probe" / "heatmap.png"
     page = environment.get_template("report.html.jinja").render(
@@ -68,7 +65,7 @@ def write_report(
         heatmap=_inline(heatmap.read_bytes()) if heatmap.exists() else None,
         curves=_inline(_plot_curves(losses, heldout)) if losses else None,
     )
-    (folder / "report.html").write_text(page)
+    write_whole(folder / "report.html", page)
 
 
 def _plot_curves(losses: Curves, heldout: Curves) -> bytes:
@@ -80,14 +77,7 @@ def _plot_curves(losses: Curves, heldout: Curves) -> bytes:
         axis.set(title=title, xlabel="step", yscale="log")
         if curves:
             axis.legend(fontsize=7, ncols=2)
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    plt.close(figure)
-    return buffer.getvalue()
+    return as_png(figure)
 
 
 def _inline(png: bytes) -> str:

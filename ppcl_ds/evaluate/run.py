@@ -60,7 +60,15 @@ def _models(
     yield "teacher", lambda: model_class.from_pretrained(files.folder, torch_dtype=dtype)
     for variant in plan.variants:
         yield variant, lambda v=variant: model_class.from_pretrained(recipe.pruned(v), torch_dtype=dtype)  # type: ignore[misc]
-        yield f"{variant}-undistilled", lambda v=variant: assembled(files, anatomy, plan, v, None)  # type: ignore[misc]
+        yield f"{variant}-undistilled", lambda v=variant: _undistilled(files, anatomy, plan, v, dtype)  # type: ignore[misc]
+
+
+def _undistilled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, dtype: torch.dtype) -> nn.Module:
+    model = assembled(files, anatomy, plan, variant, None)
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(files.runs_as(name, dtype))
+    return model
 
 
 def _facts(recipe: Recipe, files: ModelFiles, device: torch.device) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.surgery import assemble
 from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.whole import whole_folder
 
 _LAYER_PREFIX = "unit.block."
 """In front of a unit's tensors in a checkpoint; what follows is the name in the teacher's block class."""
@@ -80,8 +80,5 @@ def consolidate(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, t
         out: the folder to write; it appears whole, an older one is replaced.
     """
     model = assembled(files, anatomy, plan, variant, trained)
-    started = out.with_name(out.name + ".partial")
-    shutil.rmtree(started, ignore_errors=True)
-    model.save_pretrained(started)
-    shutil.rmtree(out, ignore_errors=True)
-    started.rename(out)
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)

@@ -73,6 +73,11 @@ class ModelFiles:
             model = self.model_class.from_config(config or self.config)
         return model.eval().requires_grad_(False)
 
+    def runs_as(self, key: str, dtype: torch.dtype) -> torch.dtype:
+        """The number format of a tensor in a model that runs as `dtype`: float32 where the family insists on it."""
+        kept = set(getattr(self.model_class, "_keep_in_fp32_modules", None) or ())
+        return torch.float32 if kept & set(key.split(".")) else dtype
+
     def tensor(self, key: str) -> Tensor:
         """One stored tensor, whole, on the CPU."""
         with safe_open(self._file_of[key], framework="pt") as opened:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Batch, Prompts
 from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_shards
+from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy, Block, Capture
 from ppcl_ds.families.call import Caller, caller_for
 from ppcl_ds.families.files import ModelFiles
@@ -33,7 +34,17 @@ def open_teacher(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
     """
     files = ModelFiles(recipe.teacher.path)
     caller_for(files.class_name)
-    return files, Anatomy(files.empty_model())
+    model = files.empty_model()
+    missing = sorted(name for name, _ in model.named_parameters() if name not in files.keys)
+    if missing:
+        raise UserError(f"teacher {files.folder}: tensor '{missing[0]}' is missing from the safetensors files")
+    captions = recipe.data.captions
+    for key, own in (("joint_attention_dim", captions.width), ("pooled_projection_dim", captions.pooled_width)):
+        if files.config.get(key, own) != own:
+            raise UserError(
+                f"data.captions gives embeddings {own} channels wide, but the teacher's {key} is {files.config[key]}"
+            )
+    return files, Anatomy(model)
 
 
 @dataclass(frozen=True)
@@ -44,13 +55,11 @@ class NoisyBatch:
         latents: (B, C, H, W), noisy.
         prompts: B captions, some of them replaced by the empty one.
         sigmas: (B,) float32 noise levels in (0, 1]; families round them themselves, if at all.
-        velocity: (B, C, H, W), the flow-matching target `noise - data`.
     """
 
     latents: Tensor
     prompts: Prompts
     sigmas: Tensor
-    velocity: Tensor
 
 
 class NoisyStream:
@@ -71,7 +80,7 @@ class NoisyStream:
         micro_batch: int,
         device: torch.device,
     ) -> None:
-        masked = recipe.data.captions.max_tokens == 0
+        masked = recipe.data.captions.masked
         self.noise: Noise = recipe.noise
         self.seed, self.device, self.dtype = recipe.seed, device, DTYPES[recipe.teacher.precision]
         self.empty = empty_prompt(recipe.data.shards, masked)
@@ -89,12 +98,11 @@ class NoisyStream:
         generator = torch.Generator().manual_seed(seed)
         batch = batch.drop_captions(self.empty, self.noise.caption_dropout, generator)
         sigmas = draw_sigmas(self.noise, len(batch.keys), generator)
-        noisy, velocity = add_noise(batch.latents, sigmas, generator)
+        noisy, _ = add_noise(batch.latents, sigmas, generator)
         return NoisyBatch(
             noisy.to(self.device, self.dtype),
             batch.prompts.to(self.device, self.dtype),
             sigmas.to(self.device),
-            velocity.to(self.device, self.dtype),
         )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,7 +11,6 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 
@@ -34,18 +31,6 @@ class _Partitioner(Init):
         return whole
 
 
-def read_deepspeed_file(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as fault:
-        raise UserError(f"DeepSpeed file {path}: {fault}") from None
-
-
 def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
     """The teacher as a frozen ZeRO-3 engine over all ranks.
 
@@ -60,17 +45,16 @@ def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) 
     groups.mpu = None
     model = files.empty_model()
     anatomy = Anatomy(model)
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     partitioner = _Partitioner(config_dict_or_path=config, mem_efficient_linear=False)
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             key = f"{prefix}.{name}" if prefix else name
-            own = partitioner.reserve(parameter, torch.float32 if kept & set(key.split(".")) else dtype)
+            own = partitioner.reserve(parameter, files.runs_as(key, dtype))
             module.register_parameter(name, own)
             _fill_partition(files, key, own)
     for name, buffer in model.named_buffers():
         if name in files.keys:  # stored ones come in the number format of parameters, computed ones stay as they are
-            buffer.data = files.tensor(name).to(torch.float32 if kept & set(name.split(".")) else dtype)
+            buffer.data = files.tensor(name).to(files.runs_as(name, dtype))
     model.to(get_accelerator().current_device_name())
     # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
     set_z3_leaf_modules(
@@ -82,8 +66,6 @@ def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) 
 
 
 def _fill_partition(files: ModelFiles, name: str, parameter: Any) -> None:
-    if name not in files.keys:
-        raise UserError(f"teacher {files.folder}: tensor '{name}' is missing from the safetensors files")
     own: Tensor = parameter.ds_tensor  # (ceil(numel / ranks),), the last rank's padded
     start = own.numel() * parameter.ds_zero_partition_rank
     stop = min(start + own.numel(), parameter.ds_numel)

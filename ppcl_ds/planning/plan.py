@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,6 +16,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.surgery import block_shapes
+from ppcl_ds.whole import write_whole
 
 _HEADER = """\
 # Plan: what the units replace, and which variants plug which units.
@@ -86,8 +88,7 @@ class Plan(BaseModel):
         ]
         lines += ["variants:" if self.variants else "variants: {}"]
         lines += [f"  {_quoted(v)}: [{', '.join(map(_quoted, names))}]" for v, names in self.variants.items()]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n")
+        write_whole(path, "\n".join(lines) + "\n")
 
 
 def _quoted(name: str) -> str:
@@ -121,29 +122,36 @@ def load_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> Plan:
     return plan
 
 
-def _complaints(plan: Plan, files: ModelFiles, anatomy: Anatomy) -> Sequence[str]:
-    found: list[str] = []
+def _complaints(plan: Plan, files: ModelFiles, anatomy: Anatomy) -> Iterator[str]:
     names = [unit.name for unit in plan.units]
-    found += [f"two units are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1})]
+    yield from (f"two units are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1}))
     spans = allowed_spans(files, anatomy)
     for unit in plan.units:
-        u, v = unit.span
-        if (u, v) not in spans:
-            found.append(
-                f"unit '{unit.name}': span [{u}, {v}] is not possible; it must hold at least two blocks of one list of "
-                f"this teacher's {plan.blocks}, and at the end of a list its first block must be shaped like its last"
+        if unit.span not in spans:
+            yield (
+                f"unit '{unit.name}': span {list(unit.span)} is not possible; it must hold at least two blocks of one "
+                f"list of this teacher's {plan.blocks}, and at the end of a list its first block must be shaped like "
+                "its last"
             )
-    for variant, members in plan.variants.items():
-        unknown = [name for name in members if name not in names]
-        if unknown:
-            found.append(f"variant '{variant}' plugs unit '{unknown[0]}', which is not under units")
-            continue
-        for a, b in pairwise(plan.units_of(variant)):
-            if b.span[0] <= a.span[1]:
-                found.append(
-                    f"variant '{variant}': spans {list(a.span)} of '{a.name}' and {list(b.span)} of '{b.name}' overlap"
-                )
-    return found
+        elif len(set(unit.streams)) < len(unit.streams):
+            yield f"unit '{unit.name}': a stream is listed twice"
+        elif not set(unit.streams) <= set(anatomy.blocks[unit.span[1]].returns):
+            yield f"unit '{unit.name}': block {unit.span[1]} returns only {list(anatomy.blocks[unit.span[1]].returns)}"
+    for variant in plan.variants:
+        yield from _variant_complaints(plan, variant)
+
+
+def _variant_complaints(plan: Plan, variant: str) -> Iterator[str]:
+    if not re.fullmatch(r"[\w .+-]+", variant) or variant == "teacher" or variant.endswith("-undistilled"):
+        yield f"variant '{variant}' needs another name: letters, digits and ' .+-_'; not 'teacher' or '...-undistilled'"
+    known = {unit.name for unit in plan.units}
+    unknown = [name for name in plan.variants[variant] if name not in known]
+    if unknown:
+        yield f"variant '{variant}' plugs unit '{unknown[0]}', which is not under units"
+        return
+    for a, b in pairwise(plan.units_of(variant)):
+        if b.span[0] <= a.span[1]:
+            yield f"variant '{variant}': spans {list(a.span)} of '{a.name}' and {list(b.span)} of '{b.name}' overlap"
 
 
 def allowed_spans(files: ModelFiles, anatomy: Anatomy) -> set[tuple[int, int]]:

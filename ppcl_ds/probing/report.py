@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,10 +12,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Block
+from ppcl_ds.whole import write_whole
 
 _ROUNDING = 1e-9
 """Differences of similarity below this are rounding, not acceleration."""
@@ -49,9 +52,8 @@ class ProbeReport(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write `report.json` and `heatmap.png` into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        draw_heatmaps(self, folder / "heatmap.png")
-        (folder / "report.json").write_text(self.model_dump_json(indent=1))
+        write_whole(folder / "heatmap.png", draw_heatmaps(self))
+        write_whole(folder / "report.json", self.model_dump_json(indent=1))
 
 
 def load_report(folder: Path) -> ProbeReport:
@@ -92,8 +94,8 @@ def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, i
     return spans
 
 
-def draw_heatmaps(report: ProbeReport, path: Path) -> None:
-    """Similarity and error side by side, the paper's spans outlined."""
+def draw_heatmaps(report: ProbeReport) -> bytes:
+    """Similarity and error side by side, the paper's spans outlined, as a PNG."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
     titles = ("Linear CKA(u, k): how alike block u's output and the chain to k stay", "log10 error(u, v) of the chain")
     for axis, matrix, title in zip(axes, (report.cka, report.error), titles, strict=True):
@@ -106,5 +108,12 @@ def draw_heatmaps(report: ProbeReport, path: Path) -> None:
         axis.set(title=title, xlabel="last block of the span", ylabel="first block u")
         axis.title.set_fontsize(9)
         figure.colorbar(image, ax=axis, shrink=0.8)
-    figure.savefig(path, dpi=110)
+    return as_png(figure)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)
+    return buffer.getvalue()

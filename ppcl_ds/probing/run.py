@@ -9,13 +9,13 @@ from itertools import islice
 import torch.distributed as dist
 
 from ppcl_ds import launch
-from ppcl_ds.data.stream import split_shards
+from ppcl_ds.data.stream import empty_prompt, split_shards
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream, open_teacher, read_teacher, unread_streams
 from ppcl_ds.probing.probe import Prober, Reading
-from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
 
 
 def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
@@ -25,8 +25,11 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
         UserError: one line that says what.
     """
     files, anatomy = open_teacher(recipe)
+    launch.check_world(recipe.topology.world)
     for split in ("train", "heldout"):
         split_shards(recipe.data.shards, split)
+    empty_prompt(recipe.data.shards, recipe.data.captions.masked)
+    read_deepspeed_file(recipe.deepspeed.teacher)
     return files, anatomy
 
 
@@ -37,7 +40,7 @@ def probe(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> None:
     """
     device = launch.join()
     # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
-    from ppcl_ds.families.sharded import load_teacher, read_deepspeed_file
+    from ppcl_ds.families.sharded import load_teacher
 
     caller = caller_for(files.class_name)
     teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), DTYPES[recipe.teacher.precision])

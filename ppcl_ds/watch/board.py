@@ -20,13 +20,10 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.writer = SummaryWriter(str(folder)) if dist.get_rank() == 0 else None
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write scalars gathered from all ranks, the mean where several ranks give the same name.
 
         Every rank must call this.
-
-        Returns:
-            The means, on every rank.
         """
         gathered: list[Mapping[str, float]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(gathered, dict(values))
@@ -34,12 +31,10 @@ class Board:
         for part in gathered:
             for name, value in part.items():
                 columns[name].append(value)
-        means = {name: sum(column) / len(column) for name, column in columns.items()}
         if self.writer is not None:
-            for name, mean in means.items():
-                self.writer.add_scalar(name, mean, step)
+            for name, column in columns.items():
+                self.writer.add_scalar(name, sum(column) / len(column), step)
             self.writer.flush()
-        return means
 
     def pictures(self, step: int, rows: Mapping[str, Tensor]) -> None:
         """Write one strip of pictures a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""

@@ -26,7 +26,7 @@ from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import shipped
+from ppcl_ds.recipe import read_deepspeed_file, shipped
 from ppcl_ds.units.depth import DepthUnit
 from tests.conftest import TEACHERS
 
@@ -81,7 +81,7 @@ def velocity(family: str, model: nn.Module, dtype: torch.dtype, seed: int) -> Te
 def be_a_rank(folder: Path) -> None:
     """Load every teacher in every number format, plug its variants, write down what came out."""
     launch.join()
-    from ppcl_ds.families.sharded import load_teacher, read_deepspeed_file
+    from ppcl_ds.families.sharded import load_teacher
 
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
