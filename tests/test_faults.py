@@ -195,4 +195,5 @@ def test_a_stopped_command_leaves_no_rank_behind(ready: Path) -> None:
 
 def ranks_of(path: Path) -> list[int]:
     """Processes whose command line names the recipe."""
-    return [process.pid for process in psutil.process_iter() if str(path) in process.cmdline() and process.is_running()]
+    processes = psutil.process_iter(["cmdline"])
+    return [process.pid for process in processes if str(path) in (process.info["cmdline"] or [])]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppcl_ds.recipe import shipped
 from ppcl_ds.watch.board import read_scalars
@@ -69,6 +70,9 @@ def test_tensorboard_has_what_a_run_is_watched_by(short: tuple[Path, str]) -> No
         assert [step for step, _ in scalars[f"{unit}/loss/image"]] == [2, 4, 6]
         assert [step for step, _ in scalars[f"{unit}/norm_ratio/image"]] == [2, 4, 6]
     assert [step for step, _ in scalars["heldout/velocity_mse/medium"]] == [3, 6]
+    events = EventAccumulator(str(short[0].parent / "run" / "distill" / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {f"samples/{name}" for name in ("teacher", "large", "medium", "small")}
 
 
 def test_the_report_page_needs_no_other_file(short: tuple[Path, str]) -> None:
