@@ -48,6 +48,8 @@ class ModelFiles:
             if index.exists():
                 names = dict(json.loads(index.read_text())["weight_map"])
                 files = {key: self.folder / name for key, name in names.items()}
+                if not files:
+                    raise ValueError("the index lists no tensors")
                 for file in sorted(set(files.values())):
                     if not file.exists():
                         raise UserError(f"teacher {self.folder}: weights file {file.name} is missing; copy it again")

@@ -120,6 +120,10 @@ COMPLAINTS = {
     "unknown unit": ({"variants": {"8B": ["early", "lost"]}}, ["8B", "lost"]),
     "unknown stream": ({"units": [{"name": "early", "span": [0, 2], "streams": ["audio"]}]}, ["streams"]),
     "no stream": ({"units": [{"name": "deaf", "span": [0, 2], "streams": []}], "variants": {}}, ["streams"]),
+    "a stream twice": ({"units": [{"name": "echo", "span": [0, 2], "streams": ["text", "text"]}]}, ["echo", "twice"]),
+    "a variant called teacher": ({"variants": {"teacher": ["early"]}}, ["variant 'teacher'"]),
+    "a variant called undistilled": ({"variants": {"8B-undistilled": ["early"]}}, ["8B-undistilled"]),
+    "a variant that is a path": ({"variants": {"../8B": ["early"]}}, ["../8B", "folder"]),
     "duplicate names": (
         {
             "units": [
