@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 from torch import Tensor, nn
 
 from ppcl_ds.console import track
@@ -86,9 +86,8 @@ def _facts(recipe: Recipe, files: ModelFiles, device: torch.device) -> dict[str,
 
 
 def _show(rows: list[ModelFigures]) -> None:
-    table = Table(
-        Column("model", no_wrap=True), "params", "blocks", "ms", "accuracy", "Fréchet", "velocity", "sample", box=SIMPLE
-    )
+    columns = ("params", "blocks", "ms", "acc.", "Fréchet", "velocity", "sample")
+    table = Table("model", *columns, box=SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for m in rows:
         table.add_row(
             m.name,
