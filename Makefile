@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test lint clean
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
-	$(BIN)/ppcl demo $(if $(FRESH),--fresh)
+	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
 
 test: $(READY)  ## the whole test suite
 	$(BIN)/pytest

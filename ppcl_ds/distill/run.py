@@ -15,7 +15,19 @@ from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 
-_FIXED = [f"distill.{key}" for key in ("micro_batch", "micro_batches_per_step", "magnitude_weight", "optimizer")]
+_FIXED = (
+    "seed",
+    "topology",
+    "noise",
+    "data.captions",
+    "data.images",
+    "teacher.precision",
+    "distill.micro_batch",
+    "distill.micro_batches_per_step",
+    "distill.magnitude_weight",
+    "distill.optimizer",
+)
+"""Recipe keys that a run keeps from its first step to its last."""
 
 
 def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
@@ -56,13 +68,15 @@ def _check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
         before = Recipe.model_validate_json(recipe.trained_recipe.read_text())
     except (OSError, ValidationError):
         raise UserError(f"{recipe.trained_recipe} is missing or damaged; {anew}") from None
-    for key in ("seed", "topology", "noise", "data.captions", "data.images", "teacher.precision", *_FIXED):
+    for key in _FIXED:
         old, new = (attrgetter(key)(version) for version in (before, recipe))
         if old != new:
             raise UserError(f"recipe key '{key}' is not what {folder} was trained with ({old}); {anew}")
     tag = (recipe.checkpoints / "latest").read_text().strip()
     if not (recipe.checkpoints / tag).is_dir():
-        raise UserError(f"{recipe.checkpoints}/latest names '{tag}', which is not there; write a tag that is into it")
+        raise UserError(
+            f"{recipe.checkpoints}/latest names '{tag}', which is gone; write the name of one that is there"
+        )
 
 
 def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan) -> None:

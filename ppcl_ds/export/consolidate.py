@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from diffusers import ModelMixin
@@ -48,8 +49,9 @@ def unit_state(checkpoint: Path, trained: Plan, unit: UnitPlan) -> dict[str, Ten
     path = checkpoint / f"layer_{layer:02d}-model_states.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{unit.name}' is missing") from None
+    except (OSError, RuntimeError, UnpicklingError) as fault:
+        why = str(fault).splitlines()[0]
+        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{unit.name}' cannot be read: {why}") from None
     return {key.removeprefix(_LAYER_PREFIX): tensor for key, tensor in state.items()}
 
 
