@@ -70,6 +70,23 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+WAN: tuple[str, dict[str, Any]] = (
+    "WanTransformer3DModel",
+    {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 32,
+        "ffn_dim": 32,
+        "num_layers": 3,
+        "rope_max_seq_len": 32,
+    },
+)
+"""A family that can be tapped, though not yet called."""
+
+
 def make_teacher(family: str, folder: Path) -> None:
     """A random teacher of the family, saved as its users find it."""
     class_name, config = TEACHERS[family]

@@ -55,7 +55,7 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
         raise UserError(f"{recipe.run} was made with another recipe; start over with --fresh (make demo FRESH=1)")
     recipe.run.mkdir(parents=True, exist_ok=True)
     used.write_text(path.read_text())
-    # At this size a second thread gains a third on an idle machine and costs a factor of ten on a busy one.
+    # At this size a second thread gains little, and on a machine that does anything else it costs a great deal.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     steps = _steps(path, recipe)

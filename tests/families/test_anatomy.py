@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy, Streams
-from tests.conftest import TEACHERS
+from tests.conftest import TEACHERS, WAN
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,7 @@ CASES = {
         },
     ),
     "wan": Case(
-        "WanTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "rope_max_seq_len": 32,
-        },
+        *WAN,
         lists={"blocks": 3},
         places={"image": 0},
         inputs={

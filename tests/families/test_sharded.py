@@ -28,26 +28,13 @@ from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import read_deepspeed_file, shipped
 from ppcl_ds.units.depth import DepthUnit
-from tests.conftest import TEACHERS
+from tests.conftest import TEACHERS, WAN
 
 RANKS = 2
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = TEACHERS | {
-    "wan": (  # keeps a few of its tensors in float32 whatever it is loaded as
-        "WanTransformer3DModel",
-        {
-            "num_attention_heads": 2,
-            "attention_head_dim": 12,
-            "in_channels": 4,
-            "out_channels": 4,
-            "text_dim": 16,
-            "freq_dim": 32,
-            "ffn_dim": 32,
-            "num_layers": 3,
-            "rope_max_seq_len": 32,
-        },
-    )
+    "wan": WAN  # keeps a few of its tensors in float32 whatever it is loaded as
 }
 SPANS = {"qwen": [(0, 2), (4, 5)], "flux": [(1, 3), (5, 8)], "sd3": [(0, 1), (2, 4)]}
 
