@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from rich.box import SIMPLE
@@ -57,10 +58,10 @@ def _models(
     model_class = files.model_class
     assert model_class is not None
     dtype = DTYPES[recipe.teacher.precision]
-    yield "teacher", lambda: model_class.from_pretrained(files.folder, torch_dtype=dtype)
+    yield "teacher", partial(model_class.from_pretrained, files.folder, torch_dtype=dtype)
     for variant in plan.variants:
-        yield variant, lambda v=variant: model_class.from_pretrained(recipe.pruned(v), torch_dtype=dtype)  # type: ignore[misc]
-        yield f"{variant}-undistilled", lambda v=variant: _undistilled(files, anatomy, plan, v, dtype)  # type: ignore[misc]
+        yield variant, partial(model_class.from_pretrained, recipe.pruned(variant), torch_dtype=dtype)
+        yield f"{variant}-undistilled", partial(_undistilled, files, anatomy, plan, variant, dtype)
 
 
 def _undistilled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, dtype: torch.dtype) -> nn.Module:

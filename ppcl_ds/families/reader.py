@@ -6,9 +6,9 @@ Shapes: B batch, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -141,8 +141,8 @@ def unread_streams(model: nn.Module, anatomy: Anatomy, caller: Caller, batch: No
     return unread
 
 
-def _poison(block: Block, stream: str):  # type: ignore[no-untyped-def]
-    def hook(module: nn.Module, args: object, output: object) -> object:
+def _poison(block: Block, stream: str) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
         streams = block.read_output(output)
         return block.write_output({s: t * torch.nan if s == stream else t for s, t in streams.items()})
 
