@@ -60,11 +60,10 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     steps = _steps(path, recipe)
     for number, step in enumerate(steps):
-        shown = step.title if callable(step.action) else " ".join(step.action)
         if step.done():
-            print(f"[{number + 1}/{len(steps)}] {shown} (done before)", flush=True)
+            print(f"[{number + 1}/{len(steps)}] {step.title} (done before)", flush=True)
             continue
-        print(f"\n[{number + 1}/{len(steps)}] {shown}", flush=True)
+        print(f"\n[{number + 1}/{len(steps)}] {step.title}", flush=True)
         for later in steps[number + 1 :]:
             for made in later.makes:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
@@ -88,6 +87,10 @@ def _run(action: Callable[[], None] | list[str]) -> None:
         sys.exit(code)
 
 
+def _command(arguments: list[str], makes: list[Path], done: Callable[[], bool]) -> Step:
+    return Step(" ".join(arguments), arguments, makes, done)
+
+
 def _steps(path: Path, recipe: Recipe) -> list[Step]:
     def all_exist(*paths: Path) -> Callable[[], bool]:
         return lambda: all(p.exists() for p in paths)
@@ -103,17 +106,17 @@ def _steps(path: Path, recipe: Recipe) -> list[Step]:
             [recipe.data.source],
             all_exist(raw / "index.json"),
         ),
-        Step("shard", ["ppcl-data", "shard", file], [raw], all_exist(raw / "index.json")),
-        Step("encode", ["ppcl-data", "encode", file], [encoded], all_exist(encoded / "index.json")),
+        _command(["ppcl-data", "shard", file], [raw], all_exist(raw / "index.json")),
+        _command(["ppcl-data", "encode", file], [encoded], all_exist(encoded / "index.json")),
         Step(
             "train a teacher from scratch",
             lambda: train_teacher(recipe),
             [recipe.teacher.path],
             all_exist(recipe.teacher.path / "config.json"),
         ),
-        Step("probe", ["ppcl", "probe", file], [recipe.probe_folder], all_exist(recipe.probe_folder / "report.json")),
-        Step("plan", ["ppcl", "plan", file], [recipe.plan_file], all_exist(recipe.plan_file)),
-        Step("distill", ["ppcl", "distill", file], [run / "distill"], lambda: recipe.distilled),
-        Step("consolidate", ["ppcl", "consolidate", file], [run / "pruned"], all_exist(*pruned)),
-        Step("evaluate", ["ppcl", "evaluate", file], report, all_exist(*report)),
+        _command(["ppcl", "probe", file], [recipe.probe_folder], all_exist(recipe.probe_folder / "report.json")),
+        _command(["ppcl", "plan", file], [recipe.plan_file], all_exist(recipe.plan_file)),
+        _command(["ppcl", "distill", file], [run / "distill"], lambda: recipe.distilled),
+        _command(["ppcl", "consolidate", file], [run / "pruned"], all_exist(*pruned)),
+        _command(["ppcl", "evaluate", file], report, all_exist(*report)),
     ]
