@@ -7,7 +7,7 @@ BIN := .venv/bin
 READY := .venv/ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
@@ -19,6 +19,9 @@ lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile
+	for program in load schedule step published; do $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 clean:  ## forget the environment and every run
 	rm -rf .venv runs

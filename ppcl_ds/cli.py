@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ppcl_ds import console, launch
+from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.recipe import load_recipe, shipped
 
 app = typer.Typer(
@@ -58,16 +59,69 @@ def plan(recipe: RecipeFile) -> None:
 
 
 @app.command()
-def distill(recipe: RecipeFile) -> None:
+def estimate(
+    recipe: RecipeFile,
+    nodes: Annotated[int, typer.Option(help="Nodes of the cluster.")] = 1,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(help="Accelerators of a node.", show_default="topology.stages x topology.replicas")
+    ] = None,
+    accelerator: Annotated[str, typer.Option(help=f"One of {', '.join(ACCELERATORS)}.")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="Share of its bf16 peak that matrix products reach.")] = 0.4,
+    latent_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Height and width of the latents: 128, or 96x160.", show_default="data.images"
+        ),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt.", show_default="data.captions.max_tokens, or 32")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
+) -> None:
+    """Say what distilling will need: memory by part, work, traffic and time of a step, the smallest cluster that fits.
+
+    Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
+    spans are assumed. A cluster of another size than the topology's keeps its
+    stages and changes its replicas.
+
+    Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
+    """
+    loaded = load_recipe(recipe)
+    from ppcl_ds.estimate.run import estimate
+
+    fits = estimate(
+        loaded,
+        nodes,
+        gpus_per_node,
+        accelerator=accelerator,
+        utilisation=utilisation,
+        latent_size=latent_size,
+        text_tokens=text_tokens,
+        json=json,
+    )
+    if not fits:
+        raise typer.Exit(1)
+
+
+@app.command()
+def distill(
+    recipe: RecipeFile,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check recipe, plan, topology and shards, print the estimate, stop there.")
+    ] = False,
+) -> None:
     """Train all units of the plan at once against the frozen teacher.
 
     Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.distill.run import check, distill
+    from ppcl_ds.distill.run import check, distill, rehearse
 
     files, anatomy, checked = check(loaded)
+    if dry_run:
+        rehearse(loaded)
+        return
     if not launch.is_rank():
         launch.start_ranks(["distill", str(recipe)], loaded.topology.world)
     distill(loaded, files, anatomy, checked)

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ppcl_ds.errors import UserError
 
 Item = TypeVar("Item")
+
+
+class Advance(Protocol):
+    """Says that `count` more are done; a note that is not empty replaces the one shown."""
+
+    def __call__(self, count: int, note: str = "") -> None:
+        """Advance."""
+
 
 LOG_SECONDS = 10.0
 """Least time between two progress lines where there is no terminal."""
@@ -41,14 +49,14 @@ def track(items: Iterable[Item], description: str, total: int, done: int = 0) ->
 
 
 @contextmanager
-def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     """Show progress while the block runs: a bar on a terminal, else a plain line every `LOG_SECONDS` and at the end.
 
     Yields:
-        `advance(n)`: says that n more of `total` are done.
+        `advance(n, note)`: says that n more of `total` are done; a note that is not empty replaces the one shown.
     """
     if int(os.environ.get("RANK", "0")):  # of the processes of one launch, the first one speaks
-        yield lambda count: None
+        yield lambda count, note="": None
         return
     if not sys.stdout.isatty():
         lines = _Lines(description, total, done)
@@ -56,9 +64,15 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Callable[[
         lines.show()
         return
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+    with Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}")) as bar:
+        task = bar.add_task(description, total=total, completed=done, note="")
+
+        def advance(count: int, note: str = "") -> None:
+            bar.advance(task, count)
+            if note:
+                bar.update(task, note=note)
+
+        yield advance
 
 
 class _Lines:
@@ -67,9 +81,11 @@ class _Lines:
     def __init__(self, description: str, total: int, done: int) -> None:
         self.description, self.total, self.before, self.done = description, total, done, done
         self.began = self.shown = time.monotonic()
+        self.note = ""
 
-    def advance(self, count: int) -> None:
+    def advance(self, count: int, note: str = "") -> None:
         self.done += count
+        self.note = note or self.note
         if time.monotonic() - self.shown >= LOG_SECONDS and self.done < self.total:
             self.show()
 
@@ -80,4 +96,4 @@ class _Lines:
         if self.before < self.done < self.total:
             remaining = elapsed / (self.done - self.before) * (self.total - self.done)
             line += f", {timedelta(seconds=int(remaining))} remaining"
-        print(line, flush=True)
+        print(f"{line}; {self.note}" if self.note else line, flush=True)

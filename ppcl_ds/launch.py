@@ -9,12 +9,16 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from ppcl_ds.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+
+
+Value = TypeVar("Value")
 
 
 def is_rank() -> bool:
@@ -36,11 +40,18 @@ def check_world(world: int) -> None:
     """Compare the ranks that somebody else started with the recipe's topology.
 
     Raises:
-        UserError: their number differs.
+        UserError: their number differs, or torchrun did not start them.
     """
-    started = int(os.environ.get("WORLD_SIZE", world))
-    if is_rank() and started != world:
+    if not is_rank():
+        return
+    needed = ("WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in needed if name not in os.environ]:
+        raise UserError(f"RANK is set in the environment, but {missing[0]} is not; start the processes with torchrun")
+    started, in_the_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if started != world:
         raise UserError(f"{started} processes were started, but topology.stages x topology.replicas is {world}")
+    if started % in_the_node:
+        raise UserError(f"{in_the_node} of {started} processes are on this node; start equally many on each")
 
 
 def _environment(world: int) -> dict[str, str]:
@@ -55,8 +66,13 @@ def _environment(world: int) -> dict[str, str]:
     return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def join() -> torch.device:
-    """Join the other ranks; every rank must call it first. Returns this rank's device."""
+def join(timeout: float = 1800.0) -> torch.device:
+    """Join the other ranks; every rank must call it first. Returns this rank's device.
+
+    Args:
+        timeout: seconds that a collective may wait for a rank; twice as long counts as lost, so that whoever watches
+            the ranks can name the late one first.
+    """
     import deepspeed
     import torch
     from deepspeed.accelerator import get_accelerator
@@ -67,8 +83,25 @@ def join() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if torch.cuda.is_available():
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=2 * timeout))
     return torch.device(get_accelerator().current_device_name())
+
+
+def set_timeout(timeout: float) -> None:
+    """Have every process group wait as `join` was told; groups that DeepSpeed makes have their backend's default."""
+    from torch.distributed import distributed_c10d
+
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timedelta(seconds=2 * timeout), group)
+
+
+def gather(own: Value) -> list[Value]:
+    """What every rank has, in order, on every rank; all of them must call it."""
+    import torch.distributed as dist
+
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, own)
+    return everybody
 
 
 def leave() -> None:

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ppcl_ds.errors import UserError
 
+Precision = Literal["fp32", "bf16"]
+
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A part of a whole, 0 included, 1 excluded."""
 
@@ -82,8 +84,11 @@ class Teacher(Section):
 
     path: Path
     """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder that has `transformer/`."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Precision = "bf16"
     """Number format of teacher and units while they run; masters and optimizer state are always float32."""
+    ranks_per_copy: int | None = Field(default=None, gt=1)
+    """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
+    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
 
 
 class Noise(Section):
@@ -142,6 +147,10 @@ class Optimizer(Section):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(default=0.02, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Longest gradient of a unit, each for itself; 0: no clipping."""
+    offload: bool = False
+    """Keep masters and moments in CPU memory: 12 bytes a parameter less on the accelerator, slower steps."""
 
 
 class DeepSpeedFiles(Section):
@@ -164,7 +173,7 @@ class Distill(Section):
     magnitude_weight: float = Field(default=1.0, ge=0)
     """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
     activation_checkpointing: bool = False
-    """Recompute a unit's activations in its backward pass: less memory, about a third more time."""
+    """Recompute a unit's attention and feed-forward in its backward pass: less memory, about a third more time."""
     optimizer: Optimizer = Optimizer()
     log_every: int = Field(default=10, gt=0)
     """Steps between TensorBoard points."""
@@ -172,6 +181,10 @@ class Distill(Section):
     """Steps between pictures of teacher against variants in TensorBoard; 0: none."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """So many of the newest checkpoints stay; older ones are deleted."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds without progress after which a run ends and names the process that the others wait for."""
 
 
 class Evaluate(Section):
@@ -241,7 +254,7 @@ class Recipe(Section):
 
     @property
     def trained_recipe(self) -> Path:
-        """This recipe as it was when training began."""
+        """This recipe as it was when training began; beside it, a digest of the shards that it began with."""
         return self.run / "distill" / "recipe.json"
 
     @property
@@ -260,13 +273,16 @@ class Recipe(Section):
         return self.run / "pruned" / variant / "transformer"
 
     @model_validator(mode="after")
-    def _micro_batches_fill_the_topology(self) -> Recipe:
+    def _fits_the_topology(self) -> Recipe:
         per_step, world = self.distill.micro_batches_per_step, self.topology.world
         if per_step % world:
             raise ValueError(
                 f"distill.micro_batches_per_step is {per_step}, not a multiple of topology.stages x "
                 f"topology.replicas = {world}; use {max(world, per_step // world * world)}"
             )
+        copy = self.teacher.ranks_per_copy
+        if copy and world % copy:
+            raise ValueError(f"teacher.ranks_per_copy is {copy}, which does not divide the {world} processes")
         return self
 
 

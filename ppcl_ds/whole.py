@@ -14,7 +14,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    to_disk(partial)
     os.replace(partial, path)
+    to_disk(path.parent)
+
+
+def to_disk(path: Path) -> None:
+    """Have the operating system write out a file or a folder's list of names, so that a power cut cannot lose it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

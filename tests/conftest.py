@@ -188,3 +188,17 @@ def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0)
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed
     return printed
+
+
+def run_ranks(module: str, argument: Path, world: int = 2) -> None:
+    """Run `python -m MODULE ARGUMENT` as ranks on the CPU; all of them must end well."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run(
+        [*launcher, "-m", module, str(argument)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

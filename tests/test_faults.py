@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import psutil
 import pytest
 import yaml
 
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.distill.start import write_start
+from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.recipe import load_recipe
 from tests.conftest import command
 
@@ -61,26 +64,50 @@ def odd_micro_batches(path: Path) -> None:
     edit(path, lambda recipe: recipe.update(topology={"stages": 1, "replicas": 3}))
 
 
-def other_units(path: Path) -> None:
+def start(path: Path) -> None:
+    """As if the recipe had been trained."""
     recipe = load_recipe(path)
     recipe.checkpoints.mkdir(parents=True)
     (recipe.checkpoints / "latest").write_text("step-000001")
-    recipe.plan_file.rename(recipe.trained_plan)
+    files, anatomy = open_teacher(recipe)
+    write_start(recipe, load_plan(recipe.plan_file, files, anatomy))
+
+
+def other_units(path: Path) -> None:
+    start(path)
     write_plan(path, (0, 1), (3, 4))
 
 
 def other_optimizer(path: Path) -> None:
-    recipe = load_recipe(path)
-    recipe.checkpoints.mkdir(parents=True)
-    (recipe.checkpoints / "latest").write_text("step-000001")
-    recipe.trained_plan.write_text(recipe.plan_file.read_text())
-    recipe.trained_recipe.write_text(recipe.model_dump_json())
+    start(path)
     edit(path, lambda recipe: recipe["distill"]["optimizer"].update(lr=0.5))
+
+
+def other_shards(path: Path) -> None:
+    start(path)
+    index = path.parent / "shards" / "encoded" / "index.json"
+    changed = json.loads(index.read_text())
+    for entry in changed["shards"]:
+        entry["sha256"] = "0" * 64
+    index.write_text(json.dumps(changed))
+
+
+def gone_checkpoint(path: Path) -> None:
+    start(path)
 
 
 def clipping(path: Path) -> None:
     (path.parent / "students.json").write_text('{"gradient_clipping": 1.0}')
     edit(path, lambda recipe: recipe.update(deepspeed={"students": "{run}/students.json"}))
+
+
+def offloading(path: Path) -> None:
+    (path.parent / "students.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    edit(path, lambda recipe: recipe.update(deepspeed={"students": "{run}/students.json"}))
+
+
+def uneven_copies(path: Path) -> None:
+    edit(path, lambda recipe: recipe["teacher"].update(ranks_per_copy=3))
 
 
 def narrow_captions(path: Path) -> None:
@@ -105,8 +132,12 @@ FAULTS: list[tuple[Change, list[str]]] = [
     (too_many_stages, ["topology.stages is 4", "2 units"]),
     (odd_micro_batches, ["micro_batches_per_step", "multiple"]),
     (other_units, ["trained with other units", "plan.yaml"]),
-    (other_optimizer, ["distill.optimizer", "move", "train anew"]),
-    (clipping, ["students.json", "gradient_clipping must be 0"]),
+    (other_optimizer, ["distill.optimizer.lr", "move", "train anew"]),
+    (other_shards, ["trained on other shards", "train anew"]),
+    (gone_checkpoint, ["latest names 'step-000001'", "gone"]),
+    (clipping, ["students.json", "gradient_clipping must not be set", "distill.optimizer.clip_norm"]),
+    (offloading, ["students.json", "offload_optimizer must not be set", "distill.optimizer.offload"]),
+    (uneven_copies, ["teacher.ranks_per_copy is 3", "2 processes"]),
     (narrow_captions, ["data.captions", "8 channels", "joint_attention_dim is 16"]),
     (no_heldout, ["heldout-", "missing"]),
     (no_plan, ["plan.yaml", "ppcl plan"]),
@@ -160,6 +191,23 @@ def test_every_rank_reports_the_fault_and_none_hangs(ready: Path, break_it: Chan
     assert done.stderr.count("error: ") == 2
     assert "exitcode  : 2" in done.stderr
     assert time.monotonic() - began < 60
+
+
+def cut_shard(path: Path) -> None:
+    shard = next((path.parent / "shards" / "encoded").glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-1024])
+
+
+def test_a_dry_run_checks_every_shard_and_trains_nothing(ready: Path) -> None:
+    printed = command("distill", ready, "--dry-run")
+    assert "fits: " in printed
+    assert "shards: 3 with 48 samples" in printed
+    cut_shard(ready)
+    printed = command("distill", ready, "--dry-run", code=2)
+    assert "train-" in printed
+    assert "missing or cut short" in printed
+    assert not load_recipe(ready).checkpoints.exists()
+    assert not load_recipe(ready).trained_plan.exists()
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:

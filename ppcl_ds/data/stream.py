@@ -5,6 +5,7 @@ Shapes: C latent channels, H and W latent height and width, S text tokens, E emb
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import random
 import tarfile
@@ -78,7 +79,12 @@ class Index(BaseModel):
 
 
 def split_shards(folder: Path, split: Literal["train", "heldout"]) -> list[Path]:
-    """The encoded shards of one split, in the order of their index.
+    """The encoded shards of one split, in the order of their index; see `split_entries`."""
+    return [folder / "encoded" / entry.name for entry in split_entries(folder, split)]
+
+
+def split_entries(folder: Path, split: Literal["train", "heldout"]) -> list[ShardEntry]:
+    """What the index says of the encoded shards of one split.
 
     Args:
         folder: the recipe's `data.shards`.
@@ -94,7 +100,7 @@ def split_shards(folder: Path, split: Literal["train", "heldout"]) -> list[Path]
     for entry in entries:
         if not entry.is_in(folder / "encoded"):
             raise UserError(f"{folder / 'encoded' / entry.name} is missing or cut short; run `ppcl-data encode RECIPE`")
-    return [folder / "encoded" / entry.name for entry in entries]
+    return entries
 
 
 def empty_prompt(folder: Path, masked: bool) -> Prompts:
@@ -129,6 +135,11 @@ def read_samples(shard: Path) -> Iterator[Sample]:
         raise UserError(f"{shard}: not a whole tar ({why}); delete it and make it again with `ppcl-data`") from fault
 
 
+def digest(entries: Sequence[ShardEntry]) -> str:
+    """What tells apart two lists of shards: other shards, or other contents, give other samples in another order."""
+    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+
+
 class MicroBatchStream:
     """Micro-batches number 0, 1, 2, ... without end, in one order for the whole run.
 
@@ -143,6 +154,7 @@ class MicroBatchStream:
         masked: whether the family reads a text mask (recipe: `data.captions.max_tokens` is 0).
         shuffle: False keeps the stored order in every epoch.
         window: samples held in memory, still encoded, to draw the next one from.
+        samples: in all shards together; 0: not known. Where it is, epochs before the first micro-batch are not read.
     """
 
     def __init__(
@@ -154,6 +166,7 @@ class MicroBatchStream:
         masked: bool,
         shuffle: bool = True,
         window: int = 2048,
+        samples: int = 0,
     ) -> None:
         self.shards = list(shards)
         self.micro_batch = micro_batch
@@ -161,6 +174,7 @@ class MicroBatchStream:
         self.masked = masked
         self.shuffle = shuffle
         self.window = window
+        self.samples = samples
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, Batch]]:
         """Yield micro-batches number start, start + stride, start + 2 * stride, ... and their numbers, for ever.
@@ -174,7 +188,8 @@ class MicroBatchStream:
             UserError: a tar is broken or a sample lacks a member; the message names shard and key.
         """
         mine: list[tuple[Path, Sample]] = []
-        for position, sample in enumerate(self._endless()):
+        epoch = start * self.micro_batch // self.samples if self.samples else 0
+        for position, sample in enumerate(self._endless(epoch), epoch * self.samples):
             number = position // self.micro_batch
             if number < start or (number - start) % stride:
                 continue
@@ -183,8 +198,8 @@ class MicroBatchStream:
                 yield number, self._decode(mine)
                 mine = []
 
-    def _endless(self) -> Iterator[tuple[Path, Sample]]:
-        for epoch in itertools.count():
+    def _endless(self, first: int) -> Iterator[tuple[Path, Sample]]:
+        for epoch in itertools.count(first):
             samples = 0
             for sample in self._epoch(epoch):
                 samples += 1

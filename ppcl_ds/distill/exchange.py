@@ -1,17 +1,18 @@
 """The exchange: from "all boundaries of my micro-batch" to "my units' boundaries of every micro-batch of the group".
 
-Each rank of a pipe group has run the teacher on a micro-batch of its own. One collective sends every stage the tensors
-that its units read, each tensor once.
+Each rank of a pipe group has run the teacher on a micro-batch of its own. One collective a rank sends every stage the
+tensors that its units read, each tensor once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -35,15 +36,12 @@ class _Layout:
     Attributes:
         leaves: the parcels' leaves; tensors stand as places in the table.
         tensors: shape and dtype of each tensor in the table.
+        sizes: bytes that each takes in the message.
     """
 
     leaves: list[Any]
     tensors: list[tuple[torch.Size, torch.dtype]]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Bytes of each tensor, padded to the alignment."""
-        return [-(-shape.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape, dtype in self.tensors]
+    sizes: list[int]
 
 
 class Exchange:
@@ -51,15 +49,22 @@ class Exchange:
 
     Args:
         group: the pipe group; its ranks are the stages in order. Every one of them must make every call.
+        words: the same ranks as a gloo group. What the tensors look like goes from CPU to CPU, so that no accelerator
+            is waited for.
         stage: this rank's stage.
         units: for each stage, the names of its units.
     """
 
-    def __init__(self, group: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]) -> None:
-        self.group, self.stage, self.units = group, stage, units
+    def __init__(
+        self, group: dist.ProcessGroup, words: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
+    ) -> None:
+        self.group, self.words, self.stage, self.units = group, words, stage, units
 
-    def __call__(self, parcels: Mapping[str, Parcel]) -> list[dict[str, Parcel]]:
+    def __call__(self, parcels: Mapping[str, Parcel]) -> Iterator[dict[str, Parcel]]:
         """Send and receive one round.
+
+        Everything is under way when this returns; each micro-batch is waited for only when its turn comes, so that on
+        CUDA the later ones travel while the units train on the earlier ones.
 
         Args:
             parcels: from this rank's teacher forward, one for every unit of the library.
@@ -67,16 +72,47 @@ class Exchange:
         Returns:
             For each rank of the group in order, the parcels of this stage's units from its micro-batch.
         """
+        own = {name: parcels[name] for name in self.units[self.stage]}
         if len(self.units) == 1:
-            return [dict(parcels)]
-        messages = [self._pack(parcels, names) for names in self.units]
+            return iter([own])
+        # What stays here is not sent.
+        messages = [self._pack(parcels, names if i != self.stage else []) for i, names in enumerate(self.units)]
         layouts: list[list[_Layout]] = [[] for _ in self.units]
-        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.group)
+        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.words)
         incoming = [sent[self.stage] for sent in layouts]
-        received = self._swap([tensors for _, tensors in messages], [sum(layout.sizes) for layout in incoming])
+        flights = [
+            self._launch(sender, [tensors for _, tensors in messages], sum(layout.sizes))
+            for sender, layout in enumerate(incoming)
+        ]
+        return self._arrivals(own, incoming, flights)
+
+    def _launch(
+        self, sender: int, outgoing: Sequence[Sequence[Tensor]], incoming_bytes: int
+    ) -> tuple[dist.Work, Tensor]:
+        """Start sending what one rank has for the others; the handle, and where this rank's share will lie."""
+        mine = outgoing if sender == self.stage else [[] for _ in outgoing]
+        sizes = [sum(map(_padded, tensors)) for tensors in mine]
+        device = get_accelerator().current_device_name()
+        send = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        start = 0
+        for tensor in (tensor for tensors in mine for tensor in tensors):
+            stop = start + tensor.nbytes
+            send[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+            start += _padded(tensor)
+        receive = send.new_empty(incoming_bytes)
+        expected = [incoming_bytes if rank == sender else 0 for rank in range(len(outgoing))]
+        work = dist.all_to_all_single(receive, send, expected, sizes, group=self.group, async_op=True)
+        assert work is not None
+        return work, receive
+
+    def _arrivals(
+        self, own: dict[str, Parcel], layouts: Sequence[_Layout], flights: Sequence[tuple[dist.Work, Tensor]]
+    ) -> Iterator[dict[str, Parcel]]:
         # The structure of the parcels is the same on every rank, so this rank's own serves to read the others'.
-        structure = pytree.tree_structure({name: vars(parcels[name]) for name in self.units[self.stage]})
-        return [self._unpack(structure, *pair) for pair in zip(incoming, received, strict=True)]
+        structure = pytree.tree_structure({name: vars(parcel) for name, parcel in own.items()})
+        for sender, (layout, (work, receive)) in enumerate(zip(layouts, flights, strict=True)):
+            work.wait()
+            yield own if sender == self.stage else self._unpack(structure, layout, receive)
 
     def _pack(self, parcels: Mapping[str, Parcel], names: Sequence[str]) -> tuple[_Layout, list[Tensor]]:
         table: dict[int, tuple[int, Tensor]] = {}  # identity -> place, tensor: what units share travels once
@@ -87,15 +123,8 @@ class Exchange:
                 leaf = _Place(place)
             leaves.append(leaf)
         tensors = [tensor for _, tensor in table.values()]
-        return _Layout(leaves, [(tensor.shape, tensor.dtype) for tensor in tensors]), tensors
-
-    def _swap(self, outgoing: Sequence[Sequence[Tensor]], incoming_bytes: list[int]) -> list[Tensor]:
-        chunks = [[_bytes_of(tensor) for tensor in tensors] for tensors in outgoing]
-        send = torch.cat([chunk for part in chunks for chunk in part])
-        receive = send.new_empty(sum(incoming_bytes))
-        outgoing_bytes = [sum(len(chunk) for chunk in part) for part in chunks]
-        dist.all_to_all_single(receive, send, incoming_bytes, outgoing_bytes, group=self.group)
-        return list(receive.split(incoming_bytes))
+        kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        return _Layout(leaves, kinds, [_padded(tensor) for tensor in tensors]), tensors
 
     def _unpack(self, structure: pytree.TreeSpec, layout: _Layout, received: Tensor) -> dict[str, Parcel]:
         pieces = received.split(layout.sizes)
@@ -107,6 +136,6 @@ class Exchange:
         return {name: Parcel(**fields) for name, fields in pytree.tree_unflatten(leaves, structure).items()}
 
 
-def _bytes_of(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().resolve_conj().contiguous().view(-1).view(torch.uint8)
-    return torch.nn.functional.pad(flat, (0, -len(flat) % _ALIGNMENT))
+def _padded(tensor: Tensor) -> int:
+    """Bytes that a tensor takes in a message."""
+    return -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from functools import partial
 from io import StringIO
+from typing import Any
 
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.units.depth import DepthUnit, Parcel
+from ppcl_ds.units.depth import DepthUnit, Parcel, recompute_parts
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
 
 
@@ -36,7 +34,7 @@ class UnitLayer(nn.Module):
     Args:
         plan: which span, which streams.
         inbox: where the unit's parcel lies when `forward` runs.
-        checkpointing: recompute activations in the backward pass.
+        checkpointing: recompute activations in the backward pass, see `recompute_parts`.
     """
 
     def __init__(
@@ -49,16 +47,17 @@ class UnitLayer(nn.Module):
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.plan, self.inbox, self.magnitude_weight, self.checkpointing = plan, inbox, magnitude_weight, checkpointing
+        self.plan, self.inbox, self.magnitude_weight = plan, inbox, magnitude_weight
         self.unit = DepthUnit(files, plan.span[0], dtype)
+        if checkpointing:
+            recompute_parts(self.unit.block)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
     def forward(self, running: Tensor) -> Tensor:
         """Running loss (), float32 -> running loss plus this unit's, () float32."""
         parcel = self.inbox.parcels[self.plan.name]
-        call = partial(checkpoint, self.unit, use_reentrant=False) if self.checkpointing else self.unit
-        outputs = call(parcel.inputs, parcel.conditioning)
+        outputs = self.unit(parcel.inputs, parcel.conditioning)
         measured: dict[str, Tensor] = {}
         for stream in self.plan.streams:
             student, teacher, mask = outputs[stream], parcel.targets[stream], parcel.mask_of(stream)
@@ -84,21 +83,24 @@ class Library(PipelineModule):
     """All units of a plan over the pipeline stages; each rank builds only its stage's units.
 
     Every rank must construct it. Afterwards `stage_units` says which stage holds which units, on every rank.
+
+    Args:
+        costs: unit name -> what it costs to train, in any unit; the stages get neighbours of about equal cost.
     """
 
     def __init__(
         self,
         plan: Plan,
         files: ModelFiles,
-        anatomy: Anatomy,
         *,
+        costs: Mapping[str, float],
         stages: int,
         dtype: torch.dtype,
         inbox: Inbox,
         magnitude_weight: float,
         checkpointing: bool,
     ) -> None:
-        self.costs = [anatomy.blocks[unit.span[0]].parameters for unit in plan.units]
+        self.costs = [int(costs[unit.name]) for unit in plan.units]
         specs = [LayerSpec(UnitLayer, u, files, dtype, inbox, magnitude_weight, checkpointing) for u in plan.units]
         with redirect_stdout(StringIO()):  # it prints its layout line by line
             super().__init__(specs, num_stages=stages)
@@ -108,6 +110,10 @@ class Library(PipelineModule):
     def _count_layer_params(self) -> list[int]:
         """The cost of each layer; the stock method would build every unit on every rank to count it."""
         return self.costs
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group of parameters a unit of this stage, with the unit's name."""
+        return [{"params": list(layer.parameters()), "name": layer.plan.name} for layer in self.layers]
 
     @property
     def layers(self) -> list[UnitLayer]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -10,24 +9,9 @@ from torch import Tensor
 
 from ppcl_ds.distill.exchange import Exchange
 from ppcl_ds.distill.library import Inbox
-from ppcl_ds.families.anatomy import Anatomy, Capture
 from ppcl_ds.families.reader import NoisyBatch
-from ppcl_ds.planning.plan import Plan
 from ppcl_ds.units.depth import Parcel
-
-
-def parcels_of(capture: Capture, text_mask: Tensor | None, plan: Plan, anatomy: Anatomy) -> dict[str, Parcel]:
-    """What every unit of the plan needs from one teacher forward (references to the recorded tensors)."""
-    parcels = {}
-    for unit in plan.units:
-        first, last = (anatomy.blocks[index] for index in unit.span)
-        parcels[unit.name] = Parcel(
-            inputs=capture.streams[first.entering],
-            conditioning=capture.conditioning[first.index],
-            targets={stream: capture.streams[last.leaving][stream] for stream in unit.streams},
-            text_mask=text_mask,
-        )
-    return parcels
+from ppcl_ds.watch.clock import Clock
 
 
 class Rounds:
@@ -40,6 +24,7 @@ class Rounds:
         batches: this rank's share of the numbered micro-batches.
         forward: runs the teacher on a micro-batch; collective over all ranks.
         inbox: where the micro-batch's parcels are laid for the units.
+        clock: told which phase the time goes to.
     """
 
     def __init__(
@@ -48,10 +33,11 @@ class Rounds:
         forward: Callable[[NoisyBatch], Mapping[str, Parcel]],
         exchange: Exchange,
         inbox: Inbox,
+        clock: Clock,
         device: torch.device,
     ) -> None:
-        self.batches, self.forward, self.exchange, self.inbox = batches, forward, exchange, inbox
-        self.waiting: deque[Mapping[str, Parcel]] = deque()
+        self.batches, self.forward, self.exchange, self.inbox, self.clock = batches, forward, exchange, inbox, clock
+        self.arriving: Iterator[Mapping[str, Parcel]] = iter(())
         self.start = torch.zeros((), device=device)
 
     def __iter__(self) -> Rounds:
@@ -59,8 +45,16 @@ class Rounds:
 
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Lay out the next micro-batch; returns the running loss it starts from, and a label that nobody reads."""
-        if not self.waiting:
-            _, batch = next(self.batches)
-            self.waiting.extend(self.exchange(self.forward(batch)))
-        self.inbox.parcels = self.waiting.popleft()
+        self.inbox.parcels = {}  # let go of the last micro-batch before the next one arrives
+        with self.clock.phase("exchange"):
+            parcels = next(self.arriving, None)
+        if parcels is None:
+            with self.clock.phase("data"):
+                _, batch = next(self.batches)
+            with self.clock.phase("teacher"):
+                sent = self.forward(batch)
+            with self.clock.phase("exchange"):
+                self.arriving = self.exchange(sent)
+                parcels = next(self.arriving)
+        self.inbox.parcels = parcels
         return self.start, self.start

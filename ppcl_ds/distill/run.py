@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
-
-from pydantic import ValidationError
-
 from ppcl_ds import launch
-from ppcl_ds.data.stream import empty_prompt, split_shards
+from ppcl_ds.data.stream import empty_prompt, split_entries, split_shards
+from ppcl_ds.distill.start import check_resume
 from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.show import show
+from ppcl_ds.estimate.sizing import size_run
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 
-_FIXED = (
-    "seed",
-    "topology",
-    "noise",
-    "data.captions",
-    "data.images",
-    "teacher.precision",
-    "distill.micro_batch",
-    "distill.micro_batches_per_step",
-    "distill.magnitude_weight",
-    "distill.optimizer",
-)
-"""Recipe keys that a run keeps from its first step to its last."""
+_NODE = 8
+"""Accelerators of a node that a dry run assumes where they fill whole ones."""
 
 
 def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
@@ -48,40 +37,42 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
         split_shards(recipe.data.shards, split)
     empty_prompt(recipe.data.shards, recipe.data.captions.masked)
     read_deepspeed_file(recipe.deepspeed.teacher)
-    if read_deepspeed_file(recipe.deepspeed.students).get("gradient_clipping"):
-        raise UserError(
-            f"DeepSpeed file {recipe.deepspeed.students}: gradient_clipping must be 0; its norm is over all units, "
-            "so one of them would change the others"
-        )
+    _check_students(recipe)
     if (recipe.checkpoints / "latest").exists():
-        _check_resume(recipe, plan, load_plan(recipe.trained_plan, files, anatomy))
+        check_resume(recipe, plan, load_plan(recipe.trained_plan, files, anatomy))
     return files, anatomy, plan
 
 
-def _check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
-    """A checkpoint goes on only as the run that wrote it: same units, samples, topology and optimizer."""
-    folder = recipe.trained_plan.parent
-    anew = f"restore it, or move {folder} away to train anew"
-    if trained.units != plan.units:
-        raise UserError(f"{folder} was trained with other units than {recipe.plan_file} has; {anew}")
-    try:
-        before = Recipe.model_validate_json(recipe.trained_recipe.read_text())
-    except (OSError, ValidationError):
-        raise UserError(f"{recipe.trained_recipe} is missing or damaged; {anew}") from None
-    for key in _FIXED:
-        old, new = (attrgetter(key)(version) for version in (before, recipe))
-        if old != new:
-            raise UserError(f"recipe key '{key}' is not what {folder} was trained with ({old}); {anew}")
-    tag = (recipe.checkpoints / "latest").read_text().strip()
-    if not (recipe.checkpoints / tag).is_dir():
-        raise UserError(
-            f"{recipe.checkpoints}/latest names '{tag}', which is gone; write the name of one that is there"
-        )
+def _check_students(recipe: Recipe) -> None:
+    """What DeepSpeed would do to all units at once is done unit by unit, and said in the recipe."""
+    students = read_deepspeed_file(recipe.deepspeed.students)
+    for key, section, own in (
+        ("gradient_clipping", students, "clip_norm"),
+        ("offload_optimizer", students.get("zero_optimization", {}), "offload"),
+    ):
+        if section.get(key):
+            raise UserError(
+                f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
+                f"recipe key distill.optimizer.{own} says it for each unit by itself"
+            )
+
+
+def rehearse(recipe: Recipe) -> None:
+    """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
+    entries = split_entries(recipe.data.shards, "train")
+    samples = sum(entry.samples for entry in entries)
+    per_step = recipe.distill.micro_batch * recipe.distill.micro_batches_per_step
+    epochs = recipe.distill.steps * per_step / samples
+    world = recipe.topology.world
+    nodes = 1 if world % _NODE else world // _NODE
+    show(size_run(recipe, nodes, world // nodes, ACCELERATORS["h100"]))
+    print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {recipe.distill.steps} steps")
+    print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 
 def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan) -> None:
     """Distill the plan's library; every rank must call this."""
-    launch.join()
+    launch.join(recipe.distill.timeout)
     from ppcl_ds.distill.trainer import Trainer
 
     Trainer(recipe, plan, files, anatomy).train()

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
-from itertools import islice
-from typing import Any
+from itertools import chain
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.config import DeepSpeedConfig
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor
 
+from ppcl_ds import launch
 from ppcl_ds.console import progress
-from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.data.stream import MicroBatchStream, split_shards
 from ppcl_ds.distill.engine import LocalEngine
 from ppcl_ds.distill.exchange import Exchange
+from ppcl_ds.distill.journal import Journal
 from ppcl_ds.distill.library import Inbox, Library
-from ppcl_ds.distill.plugged import plugged
-from ppcl_ds.distill.rounds import Rounds, parcels_of
+from ppcl_ds.distill.pictures import look
+from ppcl_ds.distill.rounds import Rounds
+from ppcl_ds.distill.saver import Saver
+from ppcl_ds.distill.start import write_start
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.work import Work, measure_work
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream, read_teacher
-from ppcl_ds.families.sampling import draw
 from ppcl_ds.families.sharded import load_teacher
+from ppcl_ds.planning.parcels import parcels_of, wanted_by
 from ppcl_ds.planning.plan import Plan
-from ppcl_ds.recipe import Distill, Recipe, checkpoint_tag, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.units.depth import Parcel
-from ppcl_ds.watch.board import Board, peak_memory_gib
-from ppcl_ds.whole import write_whole
-
-_PICTURES = 8
-"""Pictures of each model in TensorBoard."""
+from ppcl_ds.watch.board import gather, peak_memory_gib
+from ppcl_ds.watch.clock import Clock, matrix_rate
+from ppcl_ds.watch.stall import StallWatch
 
 
 class Trainer:
@@ -46,162 +44,138 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy) -> None:
-        self.recipe, self.plan, self.anatomy = recipe, plan, anatomy
+        self.recipe, self.plan, self.files, self.anatomy = recipe, plan, files, anatomy
+        settings, dtype = recipe.distill, DTYPES[recipe.teacher.precision]
         self.device = torch.device(get_accelerator().current_device_name())
         self.caller = caller_for(files.class_name)
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
-        teacher_config = read_deepspeed_file(recipe.deepspeed.teacher)
-        self.teacher = load_teacher(files, teacher_config, DTYPES[recipe.teacher.precision])
+        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        self.teacher = load_teacher(files, config, dtype, recipe.teacher.ranks_per_copy)
+        self.wanted = wanted_by(plan)
         self.inbox = Inbox()
+        self.work = self._work()
         self.library = Library(
             plan,
             files,
-            anatomy,
+            costs=self.work.units,
             stages=recipe.topology.stages,
-            dtype=DTYPES[recipe.teacher.precision],
+            dtype=dtype,
             inbox=self.inbox,
-            magnitude_weight=recipe.distill.magnitude_weight,
-            checkpointing=recipe.distill.activation_checkpointing,
+            magnitude_weight=settings.magnitude_weight,
+            checkpointing=settings.activation_checkpointing,
         )
-        self.engine = _student_engine(self.library, recipe)
+        students = read_deepspeed_file(recipe.deepspeed.students)
+        self.engine = LocalEngine(self.library, students, settings, recipe.teacher.precision)
         self.group = self.engine.grid.get_pipe_parallel_group()
-        self.exchange = Exchange(self.group, self.engine.stage_id, self.library.stage_units)
-        self.board = Board(recipe.board)
+        words, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
+        self.exchange = Exchange(self.group, words, self.engine.stage_id, self.library.stage_units)
+        self.stall = StallWatch(settings.timeout)
+        self.clock = Clock(self.stall.tell)
+        self.saver = Saver(recipe.checkpoints, settings.keep_checkpoints, self.engine, self.stall.moves)
+        # A phase may hold many forwards; each is a sign of life.
+        self.teacher.module.register_forward_pre_hook(lambda *_: self.stall.moves())
+        launch.set_timeout(settings.timeout)
 
     def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
-        """One teacher forward on this rank's micro-batch; collective over all ranks."""
-        capture, _ = read_teacher(self.teacher, self.anatomy, self.caller, batch)
+        """One teacher forward on this rank's micro-batch, as far as units need it; collective over all ranks."""
+        capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, self.wanted)
         return parcels_of(capture, batch.prompts.mask, self.plan, self.anatomy)
 
+    def rounds(self, step: int) -> Rounds:
+        """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        first = step * self.recipe.distill.micro_batches_per_step + rank
+        stream = NoisyStream(self.recipe, "train", self.recipe.distill.micro_batch, self.device).take(first, world)
+        # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
+        batches = chain([next(stream)], stream)
+        return Rounds(batches, self.forward, self.exchange, self.inbox, self.clock, self.device)
+
     def train(self) -> None:
-        """Train to the recipe's last step, from the newest checkpoint if there is one."""
+        """Train to the recipe's last step, from the newest checkpoint if there is one.
+
+        Raises:
+            UserError: the last checkpoint cannot be written; older ones are there.
+        """
         settings = self.recipe.distill
         done = self._resume()
-        rounds = self._rounds(done)
+        journal = self._journal()
+        rounds = self.rounds(done)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == settings.steps)
 
-        with progress("distill", settings.steps, done) as advance:
-            seconds, logged = 0.0, done
+        with self.stall, progress("distill", settings.steps, done) as advance:
+            logged = done
             for step in range(done + 1, settings.steps + 1):
-                began = time.perf_counter()
-                self.engine.train_batch(rounds)
-                seconds += time.perf_counter() - began
-                advance(1)
+                self.stall.step = step
+                with self.clock.phase("students"):
+                    self.engine.train_batch(rounds)
+                note = ""
                 if due(step, settings.log_every):
-                    self._log(step, seconds / (step - logged))
-                    seconds, logged = 0.0, step
+                    note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
+                    logged = step
+                advance(1, note)
                 if due(step, settings.checkpoint_every):
                     self._save(step)
                 if due(step, settings.sample_every):
-                    self._look(step)
+                    self._look(step, journal)
+        journal.print_units()
 
     def _resume(self) -> int:
-        folder = self.recipe.checkpoints
-        if not (folder / "latest").exists():
-            if dist.get_rank() == 0:
-                self.plan.save(self.recipe.trained_plan)
-                write_whole(self.recipe.trained_recipe, self.recipe.model_dump_json(indent=1))
-            return 0
-        _, state = self.engine.load_checkpoint(str(folder))
-        return int(state["step"])
+        if (self.recipe.checkpoints / "latest").exists():
+            return self.saver.load()
+        if dist.get_rank() == 0:
+            write_start(self.recipe, self.plan)
+        return 0
 
-    def _rounds(self, step: int) -> Rounds:
-        """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        first = step * self.recipe.distill.micro_batches_per_step + rank
-        stream = NoisyStream(self.recipe, "train", self.recipe.distill.micro_batch, self.device)
-        return Rounds(stream.take(first, world), self.forward, self.exchange, self.inbox, self.device)
+    def _work(self) -> Work:
+        """What a sample takes, from the shapes of the first one that is stored."""
+        data = self.recipe.data
+        stored = MicroBatchStream(split_shards(data.shards, "train"), 1, 0, masked=data.captions.masked, shuffle=False)
+        _, batch = next(stored.take(0, 1))
+        _, channels, height, width = batch.latents.shape
+        tokens = batch.prompts.embeds.shape[1]
+        return measure_work(self.files, self.anatomy, self.plan, (channels, height, width), tokens)
+
+    def _journal(self) -> Journal:
+        settings = self.recipe.distill
+        samples = settings.micro_batch * settings.micro_batches_per_step
+        return Journal(
+            self.recipe.board,
+            self.plan,
+            samples=samples,
+            flops=self.work.per_step(samples, settings.activation_checkpointing),
+            matrix_rate=matrix_rate(self.device, DTYPES[self.recipe.teacher.precision]),
+            skipped=gather(self._skipped()),
+        )
+
+    def _measured(self) -> dict[str, float]:
+        """What this rank knows of the last steps."""
+        optimizer = self.engine.optimizer
+        own = self.library.drain()
+        own |= {f"{name}/gradient_norm": norm for name, norm in optimizer.norms.items()}
+        own |= self._skipped()
+        own["run/learning_rate"] = float(self.engine.get_lr()[0])
+        own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
+        return own
+
+    def _skipped(self) -> dict[str, float]:
+        return {f"{name}/skipped_steps": float(count) for name, count in self.engine.optimizer.skipped.items()}
 
     def _save(self, step: int) -> None:
-        """Write a checkpoint; it counts only once every rank has written its part.
+        with self.clock.phase("checkpoint"):
+            complaint = self.saver.save(step)
+        if complaint and step == self.recipe.distill.steps:
+            raise UserError(f"{complaint}; make room and run the same command: it goes on from the last checkpoint")
+        if complaint and dist.get_rank() == 0:
+            print(f"warning: no checkpoint of step {step}: {complaint}; training goes on", flush=True)
 
-        DeepSpeed would name it the latest before the other ranks have finished.
-        """
-        folder, tag = self.recipe.checkpoints, checkpoint_tag(step)
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, save_latest=False)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            write_whole(folder / "latest", tag)
-
-    def _log(self, step: int, seconds: float) -> None:
-        """Write what was measured since the last time; `seconds` is one step's share."""
-        settings = self.recipe.distill
-        own = self.library.drain()
-        own["run/learning_rate"] = float(self.engine.get_lr()[0])
-        own["run/samples_per_second"] = settings.micro_batch * settings.micro_batches_per_step / seconds
-        own["run/loss"] = float(self.engine.agg_train_loss)
-        own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
-        self.board.scalars(step, own)
-
-    def _look(self, step: int) -> None:
-        """Velocity error and pictures of every variant on held-out data, the same noise for all."""
-        stream = NoisyStream(self.recipe, "heldout", _PICTURES, self.device)
-        [(_, batch)] = islice(stream.take(0, 1), 1)
-        noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(self.recipe.seed))
-        noise = noise.to(batch.latents)
-        pictures, errors = {}, {}
+    def _look(self, step: int, journal: Journal) -> None:
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.plan.name: layer.unit for layer in self.library.layers}
-        model = self.teacher.module
-        reference: Tensor | None = None
-        for name in ["teacher", *self.plan.variants]:
-            inside = plugged(model, self.anatomy, self.plan, name, units, self.group, owner)
-            with nullcontext() if name == "teacher" else inside:
-                velocity = self._velocity(batch)
-                latents = draw(
-                    self.teacher,
-                    self.caller,
-                    noise,
-                    batch.prompts,
-                    stream.empty.to(self.device, noise.dtype),
-                    steps=self.recipe.evaluate.steps,
-                    shift=self.recipe.noise.shift,
-                    guidance=self.recipe.evaluate.guidance,
-                )
-            reference = velocity if reference is None else reference
-            errors[f"heldout/velocity_mse/{name}"] = float((velocity - reference).float().square().mean())
-            pictures[name] = image_encoder(self.recipe.data.images).decode(latents.float().cpu())
-        self.board.scalars(step, {name: value for name, value in errors.items() if not name.endswith("/teacher")})
-        self.board.pictures(step, pictures)
-
-    @torch.no_grad()
-    def _velocity(self, batch: NoisyBatch) -> Tensor:
-        return self.caller(self.teacher, batch.latents, batch.prompts, batch.sigmas)
-
-
-def _student_engine(library: Library, recipe: Recipe) -> LocalEngine:
-    settings, topology = recipe.distill, recipe.topology
-    parameters = [p for p in library.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.optimizer.lr,
-        betas=settings.optimizer.betas,
-        weight_decay=settings.optimizer.weight_decay,
-    )
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.optimizer.warmup_steps, settings.steps)
-    config = student_config(read_deepspeed_file(recipe.deepspeed.students), settings, topology.replicas, recipe)
-    mpu = library.mpu()
-    return LocalEngine(
-        args=None,
-        model=library,
-        optimizer=optimizer,
-        model_parameters=parameters,
-        training_data=None,
-        lr_scheduler=schedule,
-        mpu=mpu,
-        dist_init_required=False,
-        collate_fn=None,
-        config=config,
-        config_class=DeepSpeedConfig(config, mpu),
-    )
-
-
-def student_config(config: dict[str, Any], settings: Distill, replicas: int, recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed file with what the recipe decides filled in: batch and precision."""
-    return config | {
-        "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.micro_batches_per_step // replicas,
-        "bf16": config.get("bf16", {}) | {"enabled": recipe.teacher.precision == "bf16"},
-    }
+        with self.clock.phase("pictures"):
+            errors, pictures = look(
+                self.recipe, self.plan, self.anatomy, self.caller, self.teacher, units, owner, self.group, self.device
+            )
+        journal.board.scalars(step, errors)
+        journal.board.pictures(step, pictures)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
-import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
@@ -18,41 +17,20 @@ from ppcl_ds.families.surgery import assemble
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.whole import whole_folder
 
-_LAYER_PREFIX = "unit.block."
-"""In front of a unit's tensors in a checkpoint; what follows is the name in the teacher's block class."""
 
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest whole checkpoint of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    try:
-        return folder / (folder / "latest").read_text().strip()
-    except OSError:
-        raise UserError(f"no checkpoint in {folder}; run `ppcl distill` first") from None
-
-
-def unit_state(checkpoint: Path, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
-    """A trained unit's tensors, named as in the teacher's block class.
+def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
+    """A trained unit's float32 masters, named as in the teacher's block class.
 
     Args:
         trained: the plan that the checkpoint was trained with.
 
     Raises:
-        UserError: the unit was not trained in that run, or its file is missing.
+        UserError: the unit was not trained in that run, or its file cannot be read.
     """
     if unit not in trained.units:
-        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {checkpoint.parent.parent}")
-    layer = trained.units.index(unit)
-    path = checkpoint / f"layer_{layer:02d}-model_states.pt"
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError) as fault:
-        why = str(fault).splitlines()[0]
-        raise UserError(f"checkpoint {checkpoint}: {path.name} of unit '{unit.name}' cannot be read: {why}") from None
-    return {key.removeprefix(_LAYER_PREFIX): tensor for key, tensor in state.items()}
+        where = checkpoint.folder.parent.parent
+        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
+    return checkpoint.unit(unit.name)
 
 
 Trained = Callable[[UnitPlan], Mapping[str, Tensor]]

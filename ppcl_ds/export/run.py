@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 from ppcl_ds.console import track
+from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.export.consolidate import consolidate as write_variant
-from ppcl_ds.export.consolidate import newest_checkpoint, unit_state
+from ppcl_ds.export.consolidate import unit_state
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import Recipe

@@ -7,12 +7,13 @@ Shapes: B batch, S tokens of a stream, C channels, M blocks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
 from torch import Tensor, nn
 
@@ -97,6 +98,24 @@ class Capture:
     conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a forward is run for; behind the last wanted block it ends.
+
+    Attributes:
+        calls: blocks whose arguments are wanted, the streams that enter them included.
+        exits: blocks whose leaving streams are wanted.
+    """
+
+    calls: frozenset[int]
+    exits: frozenset[int]
+
+    @property
+    def last(self) -> int:
+        """The last block that has to run."""
+        return max(self.calls | self.exits)
+
+
 class Anatomy:
     """The blocks of a diffusers transformer, in execution order (weights are not needed: meta models will do).
 
@@ -159,21 +178,30 @@ class Anatomy:
         return getattr(model, block.list_name)[block.position]
 
     @contextmanager
-    def record(self, model: nn.Module) -> Iterator[Capture]:
-        """Record every boundary and every block's arguments of the forwards run inside.
+    def record(self, model: nn.Module, wanted: Wanted | None = None) -> Iterator[Capture]:
+        """Record what crosses the boundaries in the forwards run inside; references, not copies.
 
-        The model's own forward runs unchanged; the recorded tensors are references, not copies.
+        The model's own forward runs unchanged. Without `wanted` it runs to its end and every boundary and every block's
+        arguments are recorded; with it, the rest is not held, and the forward ends behind the last wanted block and
+        returns one empty tensor.
         """
         capture = Capture()
+        everything = range(len(self))
+        calls, exits = (wanted.calls, wanted.exits) if wanted else (everything, everything)
         with ExitStack() as stack:
             for block in self.blocks:
                 module = self.module(model, block)
-                before = partial(_record_call, capture, block)
-                handle = module.register_forward_pre_hook(before, with_kwargs=True)
-                stack.callback(handle.remove)
-                if block.last:
-                    handle = module.register_forward_hook(partial(_record_exit, capture, block))
-                    stack.callback(handle.remove)
+                if block.index in calls:
+                    before = partial(_record_call, capture, block)
+                    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                if block.index in exits:
+                    stack.callback(module.register_forward_hook(partial(_record_exit, capture, block)).remove)
+                if wanted and block.index == wanted.last:
+                    # The last hook of the block: a sharded block has let go of its parameters by then.
+                    stack.callback(module.register_forward_hook(_stop).remove)
+            if wanted:
+                model.forward = partial(_until_stopped, model.forward)
+                stack.callback(delattr, model, "forward")
             yield capture
 
 
@@ -183,6 +211,22 @@ def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[
 
 def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     capture.streams[block.leaving] = block.read_output(output)
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """Nothing behind this block is wanted."""
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    raise _Stopped
+
+
+def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The root's forward; caught here, inside the root's call, so that the root's own hooks run as ever."""
+    try:
+        return forward(*args, **kwargs)
+    except _Stopped:
+        return (torch.empty(0),)
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

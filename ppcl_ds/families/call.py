@@ -37,9 +37,13 @@ class Caller:
 
         Velocity is `noise - data` (flow matching): the data is `latents - sigma * velocity`.
         """
-        config = getattr(model, "module", model).config
-        output = model(**self.arguments(config, latents, prompts, sigma), return_dict=False)[0]
+        output = self.run(model, latents, prompts, sigma)
         return _unpack(output, latents.shape[-2]) if self.packed else output
+
+    def run(self, model: torch.nn.Module, latents: Tensor, prompts: Prompts, sigma: Tensor) -> Tensor:
+        """Run `model` and return what its forward returns, as the family lays it out."""
+        config = getattr(model, "module", model).config
+        return model(**self.arguments(config, latents, prompts, sigma), return_dict=False)[0]
 
 
 def _pack(latents: Tensor) -> Tensor:

@@ -20,11 +20,15 @@ from ppcl_ds.errors import UserError
 class ModelFiles:
     """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder with `transformer/`.
 
+    Args:
+        path: the folder.
+        weights: whether tensors will be read; without them, `config.json` is enough.
+
     Raises:
         UserError: the folder is missing, is no diffusers transformer, or lacks weights; the message names it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: bool = True) -> None:
         self.folder = path / "transformer" if (path / "transformer").is_dir() else path
         try:
             self.config: dict[str, Any] = dict(json.loads((self.folder / "config.json").read_text()))
@@ -38,7 +42,7 @@ class ModelFiles:
             raise UserError(
                 f"teacher {path}: config.json names class '{self.class_name}', which diffusers does not have"
             )
-        self._file_of = self._index()
+        self._file_of = self._index() if weights else {}
 
     def _index(self) -> dict[str, Path]:
         """Parameter name -> the safetensors file that holds it."""

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Batch, Prompts
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_shards
+from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_entries, split_shards
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.anatomy import Anatomy, Block, Capture
+from ppcl_ds.families.anatomy import Anatomy, Block, Capture, Wanted
 from ppcl_ds.families.call import Caller, caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.noise import add_noise, draw_sigmas
@@ -34,16 +34,15 @@ def open_teacher(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
     """
     files = ModelFiles(recipe.teacher.path)
     caller_for(files.class_name)
-    model = files.empty_model()
+    model: Any = files.empty_model()
     missing = sorted(name for name, _ in model.named_parameters() if name not in files.keys)
     if missing:
         raise UserError(f"teacher {files.folder}: tensor '{missing[0]}' is missing from the safetensors files")
     captions = recipe.data.captions
     for key, own in (("joint_attention_dim", captions.width), ("pooled_projection_dim", captions.pooled_width)):
-        if files.config.get(key, own) != own:
-            raise UserError(
-                f"data.captions gives embeddings {own} channels wide, but the teacher's {key} is {files.config[key]}"
-            )
+        wide = model.config.get(key, own)  # the model's: a file may have keys that its class does not know
+        if wide != own:
+            raise UserError(f"data.captions gives embeddings {own} channels wide, but the teacher's {key} is {wide}")
     return files, Anatomy(model)
 
 
@@ -85,7 +84,12 @@ class NoisyStream:
         self.seed, self.device, self.dtype = recipe.seed, device, DTYPES[recipe.teacher.precision]
         self.empty = empty_prompt(recipe.data.shards, masked)
         self.clean = MicroBatchStream(
-            split_shards(recipe.data.shards, split), micro_batch, recipe.seed, masked=masked, shuffle=split == "train"
+            split_shards(recipe.data.shards, split),
+            micro_batch,
+            recipe.seed,
+            masked=masked,
+            shuffle=split == "train",
+            samples=sum(entry.samples for entry in split_entries(recipe.data.shards, split)),
         )
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
@@ -107,18 +111,18 @@ class NoisyStream:
 
 
 @torch.no_grad()
-def read_teacher(model: nn.Module, anatomy: Anatomy, caller: Caller, batch: NoisyBatch) -> tuple[Capture, Tensor]:
-    """One forward of the teacher with every boundary recorded.
+def read_teacher(
+    model: nn.Module, anatomy: Anatomy, caller: Caller, batch: NoisyBatch, wanted: Wanted | None = None
+) -> Capture:
+    """One forward of the teacher with its boundaries recorded.
 
     Args:
         model: the transformer or a ZeRO-3 engine around it; then every rank must call this together.
-
-    Returns:
-        What was recorded, and the teacher's velocity (B, C, H, W).
+        wanted: what is recorded, and so where the forward may end; everything by default.
     """
-    with anatomy.record(getattr(model, "module", model)) as capture:
-        velocity = caller(model, batch.latents, batch.prompts, batch.sigmas)
-    return capture, velocity
+    with anatomy.record(getattr(model, "module", model), wanted) as capture:
+        caller.run(model, batch.latents, batch.prompts, batch.sigmas)
+    return capture
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ class _Partitioner(Init):
 
         The stock class would broadcast every parameter from rank 0 here.
         """
-        # Memory that nobody has written to costs nothing until the rank's own part is copied out of it.
+        # One parameter for a moment; on the CPU not even that, as memory that nobody has written to costs nothing.
         memory = torch.empty(parameter.shape, dtype=dtype, device=self.local_device)
         whole: Any = nn.Parameter(memory, requires_grad=False)
         self._convert_to_deepspeed_param(whole)
@@ -31,7 +33,9 @@ class _Partitioner(Init):
         return whole
 
 
-def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) -> deepspeed.DeepSpeedEngine:
+def load_teacher(
+    files: ModelFiles, config: dict[str, Any], dtype: torch.dtype, ranks_per_copy: int | None
+) -> deepspeed.DeepSpeedEngine:
     """The teacher as a frozen ZeRO-3 engine over all ranks.
 
     Every rank must call this, before any pipeline engine is built (DeepSpeed's global `mpu` is read here). Afterwards
@@ -41,11 +45,22 @@ def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) 
         files: the teacher on disk.
         config: DeepSpeed configuration with ZeRO stage 3.
         dtype: number format; what the family keeps in float32 stays float32.
+        ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
+            (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
+            nodes. With all ranks, or one alone, there is just the one partition over all.
     """
+    ranks_per_copy = ranks_per_copy or int(os.environ["LOCAL_WORLD_SIZE"])
+    if 1 < ranks_per_copy < dist.get_world_size():
+        zero = config["zero_optimization"] | {"zero_hpz_partition_size": ranks_per_copy}
+        config = config | {"zero_optimization": zero}
     groups.mpu = None
     model = files.empty_model()
     anatomy = Anatomy(model)
-    partitioner = _Partitioner(config_dict_or_path=config, mem_efficient_linear=False)
+    partitioner = _Partitioner(
+        config_dict_or_path=config,
+        mem_efficient_linear=False,
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # of an earlier teacher, if any
+    )
     for prefix, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             key = f"{prefix}.{name}" if prefix else name
@@ -65,10 +80,37 @@ def load_teacher(files: ModelFiles, config: dict[str, Any], dtype: torch.dtype) 
     return engine
 
 
+def forget_order(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have the next forwards record anew in which order parameters are fetched.
+
+    DeepSpeed fetches ahead along the order it has recorded. After a forward that went further than the next ones will,
+    it would fetch, in each of them, what nobody uses, and leave that gathered behind the forward.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def gathered(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Names of the parameters that this rank holds whole now, without the small ones that always are."""
+    return [
+        name
+        for name, parameter in engine.module.named_parameters()
+        if not parameter.ds_persist and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE
+    ]
+
+
 def _fill_partition(files: ModelFiles, name: str, parameter: Any) -> None:
-    own: Tensor = parameter.ds_tensor  # (ceil(numel / ranks),), the last rank's padded
-    start = own.numel() * parameter.ds_zero_partition_rank
-    stop = min(start + own.numel(), parameter.ds_numel)
+    _read_into(parameter.ds_tensor, files, name, parameter.ds_zero_partition_rank, parameter.ds_numel)
+    if parameter.ds_secondary_tensor is not None:
+        group = groups._get_zero_param_intra_parallel_rank_in_mygroup()
+        _read_into(parameter.ds_secondary_tensor, files, name, group, parameter.ds_numel)
+
+
+def _read_into(own: Tensor, files: ModelFiles, name: str, rank: int, whole: int) -> None:
+    """Fill part number `rank` of a parameter of `whole` elements; the last rank's part may be padded."""
+    start = own.numel() * rank
+    stop = min(start + own.numel(), whole)
     if start < stop:
         values = files.flat_range(name, start, stop)
         own[: stop - start].copy_(values)

@@ -61,10 +61,11 @@ def _choose(name: str, share: float, candidates: Mapping[Span, float], anatomy: 
     goal, slack = share * parameters.sum(), 0.501 * parameters.max()
     if not spans or saved @ np.ones(len(spans)) < goal - slack:
         _refuse(name, share)
-    # Scaled to blocks: the solver's tolerances are absolute.
+    # Scaled to blocks, and errors to large numbers: the solver's tolerances are absolute.
     size = parameters.max()
+    errors = np.array([candidates[span] for span in spans])
     solution = milp(
-        c=np.array([candidates[span] for span in spans]),
+        c=errors * (1e4 / errors.max()),
         integrality=np.ones(len(spans)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 0},

@@ -43,7 +43,8 @@ def probe(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> None:
     from ppcl_ds.families.sharded import load_teacher
 
     caller = caller_for(files.class_name)
-    teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), DTYPES[recipe.teacher.precision])
+    config = read_deepspeed_file(recipe.deepspeed.teacher)
+    teacher = load_teacher(files, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
     rank, world = dist.get_rank(), dist.get_world_size()
     # Every rank runs the sharded teacher equally often, so the number of batches is rounded up to the ranks.
     share = -(-recipe.probe.batches // world)
@@ -53,7 +54,7 @@ def probe(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> None:
 
     def captures(stream: Iterator[tuple[int, NoisyBatch]]) -> Iterator[Reading]:
         for _, batch in islice(stream, share):
-            yield read_teacher(teacher, anatomy, caller, batch)[0], batch.prompts.mask
+            yield read_teacher(teacher, anatomy, caller, batch), batch.prompts.mask
 
     prober = Prober(anatomy, unused, recipe.probe.ridge, device)
     prober.fit(captures(batches), share)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ppcl_ds.families.anatomy import Anatomy, Block, Streams
 from ppcl_ds.families.files import ModelFiles
@@ -50,6 +52,22 @@ class DepthUnit(nn.Module):
         self.block.load_state_dict(state, assign=True)
         self.block.to(dtype).requires_grad_(True)
 
+    def train(self, mode: bool = True) -> DepthUnit:
+        """Stay as in inference, as the teacher does: no dropout, so that nothing about training is left to chance."""
+        return super().train(False)
+
     def forward(self, streams: Streams, conditioning: dict[str, Any]) -> Streams:
         """Streams entering the span -> streams leaving it."""
         return self.shape.call(self.block, streams, conditioning)
+
+
+def recompute_parts(block: nn.Module) -> None:
+    """Have every part of a block (attention, feed-forward) compute its activations again in the backward pass.
+
+    What stays in between is what goes into the parts; of their insides, only one at a time is there.
+    """
+    for part in block.children():
+        if next(part.parameters(), None) is not None:
+            # Nothing in a unit is random, so there is no random state to bring back.
+            recomputed = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
+            part.forward = recomputed

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars and pictures of a run, written by the first rank, gathered from all."""
+"""TensorBoard: scalars and pictures of a run, gathered from all ranks, written by the first."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from ppcl_ds import launch
+
 
 class Board:
     """A run's TensorBoard; every rank makes one, only rank 0 writes."""
@@ -21,19 +23,10 @@ class Board:
         self.writer = SummaryWriter(str(folder)) if dist.get_rank() == 0 else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars gathered from all ranks, the mean where several ranks give the same name.
-
-        Every rank must call this.
-        """
-        gathered: list[Mapping[str, float]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, dict(values))
-        columns: dict[str, list[float]] = defaultdict(list)
-        for part in gathered:
-            for name, value in part.items():
-                columns[name].append(value)
+        """Write scalars; only rank 0's are used."""
         if self.writer is not None:
-            for name, column in columns.items():
-                self.writer.add_scalar(name, sum(column) / len(column), step)
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
     def pictures(self, step: int, rows: Mapping[str, Tensor]) -> None:
@@ -43,6 +36,15 @@ class Board:
                 strip = torch.cat(list(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5), dim=-1)
                 self.writer.add_image(f"samples/{name}", strip, step)
             self.writer.flush()
+
+
+def gather(values: Mapping[str, float]) -> dict[str, float]:
+    """Values of all ranks together, on every rank: the mean where several give the same name. Every rank must call."""
+    columns: dict[str, list[float]] = defaultdict(list)
+    for part in launch.gather(dict(values)):
+        for name, value in part.items():
+            columns[name].append(value)
+    return {name: sum(column) / len(column) for name, column in columns.items()}
 
 
 def read_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

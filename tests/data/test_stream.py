@@ -90,6 +90,20 @@ def test_a_run_may_start_at_any_micro_batch(tmp_path: Path) -> None:
     assert keys(stream, 4, start=5) == keys(stream, 9)[5:]
 
 
+@settings(max_examples=25, deadline=None)
+@given(counts, st.integers(1, 4), st.integers(0, 40), st.integers(1, 20))
+def test_epochs_that_lie_behind_are_not_read(counts: list[int], micro_batch: int, start: int, window: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), counts)
+        slow = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window)
+        quick = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window, samples=sum(counts))
+        read: list[int] = []
+        whole_epoch = quick._epoch
+        quick._epoch = lambda epoch: read.append(epoch) or whole_epoch(epoch)  # type: ignore[func-returns-value, method-assign]
+        assert keys(quick, 3, start=start) == keys(slow, start + 3)[start:]
+        assert read[0] == start * micro_batch // sum(counts)
+
+
 def test_a_launcher_s_environment_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = MicroBatchStream(write_shards(tmp_path, [2, 2, 2]), 2, 0, masked=True)
     before = keys(stream, 6)

@@ -1,10 +1,11 @@
-"""The backbone: distributed distillation computes what a plain single-process torch loop computes."""
+"""The backbone: distributed distillation computes what a plain single-process torch loop computes, on any topology."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,49 +14,64 @@ import diffusers
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
-from ppcl_ds.export.consolidate import newest_checkpoint, unit_state
-from ppcl_ds.families.reader import NoisyStream
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.families.reader import DTYPES, NoisyStream
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
 from ppcl_ds.watch.board import read_scalars
 from tests.conftest import command
 
-STEPS = 5
+STEPS = 10
+SETTINGS = {
+    "steps": STEPS,
+    "micro_batches_per_step": 4,
+    "optimizer": {"lr": 1e-3, "warmup_steps": 1, "clip_norm": 0.02},  # so short that most gradients are clipped
+    "checkpoint_every": 1,
+    "keep_checkpoints": STEPS,
+}
 PLAN = Plan(
     teacher="QwenImageTransformer2DModel",
     blocks=6,
     units=(
         UnitPlan(name="early", span=(0, 2), streams=("image", "text")),
         UnitPlan(name="middle", span=(1, 3), streams=("image", "text")),
+        UnitPlan(name="short", span=(2, 3), streams=("image", "text")),
         UnitPlan(name="late", span=(4, 5), streams=("image",)),
     ),
     variants={"small": ("early", "late"), "other": ("middle",)},
 )
+TOPOLOGIES = [(1, 1), (4, 1), (1, 2), (2, 2), (2, 1), (1, 4)]
+"""Stages and replicas; a run goes on with the next pair where the one before was stopped."""
 
 
-def reference(recipe: Recipe) -> tuple[list[float], dict[str, list[float]], dict[str, dict[str, Tensor]]]:
-    """Losses by step, losses by unit and step, and final weights, by one process that knows no DeepSpeed."""
-    teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(recipe.teacher.path).eval()
+@dataclass
+class Reference:
+    """What one process that knows no DeepSpeed finds; lists by step."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    norms: list[dict[str, float]] = field(default_factory=list)
+    masters: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+
+def reference(recipe: Recipe) -> Reference:
+    """The plain loop: float32 masters, units and teacher in the run's number format, gradients summed in float32."""
+    found, dtype = Reference(), DTYPES[recipe.teacher.precision]
+    teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(recipe.teacher.path, torch_dtype=dtype).eval()
     units = {unit.name: copy.deepcopy(teacher.transformer_blocks[unit.span[0]]) for unit in PLAN.units}
-    optimizer = torch.optim.AdamW(
-        [p for unit in units.values() for p in unit.parameters()],
-        lr=recipe.distill.optimizer.lr,
-        betas=recipe.distill.optimizer.betas,
-        weight_decay=recipe.distill.optimizer.weight_decay,
-    )
+    masters = {name: [p.detach().float().clone() for p in unit.parameters()] for name, unit in units.items()}
+    settings, count = recipe.distill.optimizer, recipe.distill.micro_batches_per_step
+    optimizers = {
+        name: torch.optim.AdamW(own, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay)
+        for name, own in masters.items()
+    }
     stream = NoisyStream(recipe, "train", recipe.distill.micro_batch, torch.device("cpu")).take(0, 1)
-    totals: list[float] = []
-    by_unit: dict[str, list[float]] = {name: [] for name in units}
-    count = recipe.distill.micro_batches_per_step
     for step in range(STEPS):
-        rate = 1.0 if step >= 1 else 0.0  # one step of warm-up, then half a cosine
-        progress = (step - 1) / (STEPS - 1)
-        optimizer.param_groups[0]["lr"] = (
-            recipe.distill.optimizer.lr * rate * 0.5 * (1 + math.cos(math.pi * max(progress, 0)))
-        )
-        sums = dict.fromkeys(units, 0.0)
+        sums = {name: [torch.zeros_like(m) for m in own] for name, own in masters.items()}
+        losses = dict.fromkeys(units, 0.0)
         for _, batch in islice(stream, count):
             calls, outputs = watch(teacher, batch)
             for unit in PLAN.units:
@@ -65,13 +81,41 @@ def reference(recipe: Recipe) -> tuple[list[float], dict[str, list[float]], dict
                 if "text" in unit.streams:
                     loss = loss + distance(text, true_text, batch.prompts.mask)
                 (loss / count).backward()
-                sums[unit.name] += loss.item() / count
-        optimizer.step()
-        optimizer.zero_grad()
-        totals.append(sum(sums.values()))
-        for name, value in sums.items():
-            by_unit[name].append(value)
-    return totals, by_unit, {name: unit.state_dict() for name, unit in units.items()}
+                losses[unit.name] += loss.item() / count
+                gather(units[unit.name], sums[unit.name])
+        norms = {}
+        for name, unit in units.items():
+            norms[name] = math.sqrt(sum(float(g.square().sum()) for g in sums[name]))
+            shorter = min(1.0, settings.clip_norm / norms[name])
+            for master, gradient in zip(masters[name], sums[name], strict=True):
+                master.grad = gradient * shorter
+            optimizers[name].param_groups[0]["lr"] = rate_at(step, settings.lr)
+            optimizers[name].step()
+            for parameter, master in zip(unit.parameters(), masters[name], strict=True):
+                parameter.data = master.to(dtype)
+        found.losses.append(losses)
+        found.norms.append(norms)
+    for name, unit in units.items():
+        keys = [key for key, _ in unit.named_parameters()]
+        found.masters[name] = dict(zip(keys, masters[name], strict=True))
+        states = [optimizers[name].state[master] for master in masters[name]]
+        found.moments[name] = {
+            what: torch.cat([state[what].flatten() for state in states]) for what in ("exp_avg", "exp_avg_sq")
+        }
+    return found
+
+
+def rate_at(step: int, rate: float) -> float:
+    """One step of warm-up, then half a cosine."""
+    return rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) if step else 0.0
+
+
+def gather(unit: nn.Module, sums: list[Tensor]) -> None:
+    """Add a unit's gradients to the sums and forget them."""
+    for parameter, total in zip(unit.parameters(), sums, strict=True):
+        if parameter.grad is not None:
+            total += parameter.grad.float()
+            parameter.grad = None
 
 
 def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Tensor]]]:
@@ -82,11 +126,12 @@ def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Te
     for block in teacher.transformer_blocks:
         handles.append(block.register_forward_pre_hook(lambda m, a, kw: calls.append(dict(kw)), with_kwargs=True))
         handles.append(block.register_forward_hook(lambda m, a, out: outputs.append(out)))
+    dtype = teacher.dtype
     latents = batch.latents.reshape(-1, 1, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 4)
     with torch.no_grad():
         teacher(
-            hidden_states=latents,
-            encoder_hidden_states=batch.prompts.embeds,
+            hidden_states=latents.to(dtype),
+            encoder_hidden_states=batch.prompts.embeds.to(dtype),
             encoder_hidden_states_mask=batch.prompts.mask,
             timestep=batch.sigmas,
             img_shapes=[[(1, 4, 4)]] * len(latents),
@@ -97,29 +142,78 @@ def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Te
 
 
 def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    student, teacher = student.float(), teacher.float()
     angle = 2 - 2 * F.cosine_similarity(student, teacher, dim=-1)
     size = (student.norm(dim=-1) / teacher.norm(dim=-1)).log() ** 2
     counted = torch.ones_like(angle, dtype=torch.bool) if mask is None else mask
     return (angle + size)[counted].mean()
 
 
-@pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (2, 1), (2, 2)])
-def test_distributed_distillation_equals_a_plain_loop(new_run: Callable[..., Path], stages: int, replicas: int) -> None:
-    path = new_run("qwen", topology={"stages": stages, "replicas": replicas}, distill={"steps": STEPS})
+def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
+    """Run `ppcl distill` to the end on a topology, going on behind `step`."""
+    raw = yaml.safe_load(path.read_text())
+    raw["topology"] = {"stages": stages, "replicas": replicas}
+    if stages * replicas == 4:  # as two nodes of two ranks
+        raw["teacher"]["ranks_per_copy"] = 2
+    path.write_text(yaml.safe_dump(raw))
     recipe = load_recipe(path)
-    PLAN.save(recipe.plan_file)
+    if step:
+        (recipe.checkpoints / "latest").write_text(checkpoint_tag(step))
     command("distill", path)
+    return recipe
 
-    losses, by_unit, weights = reference(recipe)
+
+def expect_curves(recipe: Recipe, found: Reference, since: int, relative: float, absolute: float) -> None:
+    """Losses and gradient norms of every unit and step are the reference's."""
     scalars = read_scalars(recipe.board)
     steps = list(range(1, STEPS + 1))
+    totals = [sum(losses.values()) for losses in found.losses]
     assert [step for step, _ in scalars["run/loss"]] == steps
-    assert [value for _, value in scalars["run/loss"]] == pytest.approx(losses, abs=1e-5)
+    assert [value for _, value in scalars["run/loss"]] == pytest.approx(totals, rel=relative, abs=absolute)
     for unit in PLAN.units:
         curves = [scalars[f"{unit.name}/loss/{stream}"] for stream in unit.streams]
         sums = [sum(value for _, value in points) for points in zip(*curves, strict=True)]
-        assert sums == pytest.approx(by_unit[unit.name], abs=1e-5)
-        trained = unit_state(newest_checkpoint(recipe.checkpoints), PLAN, unit)
-        assert trained.keys() == weights[unit.name].keys()
-        for key, expected in weights[unit.name].items():
-            torch.testing.assert_close(trained[key], expected, rtol=0, atol=1e-5)
+        expected = [losses[unit.name] for losses in found.losses]
+        assert sums[since:] == pytest.approx(expected[since:], rel=relative, abs=absolute)
+        lengths = [norm for _, norm in scalars[f"{unit.name}/gradient_norm"]]
+        assert lengths[since:] == pytest.approx([n[unit.name] for n in found.norms[since:]], rel=relative, abs=absolute)
+
+
+def test_a_run_that_changes_its_topology_five_times_equals_a_plain_loop(new_run: Callable[..., Path]) -> None:
+    """Every topology of up to four ranks takes the run to its end; the next one goes on in the middle, a step later."""
+    path = new_run("qwen", distill=SETTINGS)
+    PLAN.save(load_recipe(path).plan_file)
+    found = reference(load_recipe(path))
+    assert sum(norm > 0.02 for norms in found.norms for norm in norms.values()) > STEPS
+    for step, (stages, replicas) in enumerate(TOPOLOGIES):
+        recipe = distill_from(path, step, stages, replicas)
+        expect_curves(recipe, found, step, relative=0, absolute=1e-5)
+        checkpoint = newest_checkpoint(recipe.checkpoints)
+        assert checkpoint.contents.step == STEPS
+        assert len({p.file for unit in checkpoint.contents.units.values() for p in unit.pieces}) == stages * replicas
+        for unit in PLAN.units:
+            torch.testing.assert_close(checkpoint.unit(unit.name), found.masters[unit.name], rtol=0, atol=1e-5)
+            for what, expected in found.moments[unit.name].items():
+                moment = checkpoint.part(unit.name, what, 0, len(expected))
+                torch.testing.assert_close(moment, expected, rtol=0, atol=1e-5)
+
+
+def test_in_bf16_it_equals_a_plain_loop_within_rounding(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen", distill=SETTINGS, teacher={"precision": "bf16"})
+    PLAN.save(load_recipe(path).plan_file)
+    found = reference(load_recipe(path))
+    rounding = 2**-8
+    for step, (stages, replicas) in enumerate(TOPOLOGIES):
+        recipe = distill_from(path, step, stages, replicas)
+        expect_curves(recipe, found, step, relative=rounding, absolute=0)
+        checkpoint = newest_checkpoint(recipe.checkpoints)
+        for unit in PLAN.units:
+            masters, expected = (
+                torch.cat([state[key].flatten() for key in found.masters[unit.name]])
+                for state in (checkpoint.unit(unit.name), found.masters[unit.name])
+            )
+            assert masters.dtype == torch.float32
+            assert float((masters - expected).norm() / expected.norm()) < rounding
+            for what, moment in found.moments[unit.name].items():
+                own = checkpoint.part(unit.name, what, 0, len(moment))
+                assert float((own - moment).norm() / moment.norm()) < rounding

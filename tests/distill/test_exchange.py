@@ -5,8 +5,6 @@ Run as a module, this file is one of the two ranks.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +18,10 @@ from torch.utils import _pytree as pytree
 
 from ppcl_ds.distill.exchange import Exchange
 from ppcl_ds.units.depth import Parcel
+from tests.conftest import run_ranks
 
 UNITS = [["first", "second"], ["third"]]
 TEXT_LENGTHS = [5, 9]
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
 def parcels(rank: int) -> dict[str, Parcel]:
@@ -69,9 +67,9 @@ def be_a_rank(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
-    exchange = Exchange(group, rank, UNITS)
+    exchange = Exchange(group, group, rank, UNITS)
     for _ in range(3):
-        received = exchange(parcels(rank))
+        received = list(exchange(parcels(rank)))
     fields = [{name: vars(parcel) for name, parcel in each.items()} for each in received]
     copies: dict[int, Tensor] = {}  # of the views into what was received; what is one tensor stays one
     fields = pytree.tree_map_only(Tensor, lambda tensor: copies.setdefault(id(tensor), tensor.clone()), fields)
@@ -87,15 +85,7 @@ Received = list[list[dict[str, dict[str, Any]]]]
 @pytest.fixture(scope="module")
 def received(tmp_path_factory: pytest.TempPathFactory) -> Received:
     folder = tmp_path_factory.mktemp("exchange")
-    done = subprocess.run(
-        [*LAUNCHER, "-m", "tests.distill.test_exchange", str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks("tests.distill.test_exchange", folder)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
@@ -159,7 +149,7 @@ def test_with_one_stage_nothing_is_sent() -> None:
     assert not dist.is_initialized()  # so that any communication would fail
     nobody: Any = None
     own = parcels(0)
-    [kept] = Exchange(nobody, 0, [["first", "second", "third"]])(own)
+    [kept] = Exchange(nobody, nobody, 0, [["first", "second", "third"]])(own)
     assert kept.keys() == own.keys()
     assert all(kept[name] is own[name] for name in own)
 

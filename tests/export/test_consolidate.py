@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.whole import whole_folder, write_whole
@@ -27,23 +29,54 @@ def trained(new_run: Callable[..., Path]) -> tuple[Path, Recipe]:
     checkpoint = recipe.checkpoints / "step-000001"
     checkpoint.mkdir(parents=True)
     (recipe.checkpoints / "latest").write_text(checkpoint.name)
-    (checkpoint / "layer_00-model_states.pt").write_bytes(b"PK\x03\x04 cut short")
+    piece = Piece(file="rank-00000.safetensors", start=0, stop=6)
+    unit = SavedUnit(parameters={"weight": [2, 3]}, pieces=[piece], skipped=0)
+    (checkpoint / "checkpoint.json").write_text(Contents(step=1, units={"early": unit}).model_dump_json())
+    save_file({"early/master": torch.arange(6.0)}, checkpoint / piece.file)
     return path, recipe
 
 
-def test_a_damaged_unit_is_named_and_nothing_is_written(trained: tuple[Path, Recipe]) -> None:
+def test_a_damaged_file_is_named_and_nothing_is_written(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
+    file = recipe.checkpoints / "step-000001" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
     printed = command("consolidate", path, code=2)
-    assert "unit 'early'" in printed
-    assert "layer_00-model_states.pt" in printed
+    assert "step-000001: rank-00000.safetensors cannot be read" in printed
+    assert len(printed.strip().splitlines()) == 1
     assert not recipe.pruned("small").exists()
+
+
+def test_a_checkpoint_without_its_list_is_named(trained: tuple[Path, Recipe]) -> None:
+    path, recipe = trained
+    (recipe.checkpoints / "step-000001" / "checkpoint.json").write_text('{"step": 1')
+    assert "step-000001: checkpoint.json cannot be read" in command("consolidate", path, code=2)
+    (recipe.checkpoints / "latest").write_text("step-000005")
+    assert "step-000005: checkpoint.json cannot be read" in command("consolidate", path, code=2)
 
 
 def test_foreign_objects_in_a_checkpoint_are_never_unpickled(trained: tuple[Path, Recipe], tmp_path: Path) -> None:
     path, recipe = trained
-    torch.save({"weight": _Bomb(tmp_path / "ran")}, recipe.checkpoints / "step-000001" / "layer_00-model_states.pt")
-    assert "unit 'early'" in command("consolidate", path, code=2)
+    torch.save({"weight": _Bomb(tmp_path / "ran")}, recipe.checkpoints / "step-000001" / "rank-00000.safetensors")
+    assert "rank-00000.safetensors cannot be read" in command("consolidate", path, code=2)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_unit_is_put_together_from_whatever_files_hold_its_parts(trained: tuple[Path, Recipe]) -> None:
+    """As three replicas leave it: seven elements, the last part shorter, one file with another unit's part, too."""
+    folder = trained[1].checkpoints / "step-000001"
+    parts = {"rank-00000.safetensors": (0, 3), "rank-00002.safetensors": (3, 6), "rank-00007.safetensors": (6, 7)}
+    flat = torch.arange(7.0)
+    for file, (start, stop) in parts.items():
+        save_file({"it/master": flat[start:stop].clone(), "other/master": torch.ones(3)}, folder / file)
+    pieces = [Piece(file=file, start=start, stop=stop) for file, (start, stop) in parts.items()]
+    unit = SavedUnit(parameters={"weight": [2, 3], "bias": [1]}, pieces=pieces, skipped=0)
+    (folder / "checkpoint.json").write_text(Contents(step=1, units={"it": unit}).model_dump_json())
+    checkpoint = Checkpoint(folder)
+    expected = {"weight": flat[:6].view(2, 3), "bias": flat[6:]}
+    torch.testing.assert_close(checkpoint.unit("it"), expected, rtol=0, atol=0)
+    for start in range(8):
+        for stop in range(start, 8):
+            assert torch.equal(checkpoint.part("it", "master", start, stop), flat[start:stop])
 
 
 def test_a_unit_that_was_not_trained_is_refused(trained: tuple[Path, Recipe]) -> None:

@@ -5,8 +5,6 @@ Run as a module, this file is one of the two ranks.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +26,9 @@ from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import read_deepspeed_file, shipped
 from ppcl_ds.units.depth import DepthUnit
-from tests.conftest import TEACHERS, WAN
+from tests.conftest import TEACHERS, WAN, run_ranks
 
 RANKS = 2
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = TEACHERS | {
     "wan": WAN  # keeps a few of its tensors in float32 whatever it is loaded as
@@ -79,7 +76,7 @@ def be_a_rank(folder: Path) -> None:
     for family in FAMILIES:
         files = ModelFiles(folder / family)
         for name, dtype in DTYPES.items():
-            engine = load_teacher(files, config, dtype)
+            engine = load_teacher(files, config, dtype, None)
             parameters: list[Any] = list(engine.module.parameters())
             found[f"{family} {name} held"] = sum(p.ds_tensor.numel() for p in parameters)
             found[f"{family} {name} whole"] = sum(p.numel() for p in parameters)
@@ -104,15 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         getattr(diffusers, class_name)(**config).save_pretrained(made / family, max_shard_size="100KB")
         assert len(list((made / family).glob("*.safetensors"))) > 1
-    done = subprocess.run(
-        [*LAUNCHER, "-m", "tests.families.test_sharded", str(made)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks("tests.families.test_sharded", made, RANKS)
     return made
 
 

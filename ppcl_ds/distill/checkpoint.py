@@ -1,0 +1,119 @@
+"""The checkpoint: safetensors files that every rank wrote its share of, read on any number of ranks.
+
+    step-000200/
+      checkpoint.json             the step, and for each unit its parameters in order, and which file holds which part
+                                  of its flat vector
+      rank-00000.safetensors ...  per unit of the rank's stage: `UNIT/master`, `UNIT/exp_avg`, `UNIT/exp_avg_sq` (that
+                                  part, float32), `UNIT/step` (); and the rank's random state
+
+A unit's flat vector is its parameters laid end to end, so a part of it is the same thing on any topology.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ppcl_ds.errors import UserError
+
+
+class Piece(BaseModel):
+    """Elements `start:stop` of a unit's flat vector, and the file that holds them."""
+
+    file: str
+    start: int
+    stop: int
+
+
+class SavedUnit(BaseModel):
+    """One unit of a checkpoint."""
+
+    parameters: dict[str, list[int]]
+    """Name in the teacher's block class -> shape, in the order of the flat vector."""
+    pieces: list[Piece]
+    skipped: int
+    """Steps that the unit has skipped because its gradient was not finite."""
+
+
+class Contents(BaseModel):
+    """`checkpoint.json`."""
+
+    step: int
+    units: dict[str, SavedUnit]
+
+
+class Checkpoint:
+    """A whole checkpoint on disk, opened for reading by one process.
+
+    Raises:
+        UserError: its `checkpoint.json` is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.contents = Contents.model_validate_json((folder / "checkpoint.json").read_bytes())
+        except (OSError, ValidationError) as fault:
+            why = str(fault).splitlines()[0]
+            raise UserError(
+                f"checkpoint {folder}: checkpoint.json cannot be read ({why}); write the name of another one into "
+                f"{folder.parent / 'latest'}"
+            ) from None
+
+    def unit(self, name: str) -> dict[str, Tensor]:
+        """A trained unit's float32 masters: name in the teacher's block class -> tensor.
+
+        Raises:
+            UserError: the unit is not in the checkpoint, or its file cannot be read.
+        """
+        if name not in self.contents.units:
+            raise UserError(f"checkpoint {self.folder} has no unit '{name}'")
+        shapes = {key: torch.Size(shape) for key, shape in self.contents.units[name].parameters.items()}
+        sizes = [shape.numel() for shape in shapes.values()]
+        flat = self.part(name, "master", 0, sum(sizes))
+        return {key: part.view(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}
+
+    def part(self, name: str, what: str, start: int, stop: int) -> Tensor:
+        """Elements `start:stop` of a unit's master or moment, float32, from whichever files hold them."""
+        found = [torch.empty(0)]
+        for piece in self.contents.units[name].pieces:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                values = self.read(piece.file, f"{name}/{what}", first - piece.start, last - piece.start)
+                assert values is not None
+                found.append(values)
+        return torch.cat(found)
+
+    def steps_of(self, name: str) -> Tensor | None:
+        """How many steps a unit's moments have seen, (); None before the first."""
+        return self.read(self.contents.units[name].pieces[0].file, f"{name}/step")
+
+    def read(self, file: str, key: str, start: int | None = None, stop: int | None = None) -> Tensor | None:
+        """A tensor of one file, or a range of it; None where the file has none of that name.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        try:
+            with safe_open(self.folder / file, framework="pt") as opened:
+                if key not in opened.keys():  # noqa: SIM118 - it is no mapping
+                    return None
+                return opened.get_tensor(key) if start is None else opened.get_slice(key)[start:stop]
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"checkpoint {self.folder}: {file} cannot be read ({fault})") from None
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return Checkpoint(folder / (folder / "latest").read_text().strip())
+    except OSError:
+        raise UserError(f"no checkpoint in {folder}; run `ppcl distill` first") from None

@@ -1,0 +1,77 @@
+"""The students' optimizer: ZeRO-1 with float32 masters, in which every unit stands for itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from torch import Tensor
+
+_SMALLEST = 1e-6
+"""Added to a norm that is divided by, as `torch.nn.utils.clip_grad_norm_` does."""
+
+
+class UnitOptimizer(BF16_Optimizer):
+    """DeepSpeed's ZeRO-1 optimizer, one parameter group a unit.
+
+    Each unit is one flat vector: parameters in the run's number format and gradients summed up in float32 are whole on
+    every data replica, float32 masters and moments are divided over them. Clipping and what is not finite are settled
+    unit by unit; the stock class takes one norm over all units of all stages, and skips them all together.
+
+    Args:
+        optimizer: with one parameter group a unit, whose `name` says which.
+        clip_norm: longest gradient of a unit; 0: any.
+        offload: keep masters and moments in CPU memory.
+        arguments: of the stock class.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, *arguments: Any, clip_norm: float, offload: bool, **options: Any
+    ) -> None:
+        self.names: list[str] = [group["name"] for group in optimizer.param_groups]
+        self.clip_norm = clip_norm
+        self.norms: dict[str, float] = {}
+        """Gradient norm of each unit in the last step, before clipping."""
+        self.skipped = dict.fromkeys(self.names, 0)
+        """Steps that each unit has skipped because its gradient was not finite."""
+        # Under float32, too: the masters are copies then, and there is one way to step, whatever the precision.
+        # A gradient is added to its float32 sum, and let go, as soon as it is there.
+        precision = DeepSpeedBF16Config(enabled=True, immediate_grad_update=True)
+        super().__init__(optimizer, *arguments, bfloat16_config=precision, grad_acc_dtype=torch.float32, **options)
+        if offload:
+            for parameters, master in zip(self.bf16_groups, self.masters, strict=True):
+                master.data = master.data.cpu()
+                for parameter in parameters:
+                    parameter._hp_mapping = None  # views of the master where it was, which would keep it there
+
+    @property
+    def masters(self) -> Sequence[Tensor]:
+        """This replica's share of each unit's flat vector, float32."""
+        return self.fp32_groups_flat_partition
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One AdamW step of every unit whose gradient is finite; the others stay wholly as they are.
+
+        Gradients have been averaged over the replicas, so every replica of a stage decides alike.
+        """
+        norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.fp32_groups_gradients_flat])
+        self.norms = dict(zip(self.names, norms.tolist(), strict=True))
+        shares = self.fp32_groups_gradient_flat_partition
+        for (name, norm), master, share in zip(self.norms.items(), self.masters, shares, strict=True):
+            if not math.isfinite(norm):
+                self.skipped[name] += 1
+                master.grad = None  # torch's optimizers pass over it: neither moments nor weight decay move
+                continue
+            if self.clip_norm and norm > self.clip_norm:
+                share.mul_(self.clip_norm / (norm + _SMALLEST))
+            master.grad = share.to(master.device)
+        self.optimizer.step()
+        for master in self.masters:
+            master.grad = None
+        self.update_lp_params()
+        self.clear_hp_grads()

@@ -1,0 +1,76 @@
+"""Accelerators that a cluster may have, as their vendors' public data sheets describe them."""
+
+from __future__ import annotations
+
+import difflib
+
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_ds.errors import UserError
+
+RESERVED = 0.1
+"""Share of the memory that is left alone: the driver's context, NCCL's buffers, fragmentation."""
+
+
+class Accelerator(BaseModel):
+    """One accelerator in its usual server.
+
+    Attributes:
+        name: how it is asked for.
+        memory_gib: memory as its driver reports it; nearly the number that data sheets call GB.
+        tflops: peak of dense bfloat16 matrix products, 10^12 FLOP/s.
+        intra_gb: bandwidth to the other accelerators of the node, one way, 10^9 bytes/s.
+        inter_gb: its share of the node's network, one way, 10^9 bytes/s.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    memory_gib: float
+    tflops: float
+    intra_gb: float
+    inter_gb: float
+
+    @property
+    def usable_bytes(self) -> int:
+        """What a run may fill."""
+        return int(self.memory_gib * (1 - RESERVED) * 2**30)
+
+
+def _named(*accelerators: Accelerator) -> dict[str, Accelerator]:
+    return {accelerator.name: accelerator for accelerator in accelerators}
+
+
+# NVLink and PCIe are quoted both ways together; half of it goes one way. "With sparsity" is twice the dense rate.
+ACCELERATORS = _named(
+    # NVIDIA A100 data sheet: 312 TFLOPS, NVLink 600 GB/s. DGX A100: eight 200 Gb/s adapters for eight GPUs.
+    Accelerator(name="a100-40", memory_gib=40, tflops=312, intra_gb=300, inter_gb=25),
+    Accelerator(name="a100-80", memory_gib=80, tflops=312, intra_gb=300, inter_gb=25),
+    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, NVLink 900 GB/s. DGX H100: eight 400 Gb/s adapters.
+    Accelerator(name="h100", memory_gib=80, tflops=989, intra_gb=450, inter_gb=50),
+    # NVIDIA H200 data sheet, SXM: 141 GB, otherwise as H100. DGX H200: eight 400 Gb/s adapters.
+    Accelerator(name="h200", memory_gib=140, tflops=989, intra_gb=450, inter_gb=50),
+    # NVIDIA DGX B200 data sheet: 1,440 GB for eight GPUs, NVLink 14.4 TB/s for eight, eight 400 Gb/s adapters;
+    # NVIDIA Blackwell architecture brief, HGX B200: 4,500 TFLOPS with sparsity.
+    Accelerator(name="b200", memory_gib=179, tflops=2250, intra_gb=900, inter_gb=50),
+    # NVIDIA L40S data sheet: 362 TFLOPS, PCIe Gen4 64 GB/s. The network is an assumption: 100 Gb/s a GPU.
+    Accelerator(name="l40s", memory_gib=45, tflops=362, intra_gb=32, inter_gb=12.5),
+    # NVIDIA Ada architecture white paper, RTX 4090: 165.2 TFLOPS with float32 accumulation, PCIe Gen4 64 GB/s.
+    # The network is an assumption: 100 Gb/s for a node of eight.
+    Accelerator(name="rtx4090", memory_gib=24, tflops=165, intra_gb=32, inter_gb=1.6),
+    # AMD Instinct MI300X data sheet: 1,307 TFLOPS, seven Infinity Fabric links of 128 GB/s. Eight 400 Gb/s adapters.
+    Accelerator(name="mi300x", memory_gib=192, tflops=1307, intra_gb=448, inter_gb=50),
+)
+
+
+def accelerator_called(name: str) -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        UserError: the table does not have it.
+    """
+    if name not in ACCELERATORS:
+        near = difflib.get_close_matches(name, ACCELERATORS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(ACCELERATORS)}"
+        raise UserError(f"--accelerator {name}: not in the table; {hint}")
+    return ACCELERATORS[name]

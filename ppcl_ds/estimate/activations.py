@@ -1,0 +1,114 @@
+"""Memory of activations, measured on the meta device: nothing is allocated, every tensor that would be is counted.
+
+Attention is measured as the fused kernels of accelerators do it, whose memory grows with the number of tokens, not with
+its square. What kernels allocate inside for themselves is not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ppcl_ds.families.anatomy import Block, Streams
+from ppcl_ds.units.depth import Parcel, recompute_parts
+from ppcl_ds.units.loss import boundary_loss
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made inside and still alive.
+
+    A tensor that was there before does not count, nor does a view; in `peak` stands the most that was alive at once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for storage in _storages((args, kwargs)):
+            self._known[storage] = True
+        output = func(*args, **(kwargs or {}))
+        for storage in _storages(output):
+            if storage not in self._known:
+                self._known[storage] = True
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._release, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return output
+
+    def _release(self, size: int) -> None:
+        self.now -= size
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention over meta tensors is one kernel; PyTorch would build the whole matrix of scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            streams = [named[name] for name in ("query", "key", "value")]
+            if streams[0].is_meta:
+                return torch.ops.aten._scaled_dot_product_flash_attention(*streams)[0]
+        return func(*args, **(kwargs or {}))
+
+
+def unit_activations(block: Block, module: nn.Module, parcel: Parcel, checkpointing: bool) -> int:
+    """Most bytes alive at once in the forward, loss and backward of a depth unit.
+
+    Beside parameters, gradients and what the unit reads, which do not count.
+
+    Every text token counts in the loss, as in the longest prompt. Gradients of parameters are taken to be there, as
+    they are from the second micro-batch on.
+
+    Args:
+        block: the span's first block.
+        module: its module.
+        parcel: what the unit reads and is judged by.
+        checkpointing: recompute activations in the backward pass.
+    """
+
+    module = copy.deepcopy(module)
+    for part in module.children():
+        part.forward = partial(_with_fused_attention, part.forward)
+    if checkpointing:
+        recompute_parts(module)
+    module.requires_grad_(True)
+    for parameter in module.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    with torch.enable_grad(), LiveBytes() as live:
+        outputs = block.call(module, parcel.inputs, parcel.conditioning)
+        losses = [boundary_loss(outputs[s], target, None, 1.0) for s, target in parcel.targets.items()]
+        del outputs
+        torch.stack(losses).sum().backward()
+    return live.peak
+
+
+@torch.no_grad()
+def block_activations(block: Block, module: nn.Module, streams: Streams, conditioning: Mapping[str, Any]) -> int:
+    """Most bytes alive at once in the forward of a frozen block, its outputs included."""
+    with LiveBytes() as live, _FusedAttention():
+        block.call(module, streams, dict(conditioning))
+    return live.peak
+
+
+def _with_fused_attention(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """A part's forward; a mode around the whole would not reach what the backward pass computes again."""
+    with _FusedAttention():
+        return forward(*args, **kwargs)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

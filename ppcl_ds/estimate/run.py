@@ -1,0 +1,71 @@
+"""`ppcl estimate`: what a run will need, before anybody queues for it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import accelerator_called
+from ppcl_ds.estimate.show import show
+from ppcl_ds.estimate.sizing import size_run
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.whole import write_whole
+
+
+def estimate(
+    recipe: Recipe,
+    nodes: int,
+    gpus_per_node: int | None = None,
+    *,
+    accelerator: str = "h100",
+    utilisation: float = 0.4,
+    latent_size: str | None = None,
+    text_tokens: int | None = None,
+    json: Path | None = None,
+) -> bool:
+    """Print the estimate, and write it to `json` if given.
+
+    Args:
+        gpus_per_node: all processes of the recipe's topology by default.
+        latent_size: as on the command line, see `read_size`.
+
+    Returns:
+        Whether the run fits.
+
+    Raises:
+        UserError: an argument is wrong, or recipe, plan and teacher do not go together.
+    """
+    if not 0 < utilisation <= 1:
+        raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
+    if text_tokens is not None and text_tokens < 1:
+        raise UserError(f"--text-tokens {text_tokens}: a prompt has a token or more")
+    numbers = size_run(
+        recipe,
+        nodes,
+        recipe.topology.world if gpus_per_node is None else gpus_per_node,
+        accelerator_called(accelerator),
+        utilisation=utilisation,
+        latent_size=None if latent_size is None else read_size(latent_size),
+        text_tokens=text_tokens,
+    )
+    show(numbers)
+    if json is not None:
+        try:
+            write_whole(json, numbers.model_dump_json(indent=1) + "\n")
+        except OSError as fault:
+            raise UserError(f"--json {json}: {fault.strerror}") from None
+    return numbers.fits
+
+
+def read_size(text: str) -> tuple[int, int]:
+    """`128` or `96x160` -> (H, W) of the latents.
+
+    Raises:
+        UserError: it is neither.
+    """
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if found is None:
+        raise UserError(f"--latent-size {text}: give one number, or height and width such as 96x160")
+    height, width = found.groups()
+    return int(height), int(width or height)

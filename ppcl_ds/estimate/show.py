@@ -1,0 +1,125 @@
+"""An estimate as tables for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
+from rich.table import Table
+
+from ppcl_ds.estimate.accelerators import RESERVED
+from ppcl_ds.estimate.memory import Parts
+from ppcl_ds.estimate.sizing import Cluster, Estimate
+from ppcl_ds.estimate.traffic import Traffic
+
+
+def show(estimate: Estimate) -> None:
+    """Print what a run needs, where it goes, and the verdict."""
+    console = Console(highlight=False)
+    for line in _assumptions(estimate):
+        console.print(line, soft_wrap=True, markup=False)
+    for table in (_memory(estimate), _step(estimate), _stages(estimate)):
+        console.print(table)
+    for line in _verdict(estimate):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _assumptions(e: Estimate) -> Iterator[str]:
+    yield f"teacher: {e.teacher}, {_count(e.teacher_parameters)} parameters"
+    yield f"plan: {e.plan}; {e.units} units, {_count(e.unit_parameters)} parameters"
+    size = "x".join(map(str, e.latents))
+    yield f"sample: latents {size}, {e.text_tokens} text tokens; {e.samples} samples a step, {e.precision}"
+    speed = f"{e.utilisation:.0%} of {e.accelerator.tflops:g} TFLOP/s"
+    yield f"cluster: {_words(e.cluster)}; {e.accelerator.name} at {speed}"
+    yield from (f"note: {note}" for note in e.notes)
+
+
+def _memory(e: Estimate) -> Table:
+    memory = e.fullest.memory
+    title = f"Memory of a process of stage {memory.stage}" + (", the fullest" if len(e.stages) > 1 else "")
+    table = Table("", "bytes", "of which", title=title)
+    for part, size in memory.resident.items():
+        if size:
+            table.add_row(part, _bytes(size), "")
+    table.add_section()
+    table.add_row("all the time", _bytes(sum(memory.resident.values())), "")
+    for moment, parts in memory.moments.items():
+        table.add_row(f"+ in {moment}", _bytes(sum(parts.values())), _list(parts))
+    table.add_section()
+    table.add_row("peak", _bytes(memory.peak), f"in {memory.worst}")
+    table.add_row(e.accelerator.name, _bytes(e.accelerator.usable_bytes), f"{RESERVED:.0%} are left alone")
+    return table
+
+
+def _step(e: Estimate) -> Table:
+    step = e.step
+    table = Table("", "computed", "in the node", "between nodes", "seconds", title="A step of the busiest process")
+    table.add_row("teacher forward", _flops(step.teacher_flops), *_links(step.gathers), _seconds(step.teacher))
+    table.add_row("unit training", _flops(step.unit_flops), *_links(step.exchange), _seconds(step.units))
+    table.add_row("gradient reduction", "", *_links(step.reduction), _seconds(step.reducing))
+    table.add_section()
+    table.add_row("step", "", "", "", _seconds(step.seconds))
+    rate = e.samples / step.seconds
+    table.caption = f"{_flops(e.step_flops)} a step over all processes, {rate:.3g} samples/s"
+    return table
+
+
+def _stages(e: Estimate) -> Table:
+    table = Table("stage", "units", "parameters", "share", "FLOPs", "peak", title="Stages")
+    for number, stage in enumerate(e.stages):
+        shares = f"{stage.parameter_share:.1%}", f"{stage.flop_share:.1%}"
+        count = _count(stage.parameters)
+        table.add_row(str(number), str(len(stage.units)), count, *shares, _bytes(stage.memory.peak))
+    return table
+
+
+def _verdict(e: Estimate) -> Iterator[str]:
+    peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
+    yield f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+    if e.smallest is not None:
+        yield f"smallest cluster that fits: {_words(e.smallest)}"
+    else:
+        yield (
+            "no cluster of up to 128 such nodes fits; these take less memory: distill.activation_checkpointing, "
+            "distill.optimizer.offload, a smaller distill.micro_batch, a larger teacher.ranks_per_copy"
+        )
+
+
+def _words(cluster: Cluster) -> str:
+    def several(number: int, word: str) -> str:
+        return f"{number} {word}{'s' if number > 1 else ''}"
+
+    return (
+        f"{several(cluster.nodes, 'node')} x {several(cluster.gpus_per_node, 'GPU')}, "
+        f"as {several(cluster.stages, 'stage')} x {several(cluster.replicas, 'replica')}"
+    )
+
+
+def _list(parts: Parts) -> str:
+    return ", ".join(f"{part} {_bytes(size)}" for part, size in parts.items() if size)
+
+
+def _links(traffic: Traffic) -> tuple[str, str]:
+    return (_bytes(traffic.intra) if traffic.intra else "", _bytes(traffic.inter) if traffic.inter else "")
+
+
+def _bytes(size: float) -> str:
+    unit, suffix = pick_unit_and_suffix(int(size), ["B", "KiB", "MiB", "GiB", "TiB", "PiB"], 1024)
+    return f"{size / unit:.1f} {suffix}"
+
+
+def _flops(number: float) -> str:
+    unit, suffix = pick_unit_and_suffix(
+        int(number), ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"], 1000
+    )
+    return f"{number / unit:.3g} {suffix}"
+
+
+def _count(number: int) -> str:
+    unit, suffix = pick_unit_and_suffix(number, ["", " k", " M", " B"], 1000)
+    return f"{number / unit:.3g}{suffix}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}"

@@ -1,0 +1,251 @@
+"""All numbers of an estimate, from a recipe and a teacher of which `config.json` is enough."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import Accelerator
+from ppcl_ds.estimate.assumed import assume_plan
+from ppcl_ds.estimate.layout import Layout, layout_on, layouts_of_growing_clusters, units_by_stage
+from ppcl_ds.estimate.measured import Measured, measure
+from ppcl_ds.estimate.memory import Memory, memory_of
+from ppcl_ds.estimate.rehearsal import latent_channels
+from ppcl_ds.estimate.settings import Settings, settings_of
+from ppcl_ds.estimate.speed import Step, step_of
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.reader import DTYPES
+from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.recipe import Recipe
+
+_MOST_NODES = 128
+"""Largest cluster that is searched for one that is large enough."""
+
+_TEXT_TOKENS = 32
+"""Tokens of a prompt where the recipe does not say: captions of a sentence or two."""
+
+
+class Numbers(BaseModel):
+    """Base of the parts of an estimate."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Cluster(Numbers):
+    """Nodes and how the run is laid out on them."""
+
+    nodes: int
+    gpus_per_node: int
+    stages: int
+    replicas: int
+
+
+class Stage(Numbers):
+    """One pipeline stage.
+
+    Attributes:
+        units: names of its units.
+        parameters: of all of them.
+        parameter_share, flop_share: its part of the library.
+        memory: of one of its processes.
+    """
+
+    units: tuple[str, ...]
+    parameters: int
+    parameter_share: float
+    flop_share: float
+    memory: Memory
+
+
+class Estimate(Numbers):
+    """What a run needs and whether a cluster has it.
+
+    Attributes:
+        teacher: class name.
+        teacher_parameters: their number.
+        plan: where the units come from, in words.
+        units: how many there are.
+        unit_parameters: their number, all units together.
+        latents: (C, H, W) of a sample.
+        text_tokens: tokens of its prompt.
+        precision: number format of teacher and units while they run.
+        cluster: the one asked about.
+        accelerator: the one in it.
+        utilisation: share of the accelerator's peak that matrix products are taken to reach.
+        notes: where the estimate departs from the recipe.
+        samples: in a step.
+        micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
+        teacher_flops: of a sample's forward, up to the last block that a unit needs.
+        unit_flops: of a sample's forward through every unit.
+        step_flops: of a step, over all processes.
+        step: of the busiest process.
+        stages: in order.
+        fits: whether the fullest stage fits.
+        smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
+    """
+
+    teacher: str
+    teacher_parameters: int
+    plan: str
+    units: int
+    unit_parameters: int
+    latents: tuple[int, int, int]
+    text_tokens: int
+    precision: str
+    cluster: Cluster
+    accelerator: Accelerator
+    utilisation: float
+    notes: tuple[str, ...]
+    samples: int
+    micro_batches: int
+    teacher_flops: float
+    unit_flops: float
+    step_flops: float
+    step: Step
+    stages: tuple[Stage, ...]
+    fits: bool
+    smallest: Cluster | None
+
+    @property
+    def fullest(self) -> Stage:
+        """The stage whose processes need most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.peak)
+
+
+def size_run(
+    recipe: Recipe,
+    nodes: int,
+    gpus_per_node: int,
+    accelerator: Accelerator,
+    *,
+    utilisation: float = 0.4,
+    latent_size: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
+) -> Estimate:
+    """Estimate `ppcl distill RECIPE` on a cluster. Nothing is written, and no weights are read.
+
+    Args:
+        accelerator: one in each process.
+        utilisation: share of its peak that matrix products reach.
+        latent_size: H and W of a sample; the recipe's by default.
+        text_tokens: tokens of its prompt; the recipe's by default.
+
+    Raises:
+        UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
+    """
+    layout = layout_on(recipe.topology, nodes, gpus_per_node)
+    files = ModelFiles(recipe.teacher.path, weights=False)
+    caller_for(files.class_name)
+    model = files.empty_model()
+    anatomy = Anatomy(model)
+    if recipe.plan_file.exists():
+        plan, words = load_plan(recipe.plan_file, files, anatomy), str(recipe.plan_file)
+    else:
+        plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
+    if not plan.units:
+        raise UserError(f"plan {recipe.plan_file}: it has no units, so there is nothing to train")
+    side = recipe.data.images.size
+    latents = (latent_channels(model), *(latent_size or (side, side)))
+    tokens = text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS
+    settings = recipe.distill
+    run = measure(
+        files,
+        anatomy,
+        plan,
+        latents,
+        tokens,
+        micro_batch=settings.micro_batch,
+        dtype=DTYPES[recipe.teacher.precision],
+        checkpointing=settings.activation_checkpointing,
+    )
+    sharing = settings_of(recipe, gpus_per_node)
+    if layout.world % sharing.ranks_per_copy:
+        raise UserError(
+            f"teacher.ranks_per_copy is {sharing.ranks_per_copy}, which does not divide the {layout.world} processes"
+        )
+    spread = units_by_stage(run.work.units, layout.stages)
+    stages = tuple(_stage(index, spread, layout, run, sharing) for index in range(layout.stages))
+    micro_batches = -(-settings.micro_batches_per_step // layout.world) * layout.world
+    samples = micro_batches * settings.micro_batch
+    step = step_of(
+        spread,
+        layout,
+        run,
+        sharing,
+        accelerator,
+        micro_batches=micro_batches,
+        checkpointing=settings.activation_checkpointing,
+        utilisation=utilisation,
+    )
+    return Estimate(
+        teacher=files.class_name,
+        teacher_parameters=sum(elements for elements, _ in run.parameters),
+        plan=words,
+        units=len(plan.units),
+        unit_parameters=sum(run.unit_parameters.values()),
+        latents=latents,
+        text_tokens=tokens,
+        precision=recipe.teacher.precision,
+        cluster=_cluster(layout),
+        accelerator=accelerator,
+        utilisation=utilisation,
+        notes=_notes(recipe, layout.world, micro_batches),
+        samples=samples,
+        micro_batches=micro_batches,
+        teacher_flops=run.work.teacher,
+        unit_flops=sum(run.work.units.values()),
+        step_flops=run.work.per_step(samples, settings.activation_checkpointing),
+        step=step,
+        stages=stages,
+        fits=_fits([stage.memory for stage in stages], accelerator),
+        smallest=_smallest(recipe, gpus_per_node, run, sharing, accelerator),
+    )
+
+
+def _notes(recipe: Recipe, world: int, micro_batches: int) -> tuple[str, ...]:
+    notes = []
+    asked = recipe.distill.micro_batches_per_step
+    if micro_batches != asked:
+        notes.append(
+            f"distill.micro_batches_per_step is {asked}, not a multiple of {world} processes: {micro_batches} assumed"
+        )
+    if recipe.teacher.precision != "bf16":
+        notes.append("times are those of bf16; memory is that of the recipe's precision")
+    return tuple(notes)
+
+
+def _stage(index: int, spread: list[list[str]], layout: Layout, run: Measured, settings: Settings) -> Stage:
+    names, costs, work = spread[index], run.unit_parameters, run.work.units
+    parameters, flops = sum(costs[name] for name in names), sum(work[name] for name in names)
+    return Stage(
+        units=tuple(names),
+        parameters=parameters,
+        parameter_share=parameters / sum(costs.values()),
+        flop_share=flops / sum(work.values()),
+        memory=memory_of(index, spread, layout, run, settings),
+    )
+
+
+def _smallest(
+    recipe: Recipe, gpus_per_node: int, run: Measured, settings: Settings, accelerator: Accelerator
+) -> Cluster | None:
+    units = len(run.unit_parameters)
+    for layout in layouts_of_growing_clusters(recipe.topology, gpus_per_node, units, _MOST_NODES):
+        if layout.world % settings.ranks_per_copy:
+            continue
+        spread = units_by_stage(run.work.units, layout.stages)
+        if _fits([memory_of(stage, spread, layout, run, settings) for stage in range(layout.stages)], accelerator):
+            return _cluster(layout)
+    return None
+
+
+def _fits(memories: list[Memory], accelerator: Accelerator) -> bool:
+    return max(memory.peak for memory in memories) <= accelerator.usable_bytes
+
+
+def _cluster(layout: Layout) -> Cluster:
+    return Cluster(
+        nodes=layout.nodes, gpus_per_node=layout.gpus_per_node, stages=layout.stages, replicas=layout.replicas
+    )

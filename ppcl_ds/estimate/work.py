@@ -1,0 +1,64 @@
+"""The arithmetic of a training step, counted on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppcl_ds.estimate.rehearsal import Rehearsal, rehearse
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.parcels import wanted_by
+from ppcl_ds.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one sample: matrix products, convolutions and attention, a multiplication and an addition as two.
+
+    What is computed element by element (norms, activations, the loss, the optimizer) does not count.
+
+    Attributes:
+        teacher: the teacher's forward, up to the last block that a unit needs.
+        units: unit name -> its forward.
+    """
+
+    teacher: float
+    units: dict[str, float]
+
+    def per_step(self, samples: int, checkpointing: bool) -> float:
+        """FLOPs of one optimizer step, over all ranks.
+
+        Args:
+            samples: the global batch.
+            checkpointing: whether units compute their activations again in the backward pass.
+        """
+        return samples * (self.teacher + sum(self.units.values()) * unit_passes(checkpointing))
+
+
+def unit_passes(checkpointing: bool) -> int:
+    """How many forwards' worth of FLOPs a unit's training costs: forward 1, backward 2, recomputation 1."""
+    return 4 if checkpointing else 3
+
+
+def measure_work(
+    files: ModelFiles, anatomy: Anatomy, plan: Plan, latents: tuple[int, int, int], text_tokens: int
+) -> Work:
+    """Count the FLOPs of one sample; no weights are needed.
+
+    Args:
+        latents: (C, H, W) of a sample.
+        text_tokens: tokens of its prompt.
+
+    Raises:
+        UserError: the teacher cannot read samples of this shape.
+    """
+    return work_of(rehearse(files, anatomy, latents, text_tokens), plan, batch=1)
+
+
+def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
+    """The work of one sample, from a rehearsal with `batch` of them. A unit is a copy of its span's first block."""
+    last = wanted_by(plan).last
+    return Work(
+        teacher=rehearsal.flops_until[last] / batch,
+        units={unit.name: rehearsal.block_flops[unit.span[0]] / batch for unit in plan.units},
+    )

@@ -1,0 +1,48 @@
+"""Units do not know of each other: what else a library holds changes nothing about a unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.recipe import load_recipe
+from tests.conftest import command
+
+SPANS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)]
+UNITS = tuple(
+    UnitPlan(name=f"unit_{u}_{v}", span=(u, v), streams=("image",) if v == 5 else ("image", "text")) for u, v in SPANS
+)
+SHARED = UNITS[6]
+"""Two of the variants plug it."""
+PLAN = Plan(
+    teacher="QwenImageTransformer2DModel",
+    blocks=6,
+    units=UNITS,
+    variants={"a": ("unit_0_1", SHARED.name), "b": (SHARED.name,), "c": ("unit_0_3", "unit_4_5")},
+)
+
+
+def trained(path: Path, plan: Plan) -> dict[str, dict[str, Tensor]]:
+    recipe = load_recipe(path)
+    plan.save(recipe.plan_file)
+    command("distill", path)
+    checkpoint = newest_checkpoint(recipe.checkpoints)
+    assert list(checkpoint.contents.units) == [unit.name for unit in plan.units]
+    return {unit.name: checkpoint.unit(unit.name) for unit in plan.units}
+
+
+def test_a_unit_alone_and_in_a_library_of_ten_end_with_identical_weights(new_run: Callable[..., Path]) -> None:
+    """The library lies over two stages; alone, the unit is on one, recomputes activations and offloads its masters."""
+    optimizer = {"lr": 1e-3, "warmup_steps": 1, "clip_norm": 0.02}
+    together = trained(new_run("qwen", distill={"steps": 6, "optimizer": optimizer}), PLAN)
+    otherwise = {"steps": 6, "activation_checkpointing": True, "optimizer": optimizer | {"offload": True}}
+    topology = {"stages": 1, "replicas": 1}
+    only = PLAN.model_copy(update={"units": (SHARED,), "variants": {"b": (SHARED.name,)}})
+    alone = trained(new_run("qwen", distill=otherwise, topology=topology), only)
+    torch.testing.assert_close(together[SHARED.name], alone[SHARED.name], rtol=0, atol=0)
+    assert len({float(state["attn.to_q.bias"].abs().sum()) for state in together.values()}) == len(UNITS)  # all trained

@@ -1,0 +1,179 @@
+"""`ppcl estimate` answers from a recipe and a `config.json`, and refuses what cannot be answered in one line."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.run import estimate, read_size
+from ppcl_ds.estimate.sizing import Estimate, size_run
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.recipe import Topology, load_recipe
+from tests.conftest import TEACHERS, command
+from tests.estimate.conftest import QWEN_IMAGE
+
+Unprepared = Callable[..., Path]
+LARGE: dict[str, Any] = {
+    "config": QWEN_IMAGE,
+    "teacher": {"precision": "bf16"},
+    "topology": {"stages": 8, "replicas": 4},
+    "distill": {"micro_batches_per_step": 32, "micro_batch": 1},
+    "plan": {"variants": {"half": 0.5}},
+}
+
+
+def write_plan(recipe: Path, *spans: tuple[int, int]) -> None:
+    units = tuple(UnitPlan(name=f"{u}-{v}", span=(u, v), streams=("image", "text")) for u, v in spans)
+    plan = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=units, variants={})
+    plan.save(load_recipe(recipe).plan_file)
+
+
+def test_qwen_image_is_sized_from_its_configuration_alone(unprepared: Unprepared) -> None:
+    path = unprepared("qwen", **LARGE)
+    began = time.monotonic()
+    numbers = size_run(load_recipe(path), 4, 8, ACCELERATORS["h100"], latent_size=(128, 128), text_tokens=64)
+    assert time.monotonic() - began < 60  # about six seconds on one idle core
+    assert numbers.teacher_parameters == pytest.approx(20.43e9, rel=0.01)
+    assert numbers.units == 30
+    assert numbers.unit_parameters == pytest.approx(10.2e9, rel=0.01)
+    assert numbers.latents == (16, 128, 128)
+    resident = numbers.fullest.memory.resident
+    assert resident["teacher partition"] == pytest.approx(20.43e9 * 2 / 32, rel=0.01)
+    assert resident["teacher copy in the node"] == pytest.approx(20.43e9 * 2 / 8, rel=0.01)
+    assert resident["units"] == pytest.approx(4 * 0.34e9 * 2, rel=0.01)
+    assert numbers.fits
+    assert numbers.step.gathers.inter == 0
+    assert sum(stage.parameter_share for stage in numbers.stages) == pytest.approx(1)
+
+
+def test_a_larger_cluster_is_found_where_one_is_too_small(unprepared: Unprepared) -> None:
+    recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}))
+    numbers = size_run(recipe, 1, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
+    assert not numbers.fits
+    assert numbers.smallest is not None
+    assert numbers.smallest.nodes > 1
+    assert numbers.smallest.stages * numbers.smallest.replicas == numbers.smallest.nodes * 4
+    topology = Topology(stages=numbers.smallest.stages, replicas=numbers.smallest.replicas)
+    found = recipe.model_copy(update={"topology": topology})
+    there = size_run(found, numbers.smallest.nodes, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
+    assert there.fits
+    half = numbers.smallest.nodes // 2
+    smaller = size_run(recipe, half, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
+    assert not smaller.fits
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
+    numbers = size_run(load_recipe(unprepared(family)), 1, 2, ACCELERATORS["h100"])
+    assert numbers.fits
+    assert numbers.latents == (1, 8, 8)
+    assert numbers.text_tokens == (32 if family == "qwen" else 4)
+    assert numbers.plan.startswith("assumed")
+    assert numbers.smallest is not None
+    assert (numbers.smallest.nodes, numbers.smallest.stages) == (1, 2)
+
+
+def test_the_runs_own_plan_is_used_where_there_is_one(unprepared: Unprepared) -> None:
+    path = unprepared("qwen")
+    write_plan(path, (0, 1), (2, 4))
+    numbers = size_run(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    assert numbers.plan.endswith("plan.yaml")
+    assert [stage.units for stage in numbers.stages] == [("0-1",), ("2-4",)]
+
+
+def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> None:
+    distill = {"micro_batches_per_step": 1}
+    options = {"topology": {"stages": 1, "replicas": 1}, "plan": {"variants": {"half": 0.5}}}
+
+    def sized(**more: Any) -> Estimate:
+        path = unprepared("qwen", **options, distill=distill | more)
+        return size_run(load_recipe(path), 1, 1, ACCELERATORS["h100"], latent_size=(64, 64))
+
+    plain, checkpointed, offloaded = sized(), sized(activation_checkpointing=True), sized(optimizer={"offload": True})
+    [before], [after] = plain.stages, checkpointed.stages
+    key = "unit training"
+    assert after.memory.moments[key]["activations"] < before.memory.moments[key]["activations"] / 1.5
+    assert checkpointed.step.unit_flops == pytest.approx(plain.step.unit_flops * 4 / 3)
+    assert offloaded.stages[0].memory.resident["optimizer"] == 0
+
+
+def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:
+    numbers = size_run(load_recipe(unprepared("qwen")), 3, 2, ACCELERATORS["h100"])
+    assert numbers.micro_batches == 6
+    assert numbers.samples == 24
+    assert any("micro_batches_per_step is 4" in note for note in numbers.notes)
+
+
+def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared, tmp_path: Path) -> None:
+    path = unprepared("qwen", config={"num_layers": 12}, plan={"variants": {"half": 0.5}})
+    file = tmp_path / "made" / "numbers.json"
+    printed = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--latent-size", "4x8", "--json", file)
+    for words in ("assumed", "teacher partition", "teacher copy in the node", "seconds", "stage", "fits: "):
+        assert words in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┃│├┡")
+    numbers = Estimate.model_validate_json(file.read_text())
+    assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
+    assert numbers.latents == (1, 4, 8)
+    assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
+
+
+def test_the_exit_code_says_when_a_run_does_not_fit(unprepared: Unprepared) -> None:
+    path = unprepared("qwen", **LARGE | {"topology": {"stages": 1, "replicas": 1}})
+    printed = command("estimate", path, "--accelerator", "rtx4090", "--latent-size", "1024", code=1)
+    assert "does not fit: " in printed
+    assert "no cluster of up to 128 such nodes fits" in printed
+
+
+BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
+    ({"nodes": 0}, "at least 1"),
+    ({"gpus_per_node": 3}, r"topology.stages \(2\) does not divide"),
+    ({"accelerator": "h10"}, "did you mean 'h100'"),
+    ({"utilisation": 40}, "--utilisation 40"),
+    ({"latent_size": "big"}, "--latent-size big"),
+    ({"latent_size": "7"}, "multiples of 2"),
+    ({"text_tokens": 0}, "--text-tokens 0"),
+    ({"json": Path("/proc/numbers.json")}, "--json /proc/numbers.json"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD_ARGUMENTS, ids=[words for _, words in BAD_ARGUMENTS])
+def test_a_wrong_argument_is_one_line(unprepared: Unprepared, arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        estimate(load_recipe(unprepared("qwen")), **{"nodes": 1} | arguments)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_fault_of_the_recipe_is_one_line_and_exit_code_2(unprepared: Unprepared) -> None:
+    path = unprepared("qwen")
+    write_plan(path, (0, 1))
+    printed = command("estimate", path, code=2).strip()
+    assert printed.startswith("error: ")
+    assert len(printed.splitlines()) == 1
+    assert "topology.stages is 2" in printed
+
+
+def test_a_copy_of_the_teacher_on_a_number_of_ranks_that_does_not_divide_them_is_refused(
+    unprepared: Unprepared,
+) -> None:
+    recipe = load_recipe(unprepared("qwen"))
+    recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"ranks_per_copy": 3})})
+    with pytest.raises(UserError, match="ranks_per_copy is 3"):
+        size_run(recipe, 1, 4, ACCELERATORS["h100"])
+
+
+@pytest.mark.parametrize(("text", "size"), [("128", (128, 128)), ("96x160", (96, 160))])
+def test_latent_sizes_are_one_number_or_two(text: str, size: tuple[int, int]) -> None:
+    assert read_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "12x", "x12", "1x2x3", "-4", "1.5"])
+def test_other_latent_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--latent-size"):
+        read_size(text)
