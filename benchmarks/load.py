@@ -77,7 +77,8 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     launch.join()
     from ppcl_ds.families.files import ModelFiles
     from ppcl_ds.families.sharded import load_teacher
-    from ppcl_ds.recipe import read_deepspeed_file, shipped
+    from ppcl_ds.recipe import read_deepspeed_file
+    from ppcl_ds.sections import shipped
 
     files = ModelFiles(Path(folder))
     config = read_deepspeed_file(shipped("ds_configs/teacher_zero3.json"))

@@ -20,7 +20,8 @@ from data_tools.shard import shard
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import Precision, load_recipe
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.sections import Precision
 
 Span = tuple[int, int]
 

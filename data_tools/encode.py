@@ -23,7 +23,7 @@ from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
 from ppcl_ds.data.stream import Index, Sample, ShardEntry, read_samples
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Data
+from ppcl_ds.sections import Data
 
 COMMAND = "ppcl-data encode"
 BATCH = 32

@@ -12,7 +12,7 @@ import webdataset as wds
 from ppcl_ds.console import track
 from ppcl_ds.data.stream import Index, ShardEntry
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Data
+from ppcl_ds.sections import Data
 from ppcl_ds.whole import whole_folder
 
 COMMAND = "ppcl-data shard"

@@ -12,7 +12,8 @@ import typer
 
 from ppcl_ds import console, launch
 from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.recipe import load_recipe, shipped
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.sections import shipped
 
 app = typer.Typer(
     help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.recipe import CaptionEncoding, ImageEncoding
+from ppcl_ds.sections import CaptionEncoding, ImageEncoding
 
 
 class ImageEncoder(Protocol):

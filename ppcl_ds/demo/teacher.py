@@ -16,7 +16,8 @@ from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_shards
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.noise import add_noise, draw_sigmas
-from ppcl_ds.recipe import DemoTeacher, Noise, Recipe
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import DemoTeacher, Noise
 from ppcl_ds.whole import whole_folder
 
 _WARMUP_STEPS = 50

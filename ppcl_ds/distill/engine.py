@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.optimizer import UnitOptimizer
-from ppcl_ds.recipe import Distill, Precision
+from ppcl_ds.sections import Distill, Precision
 
 
 class LibraryEngine(PipelineEngine):

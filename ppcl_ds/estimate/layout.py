@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Topology
+from ppcl_ds.sections import Topology
 
 
 @dataclass(frozen=True)

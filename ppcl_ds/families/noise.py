@@ -12,7 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
-from ppcl_ds.recipe import Noise
+from ppcl_ds.sections import Noise
 
 _DIFFUSERS_NAME = {"logit_normal": "logit_normal", "uniform": "none"}
 

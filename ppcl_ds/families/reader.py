@@ -21,7 +21,8 @@ from ppcl_ds.families.anatomy import Anatomy, Block, Capture, Wanted
 from ppcl_ds.families.call import Caller, caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.noise import add_noise, draw_sigmas
-from ppcl_ds.recipe import Noise, Recipe
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import Noise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

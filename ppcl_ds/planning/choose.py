@@ -12,7 +12,7 @@ from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan, allowed_spans
 from ppcl_ds.probing.report import ProbeReport
-from ppcl_ds.recipe import Plan as PlanSection
+from ppcl_ds.sections import Plan as PlanSection
 
 Span = tuple[int, int]
 

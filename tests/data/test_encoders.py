@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ppcl_ds.data.encoders import PixelEncoder, TableTextEncoder, image_encoder, text_encoder
-from ppcl_ds.recipe import CaptionEncoding, ImageEncoding
+from ppcl_ds.sections import CaptionEncoding, ImageEncoding
 
 
 def picture(mode: str, width: int, height: int) -> Image.Image:

@@ -15,7 +15,8 @@ from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.run import estimate, read_size
 from ppcl_ds.estimate.sizing import Estimate, size_run
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import Topology, load_recipe
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.sections import Topology
 from tests.conftest import TEACHERS, command
 from tests.estimate.conftest import QWEN_IMAGE
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.layout import Layout, layout_on, layouts_of_growing_clusters, units_by_stage
-from ppcl_ds.recipe import Topology
+from ppcl_ds.sections import Topology
 
 
 @pytest.mark.parametrize(("stages", "replicas"), [(1, 1), (1, 6), (4, 1), (2, 4), (3, 5)])

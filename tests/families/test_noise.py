@@ -8,7 +8,7 @@ import torch
 from scipy import special, stats
 
 from ppcl_ds.families.noise import add_noise, draw_sigmas
-from ppcl_ds.recipe import Noise
+from ppcl_ds.sections import Noise
 
 LEVELS = 1000
 

@@ -24,7 +24,8 @@ from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import read_deepspeed_file, shipped
+from ppcl_ds.recipe import read_deepspeed_file
+from ppcl_ds.sections import shipped
 from ppcl_ds.units.depth import DepthUnit
 from tests.conftest import TEACHERS, WAN, run_ranks
 

@@ -25,7 +25,8 @@ from ppcl_ds.families.anatomy import Anatomy, Capture, Wanted
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import NoisyBatch, read_teacher
-from ppcl_ds.recipe import read_deepspeed_file, shipped
+from ppcl_ds.recipe import read_deepspeed_file
+from ppcl_ds.sections import shipped
 from tests.conftest import TEACHERS
 
 FAMILIES = ("qwen", "flux")

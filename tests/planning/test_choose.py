@@ -21,7 +21,7 @@ from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.choose import make_plan
 from ppcl_ds.planning.plan import Plan
 from ppcl_ds.probing.report import Matrix, ProbeReport
-from ppcl_ds.recipe import Plan as PlanSection
+from ppcl_ds.sections import Plan as PlanSection
 from tests.conftest import TEACHERS
 
 Span = tuple[int, int]

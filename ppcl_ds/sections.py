@@ -1,0 +1,256 @@
+"""The sections of a recipe: what each step of a run can be told, with defaults that work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+
+Precision = Literal["fp32", "bf16"]
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""A part of a whole, 0 included, 1 excluded."""
+
+
+def shipped(name: str) -> Path:
+    """A recipe or DeepSpeed file that ships with the package: inside it when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    return package / name if (package / name).exists() else package.parent / name
+
+
+class Section(BaseModel):
+    """Base of every recipe section: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ImageEncoding(Section):
+    """How images become latents.
+
+    Every image goes to the bucket whose aspect ratio is nearest to its own: it is scaled until it covers the bucket,
+    and what stands over is cut off on both sides alike.
+    """
+
+    encoder: Literal["pixels", "vae"] = "pixels"
+    """`pixels`: the image itself is the latent, scaled to [-1, 1]. `vae`: the VAE of `data.pipeline`."""
+    channels: Literal[1, 3] = 3
+    """Colour channels that `pixels` keeps: 1 (grey) or 3 (RGB)."""
+    size: int = Field(gt=0)
+    """Buckets have at most size x size pixels."""
+    max_aspect: float = Field(default=1.0, ge=1.0)
+    """Longest side over shortest side of the longest bucket; 1: one square bucket for all."""
+    step: int = Field(default=0, ge=0)
+    """Sides of buckets are multiples of it. Default: 16 for `vae` (8 pixels a latent, 2 latents a token), 2 for
+    `pixels`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_step(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("step"):
+            return values | {"step": 16 if values.get("encoder") == "vae" else 2}
+        return values
+
+    @model_validator(mode="after")
+    def _has_a_square(self) -> ImageEncoding:
+        if self.size % self.step:
+            raise ValueError(f"size {self.size} is not a multiple of step {self.step}")
+        return self
+
+
+class CaptionEncoding(Section):
+    """How captions become prompt embeddings."""
+
+    encoder: Literal["table", "pipeline"] = "table"
+    """`table`: one fixed random vector for each word. `pipeline`: the text encoders of `data.pipeline`, called by the
+    pipeline's own `encode_prompt`."""
+    width: int = Field(gt=0)
+    """Channels of the prompt embedding (the teacher's `joint_attention_dim`)."""
+    pooled_width: int = Field(default=0, ge=0)
+    """Channels of the pooled embedding (the teacher's `pooled_projection_dim`); 0 for families without one."""
+    max_tokens: int = Field(default=0, ge=0)
+    """0: every caption keeps its own length and comes with a mask (Qwen-Image). Otherwise all are padded to this many
+    tokens, as families without a text mask (FLUX: 512, SD3: 333, Wan: 512) were trained to read them."""
+
+    @property
+    def masked(self) -> bool:
+        """Whether captions keep their own length and come with a mask."""
+        return self.max_tokens == 0
+
+
+class Data(Section):
+    """Text-image pairs: where they come from, how they are encoded, where the shards lie and how they are read."""
+
+    source: str
+    """A folder of images, each with its captions in a `.txt` or `.json` of the same name; or a table (`.jsonl`, `.csv`,
+    `.parquet`) with columns for the image's path and its captions; or webdataset shards, such as
+    `/data/laion-{000000..000123}.tar`, `https://host/{00..99}.tar` or `pipe:aws s3 cp s3://bucket/{00..99}.tar -`."""
+    shards: Path
+    """Folder that `ppcl-data shard` (into `raw/`) and `ppcl-data encode` (into `encoded/`) write."""
+    samples_per_shard: int = Field(default=1000, gt=0)
+    """A shard is full with so many samples,"""
+    shard_size: ByteSize = ByteSize(10**9)
+    """or at this size, such as `500MB`, whatever comes first."""
+    heldout: Share = 0.1
+    """Share of samples kept out of training, chosen by a stable hash of their key."""
+    longest_side: int = Field(default=0, ge=0)
+    """Images with a longer side, in pixels, are made smaller when they are sharded; 0: every image stays as it is."""
+    pipeline: Path | None = None
+    """A diffusers pipeline folder; its VAE and text encoders are what the encoders `vae` and `pipeline` use."""
+    images: ImageEncoding
+    captions: CaptionEncoding
+    address: str = ""
+    """Where training reads the encoded shards, `{name}` standing for the file: `https://host/latents/{name}` or
+    `pipe:aws s3 cp s3://bucket/latents/{name} -`. Default: `shards`/encoded/. Their index always lies there."""
+    cache: ByteSize = ByteSize(20 * 10**9)
+    """Disk that each process may use, in the temporary folder, for shards that come from an `address`."""
+    window: int = Field(default=2048, gt=0)
+    """Samples are shuffled by about so many places; each epoch begins with a shuffle of the shards."""
+    workers: int = Field(default=2, ge=0)
+    """Processes, for each training process, that read and decode ahead; 0: the training process does it itself."""
+    max_bad_fraction: Share = 0.05
+    """Samples that cannot be used are skipped and named; more than this share of them ends the command."""
+
+    @model_validator(mode="after")
+    def _knows_its_encoders(self) -> Data:
+        if self.pipeline is None and (self.images.encoder == "vae" or self.captions.encoder == "pipeline"):
+            raise ValueError("pipeline is missing: the folder whose VAE and text encoders are to encode")
+        if self.address and "{name}" not in self.address:
+            raise ValueError("address must hold {name}, which stands for the shard's file name")
+        return self
+
+
+class Teacher(Section):
+    """The frozen model."""
+
+    path: Path
+    """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder that has `transformer/`."""
+    precision: Precision = "bf16"
+    """Number format of teacher and units while they run; masters and optimizer state are always float32."""
+    ranks_per_copy: int | None = Field(default=None, gt=1)
+    """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
+    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
+
+
+class Noise(Section):
+    """Which noise levels are drawn, for probing and training alike."""
+
+    density: Literal["logit_normal", "uniform"] = "logit_normal"
+    """Density of the timesteps (diffusers' `compute_density_for_timestep_sampling`)."""
+    uniform_share: Share = 0.0
+    """This share of the timesteps is drawn uniformly instead, so that both ends are seen."""
+    shift: float = Field(default=1.0, gt=0)
+    """Time shift of the flow-matching scheduler (1: none; Qwen-Image and FLUX at 1024 px: about 3)."""
+    caption_dropout: Share = 0.1
+    """Share of captions replaced by the empty one, so that guided sampling stays right."""
+
+
+class Probe(Section):
+    """How much of the data `ppcl probe` looks at."""
+
+    batch_size: int = Field(default=32, gt=0)
+    """Samples in one teacher forward."""
+    batches: int = Field(default=16, gt=0)
+    """Teacher forwards to fit the probes on, over all ranks; as many again, on other samples, measure them."""
+    ridge: float = Field(default=1e-6, ge=0)
+    """Ridge term of the least squares, relative to the mean diagonal of the Gram matrix."""
+
+
+class Plan(Section):
+    """Which variants to make."""
+
+    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]
+    """Name of each variant and the share of the teacher's block parameters that it gives up."""
+    rule: Literal["error", "ppcl"] = "error"
+    """Where spans may lie. `error`: anywhere, the least total `error(u, v)`. `ppcl`: the paper's spans only."""
+    max_span: int = Field(default=6, ge=2)
+    """Longest span, in blocks, that rule `error` considers."""
+
+
+class Topology(Section):
+    """How the processes are laid out: `stages` x `replicas`, one process per accelerator."""
+
+    stages: int = Field(default=1, gt=0)
+    """Pipeline stages that share the library of units."""
+    replicas: int = Field(default=1, gt=0)
+    """Data replicas of every stage."""
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.stages * self.replicas
+
+
+class Optimizer(Section):
+    """AdamW with linear warm-up and cosine decay."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(default=0.02, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0)
+    """Longest gradient of a unit, each for itself; 0: no clipping."""
+    offload: bool = False
+    """Keep masters and moments in CPU memory: 12 bytes a parameter less on the accelerator, slower steps."""
+
+
+class DeepSpeedFiles(Section):
+    """DeepSpeed JSON files; what the recipe decides (batch, precision) is filled in, the rest is yours."""
+
+    teacher: Path = shipped("ds_configs/teacher_zero3.json")
+    students: Path = shipped("ds_configs/students_pipeline.json")
+
+
+class Distill(Section):
+    """The local phase: every unit against the teacher's boundaries."""
+
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    micro_batch: int = Field(gt=0)
+    """Samples in one teacher forward."""
+    micro_batches_per_step: int = Field(gt=0)
+    """Micro-batches in one optimizer step, over all processes: a multiple of stages x replicas.
+    The global batch is `micro_batch * micro_batches_per_step`, whatever the topology."""
+    magnitude_weight: float = Field(default=1.0, ge=0)
+    """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
+    activation_checkpointing: bool = False
+    """Recompute a unit's attention and feed-forward in its backward pass: less memory, about a third more time."""
+    optimizer: Optimizer = Optimizer()
+    log_every: int = Field(default=10, gt=0)
+    """Steps between TensorBoard points."""
+    sample_every: int = Field(default=0, ge=0)
+    """Steps between pictures of teacher against variants in TensorBoard; 0: none."""
+    checkpoint_every: int = Field(default=500, gt=0)
+    """Steps between checkpoints; the last step always writes one."""
+    keep_checkpoints: int = Field(default=2, gt=0)
+    """So many of the newest checkpoints stay; older ones are deleted."""
+    timeout: float = Field(default=600.0, gt=0)
+    """Seconds without progress after which a run ends and names the process that the others wait for."""
+
+
+class Evaluate(Section):
+    """Teacher and variants side by side on the same noise."""
+
+    samples: int = Field(default=64, gt=0)
+    """Pictures drawn by each model."""
+    batch_size: int = Field(default=16, gt=0)
+    steps: int = Field(default=20, gt=0)
+    """Sampling steps."""
+    guidance: float = Field(default=1.0, ge=1.0)
+    """Classifier-free guidance scale; 1: none."""
+    velocity_batches: int = Field(default=8, gt=0)
+    """Held-out batches for the velocity error."""
+    judge: str = ""
+    """`module:function` that scores pictures: called with images (N, C, H, W) in [-1, 1] and their captions,
+    returns `{"accuracy": ..., "frechet": ...}`. Empty: those columns are left out."""
+
+
+class DemoTeacher(Section):
+    """The demo's own teacher, trained from scratch."""
+
+    config: dict[str, Any]
+    """Configuration of the diffusers transformer class."""
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=64, gt=0)
+    lr: float = Field(default=2e-3, gt=0)
+    ema: Share = 0.998
