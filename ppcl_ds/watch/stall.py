@@ -13,7 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-PATIENCE = 10
+PATIENCE = 5
 """Beats that the thread of a living rank writes while it is watched; it needs to be seen to write one."""
 
 
