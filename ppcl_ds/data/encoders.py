@@ -1,4 +1,4 @@
-"""Images to latents, captions to prompts: what an encoder is, and the two that need no downloads.
+"""Images to latents, captions to prompts: what an encoder is, the two that need no downloads, and the recipe's choice.
 
 Shapes: B batch, C latent channels, H and W latent height and width, S text tokens, E embedding channels, P pooled.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -17,14 +18,14 @@ from PIL import Image
 from torch import Tensor
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.sections import CaptionEncoding, ImageEncoding
+from ppcl_ds.sections import Data
 
 
 class ImageEncoder(Protocol):
     """Images to latents and back."""
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """B images of any size and mode -> (B, C, H, W) float32 latents, as the teacher was trained on."""
+        """B RGB images of one size, a bucket's -> (B, C, H, W) float32 latents, as the teacher was trained on."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -41,26 +42,24 @@ class TextEncoder(Protocol):
 
 
 class PixelEncoder:
-    """The image itself as its latent: (B, channels, size, size) in [-1, 1]."""
+    """The image itself as its latent: (B, channels, height, width) in [-1, 1].
 
-    def __init__(self, channels: int, size: int) -> None:
+    Args:
+        channels: 1 (grey) or 3 (RGB).
+    """
+
+    def __init__(self, channels: int) -> None:
         self.mode = {1: "L", 3: "RGB"}[channels]
-        self.size = (size, size)
 
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
-        """B images -> (B, C, size, size) float32 in [-1, 1]; colours are converted, other sizes are resized."""
-        pixels = torch.stack([self._pixels(image) for image in images])  # (B, size, size, C) uint8
-        return rearrange(pixels, "b h w c -> b c h w").float() / 127.5 - 1
+        """B RGB images of one size -> (B, C, height, width) float32 in [-1, 1]; colours become grey for one channel."""
+        pixels = np.stack([np.array(image.convert(self.mode)) for image in images])  # (B, height, width[, 3]) uint8
+        latents = rearrange(torch.from_numpy(pixels), "b h w ... -> b (...) h w")
+        return latents.float() / 127.5 - 1
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) -> the same, clamped to [-1, 1]."""
         return latents.clamp(-1, 1)
-
-    def _pixels(self, image: Image.Image) -> Tensor:
-        image = image.convert(self.mode)
-        if image.size != self.size:
-            image = image.resize(self.size, Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.array(image)).reshape(*self.size, -1)
 
 
 class TableTextEncoder:
@@ -104,14 +103,45 @@ class TableTextEncoder:
         return self._vectors[table, word]
 
 
-def image_encoder(section: ImageEncoding) -> ImageEncoder:
-    """The image encoder that a recipe's `data.images` asks for."""
-    return PixelEncoder(section.channels, section.size)
+def image_encoder(data: Data, device: torch.device | str = "cpu") -> ImageEncoder:
+    """The image encoder that a recipe's `data.images` asks for, its VAE, if any, on `device`.
+
+    Raises:
+        UserError: the VAE cannot be had from `data.pipeline`, or `data.images.step` does not suit it.
+    """
+    if data.images.encoder == "pixels":
+        return PixelEncoder(data.images.channels)
+    from ppcl_ds.data.pipelines import VaeEncoder  # imports diffusers' pipelines, which takes seconds
+
+    assert data.pipeline is not None, "the recipe's check"
+    return VaeEncoder(data.pipeline, data.images.step, device)
 
 
-def text_encoder(section: CaptionEncoding) -> TextEncoder:
-    """The text encoder that a recipe's `data.captions` asks for."""
-    return TableTextEncoder(section.width, section.pooled_width, section.max_tokens)
+def text_encoder(data: Data, device: torch.device | str = "cpu") -> TextEncoder:
+    """The text encoder that a recipe's `data.captions` asks for, its models, if any, on `device`.
+
+    Raises:
+        UserError: the text encoders cannot be had from `data.pipeline`, or differ from what `data.captions` says.
+    """
+    captions = data.captions
+    if captions.encoder == "table":
+        return TableTextEncoder(captions.width, captions.pooled_width, captions.max_tokens)
+    from ppcl_ds.data.pipelines import PipelineTextEncoder  # as above
+
+    assert data.pipeline is not None, "the recipe's check"
+    return PipelineTextEncoder(data.pipeline, captions, device)
+
+
+def without_padding(prompt: Prompts) -> Prompts:
+    """One prompt, B = 1, as it is stored: without what its mask leaves out, or else without the zeros at its end.
+
+    Families without a mask read zeros (Wan, whose loader puts them back) or embedded padding (FLUX, SD3), which is
+    no zero and stays.
+    """
+    if prompt.mask is not None:
+        return prompt.row(0)
+    tokens = prompt.embeds[0].any(dim=-1).nonzero()  # (N, 1) places that hold something
+    return replace(prompt, embeds=prompt.embeds[:, : int(tokens.max()) + 1 if len(tokens) else 1])
 
 
 def _as_stored(values: Tensor) -> Tensor:

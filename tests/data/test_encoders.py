@@ -1,46 +1,41 @@
-"""Promises of the encoders that need no downloads."""
+"""Promises of the encoders that need no downloads, and of the recipe's choice among all."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from ppcl_ds.data.encoders import PixelEncoder, TableTextEncoder, image_encoder, text_encoder
-from ppcl_ds.sections import CaptionEncoding, ImageEncoding
+from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.encoders import PixelEncoder, TableTextEncoder, image_encoder, text_encoder, without_padding
+from ppcl_ds.sections import CaptionEncoding, Data, ImageEncoding
 
 
-def picture(mode: str, width: int, height: int) -> Image.Image:
-    channels = {"L": 1, "RGB": 3, "RGBA": 4}[mode]
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
-    return Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels)
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
-def test_every_pixel_value_survives_encoding_storage_and_decoding(mode: str, channels: int) -> None:
-    image = picture(mode, 16, 16)
-    encoder = PixelEncoder(channels, 16)
-    latents = encoder.encode([image])
-    assert latents.shape == (1, channels, 16, 16)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_pixel_value_survives_encoding_storage_and_decoding(channels: int) -> None:
+    images = [picture(16, 12), picture(16, 12).transpose(Image.Transpose.ROTATE_180)]
+    encoder = PixelEncoder(channels)
+    latents = encoder.encode(images)
+    assert latents.shape == (2, channels, 12, 16)
     assert latents.dtype == torch.float32
-    expected = np.asarray(image, dtype=np.float32).reshape(16, 16, channels).transpose(2, 0, 1) / 127.5 - 1
-    np.testing.assert_allclose(latents[0].numpy(), expected, atol=1e-6)
+    pixels = np.stack([np.array(image.convert("RGB" if channels == 3 else "L")) for image in images])
+    expected = pixels.astype(np.float32).reshape(2, 12, 16, channels).transpose(0, 3, 1, 2)
+    np.testing.assert_allclose(latents.numpy(), expected / 127.5 - 1, atol=1e-6)
     decoded = (encoder.decode(latents.bfloat16().float()) + 1) * 127.5
-    np.testing.assert_array_equal(decoded.round().numpy(), ((expected + 1) * 127.5).round()[None])
-
-
-def test_images_of_any_size_and_mode_come_out_alike() -> None:
-    latents = PixelEncoder(3, 8).encode([picture("L", 8, 8), picture("RGBA", 20, 13), picture("RGB", 4, 4)])
-    assert latents.shape == (3, 3, 8, 8)
-    assert latents.abs().max() <= 1
+    np.testing.assert_array_equal(decoded.round().numpy(), expected)
 
 
 def test_decoded_pictures_stay_within_range() -> None:
-    decoded = PixelEncoder(1, 4).decode(torch.full((1, 1, 4, 4), 3.0))
+    decoded = PixelEncoder(1).decode(torch.full((1, 1, 4, 4), 3.0))
     assert decoded.max() == 1
 
 
@@ -90,11 +85,30 @@ def test_the_pooled_embedding_is_the_mean_of_the_words() -> None:
     assert TableTextEncoder(8).encode(["one"]).pooled is None
 
 
-def test_recipe_sections_choose_the_encoders() -> None:
-    images = image_encoder(ImageEncoding(channels=1, size=6))
-    captions = text_encoder(CaptionEncoding(width=12, pooled_width=5, max_tokens=7))
-    assert images.encode([picture("RGB", 9, 9)]).shape == (1, 1, 6, 6)
-    prompts = captions.encode(["one"])
+def test_recipe_sections_choose_the_encoders(tmp_path: Path) -> None:
+    data = Data(
+        source="images",
+        shards=tmp_path,
+        images=ImageEncoding(channels=1, size=6),
+        captions=CaptionEncoding(width=12, pooled_width=5, max_tokens=7),
+    )
+    assert image_encoder(data).encode([picture(6, 4)]).shape == (1, 1, 4, 6)
+    prompts = text_encoder(data).encode(["one"])
     assert prompts.embeds.shape == (1, 7, 12)
     assert prompts.pooled is not None
     assert prompts.pooled.shape == (1, 5)
+
+
+def test_a_prompt_is_stored_without_its_padding() -> None:
+    masked = TableTextEncoder(8).encode(["one two three", "one"])
+    short = without_padding(Prompts(masked.embeds[1:], masked.mask[1:] if masked.mask is not None else None))
+    assert short.embeds.shape == (1, 1, 8)
+    assert short.mask is not None
+    assert short.mask.shape == (1, 1)
+    padded = TableTextEncoder(8, pooled_width=4, max_tokens=5).encode(["one two"])
+    stored = without_padding(padded)
+    assert torch.equal(stored.embeds, padded.embeds[:, :2])
+    assert stored.pooled is padded.pooled
+    full = Prompts(torch.ones(1, 3, 2))
+    assert torch.equal(without_padding(full).embeds, full.embeds)
+    assert without_padding(Prompts(torch.zeros(1, 3, 2))).embeds.shape == (1, 1, 2)
