@@ -80,6 +80,11 @@ class Recipe(Section):
         return latest.exists() and latest.read_text().strip() == checkpoint_tag(self.distill.steps)
 
     @property
+    def bad_samples(self) -> Path:
+        """Samples that were skipped, a line each."""
+        return self.run / "bad_samples.log"
+
+    @property
     def board(self) -> Path:
         """TensorBoard of `ppcl distill`."""
         return self.run / "distill" / "tensorboard"

@@ -41,14 +41,19 @@ class ImageEncoding(Section):
     max_aspect: float = Field(default=1.0, ge=1.0)
     """Longest side over shortest side of the longest bucket; 1: one square bucket for all."""
     step: int = Field(default=0, ge=0)
-    """Sides of buckets are multiples of it. Default: 16 for `vae` (8 pixels a latent, 2 latents a token), 2 for
-    `pixels`."""
+    """Sides of buckets are multiples of it. Default: 64 for `vae` (at least 8 pixels a latent x 2 latents a token; less
+    gives more buckets, and more of each image stays), 2 for `pixels`."""
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the square bucket's latents."""
+        return self.size // (8 if self.encoder == "vae" else 1)
 
     @model_validator(mode="before")
     @classmethod
     def _usual_step(cls, values: Any) -> Any:
         if isinstance(values, dict) and not values.get("step"):
-            return values | {"step": 16 if values.get("encoder") == "vae" else 2}
+            return values | {"step": 64 if values.get("encoder") == "vae" else 2}
         return values
 
     @model_validator(mode="after")

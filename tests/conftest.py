@@ -109,6 +109,7 @@ def make_recipe(family: str, run: Path) -> dict[str, Any]:
             "heldout": 0.25,
             "images": {"encoder": "pixels", "channels": 1, "size": 8},
             "captions": captions,
+            "workers": 0,
         },
         "teacher": {"path": "{run}/teacher", "precision": "fp32"},
         "noise": {"uniform_share": 0.3, "caption_dropout": 0.2},
@@ -173,6 +174,23 @@ def new_run(prepared: Callable[[str], Path], tmp_path: Path) -> Callable[..., Pa
         return path
 
     return make
+
+
+def mix_shapes(path: Path) -> None:
+    """Give a third of a run's images another aspect ratio, a bucket of its own, and encode them anew."""
+    from data_tools.encode import encode
+    from data_tools.shard import shard
+    from ppcl_ds.recipe import load_recipe
+
+    recipe = yaml.safe_load(path.read_text())
+    recipe["data"]["images"]["max_aspect"] = 2.0
+    path.write_text(yaml.safe_dump(recipe))
+    data = load_recipe(path).data
+    for image in sorted(Path(data.source).glob("*.png"))[::3]:
+        Image.open(image).resize((6, 10)).save(image)
+    shutil.rmtree(data.shards)
+    shard(data)
+    encode(data)
 
 
 def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:

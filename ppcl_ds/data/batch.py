@@ -66,11 +66,24 @@ class Batch:
         latents: (B, C, H, W) float, clean.
         prompts: B encoded captions.
         keys: B sample keys, for messages.
+        captions: B captions, as they were before they were encoded.
     """
 
     latents: Tensor
     prompts: Prompts
     keys: tuple[str, ...]
+    captions: tuple[str, ...]
+
+    @staticmethod
+    def stack(batches: Sequence[Batch]) -> Batch:
+        """Join batches of one latent shape into one."""
+        rows = [batch.prompts.row(i) for batch in batches for i in range(len(batch.keys))]
+        return Batch(
+            torch.cat([batch.latents for batch in batches]),
+            Prompts.stack(rows),
+            tuple(key for batch in batches for key in batch.keys),
+            tuple(caption for batch in batches for caption in batch.captions),
+        )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
         """The same batch on `device`, floats as `dtype`."""

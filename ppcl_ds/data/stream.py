@@ -1,270 +1,275 @@
-"""From shards to micro-batches: which shards there are, and the one order in which every run reads their samples.
+"""From shards to micro-batches: numbered, the same for any number of ranks and workers, resumable at any number.
 
 Shapes: C latent channels, H and W latent height and width, S text tokens, E embedding channels, P pooled channels.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import random
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import numpy as np
 import safetensors.torch
 import torch
-import webdataset as wds
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from ppcl_ds.data.batch import Batch, Prompts
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.order import Order, buckets_of
+from ppcl_ds.data.shards import BadSampleError, Shards
 from ppcl_ds.errors import UserError
-from ppcl_ds.whole import write_whole
+from ppcl_ds.sections import CaptionEncoding, Data
 
-Sample = dict[str, Any]
-"""One sample as webdataset gives it: `__key__`, and the bytes of each member by its suffix."""
-
-
-class ShardEntry(BaseModel):
-    """One shard of a folder."""
-
-    name: str
-    samples: int
-    size: int
-    """Length of the file in bytes."""
-    sha256: str
-    raw_sha256: str = ""
-    """Of an encoded shard: the sha256 of the raw shard that it was made from."""
-
-    def is_in(self, folder: Path) -> bool:
-        """Whether the shard lies in `folder`, at its full length.
-
-        The length matters: a tar that was cut between two samples reads as a shorter, whole one.
-        """
-        path = folder / self.name
-        return path.is_file() and path.stat().st_size == self.size
-
-
-class Index(BaseModel):
-    """The `index.json` of a folder of shards; it is written last, so a folder that has one is whole."""
-
-    shards: list[ShardEntry]
-    settings: dict[str, Any] = {}
-    """The recipe values that the shards were made with; where they differ now, the shards are made again."""
-
-    @staticmethod
-    def read(path: Path, command: str) -> Index:
-        """Read an index file.
-
-        Args:
-            path: the `index.json`.
-            command: what writes it, for the message.
-
-        Raises:
-            UserError: the file is missing or damaged.
-        """
-        try:
-            return Index.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing; run `{command} RECIPE` first") from None
-        except ValidationError:
-            raise UserError(f"{path} is damaged; delete {path.parent} and run `{command} RECIPE`") from None
-
-    def write(self, path: Path) -> None:
-        """Write an index file, whole or not at all."""
-        write_whole(path, self.model_dump_json(indent=1) + "\n")
-
-
-def split_shards(folder: Path, split: Literal["train", "heldout"]) -> list[Path]:
-    """The encoded shards of one split, in the order of their index; see `split_entries`."""
-    return [folder / "encoded" / entry.name for entry in split_entries(folder, split)]
-
-
-def split_entries(folder: Path, split: Literal["train", "heldout"]) -> list[ShardEntry]:
-    """What the index says of the encoded shards of one split.
-
-    Args:
-        folder: the recipe's `data.shards`.
-        split: which samples.
-
-    Raises:
-        UserError: nothing is encoded yet, a listed shard is missing or cut short, or the split is empty.
-    """
-    index = Index.read(folder / "encoded" / "index.json", "ppcl-data encode")
-    entries = [entry for entry in index.shards if entry.name.startswith(f"{split}-")]
-    if not entries:
-        raise UserError(f"{folder}: no {split} samples; set `data.heldout` and run `ppcl-data shard` and `encode`")
-    for entry in entries:
-        if not entry.is_in(folder / "encoded"):
-            raise UserError(f"{folder / 'encoded' / entry.name} is missing or cut short; run `ppcl-data encode RECIPE`")
-    return entries
-
-
-def empty_prompt(folder: Path, masked: bool) -> Prompts:
-    """The encoded empty caption, B = 1.
-
-    Args:
-        folder: the recipe's `data.shards`.
-        masked: whether the family reads a text mask (recipe: `data.captions.max_tokens` is 0).
-
-    Raises:
-        UserError: it is not there, or it is damaged.
-    """
-    path = folder / "encoded" / "empty.safetensors"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; run `ppcl-data encode RECIPE` first")
-    return _prompt(_tensors(path.read_bytes(), str(path), "prompt_embeds"), masked)
-
-
-def read_samples(shard: Path) -> Iterator[Sample]:
-    """The samples of one shard, in stored order, undecoded.
-
-    Raises:
-        UserError: the file is missing or is not a whole tar.
-    """
-    # Built from bare stages: `wds.WebDataset` would divide the shards by the rank it finds in the environment.
-    shard_list = wds.SimpleShardList([str(shard.absolute())])
-    try:
-        yield from wds.DataPipeline(shard_list, wds.tarfile_to_samples())
-    except (OSError, EOFError, ValueError, tarfile.TarError) as fault:
-        # webdataset adds its stream and address to the arguments of whatever passes through.
-        why = fault.strerror if isinstance(fault, OSError) else str(fault.args[0]).split(" @ ")[0]
-        raise UserError(f"{shard}: not a whole tar ({why}); delete it and make it again with `ppcl-data`") from fault
-
-
-def digest(entries: Sequence[ShardEntry]) -> str:
-    """What tells apart two lists of shards: other shards, or other contents, give other samples in another order."""
-    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+_NAMED = 10
+"""Bad samples that an error message names; the log names all."""
 
 
 class MicroBatchStream:
-    """Micro-batches number 0, 1, 2, ... without end, in one order for the whole run.
+    """Micro-batches number 0, 1, 2, ... without end, in one order for the whole run; see `Order`.
 
-    Micro-batch j holds samples [j * micro_batch, (j + 1) * micro_batch) of epoch 0, epoch 1, ... laid end to end. An
-    epoch has every sample once, shards shuffled, then samples shuffled within a window; its order depends on
-    (seed, epoch, samples in each shard) alone. So any number of ranks sees the same micro-batches.
+    All there is to resume from is the number of the next micro-batch. A sample that cannot be used is skipped: the next
+    one of its shape, in stored order, takes its place, so that numbers and sizes of micro-batches stay what they are.
 
     Args:
-        shards: encoded shards; every rank gives the same list.
+        data: the recipe's section.
+        split: `train` in shuffled order, read ahead by `data.workers` processes; `heldout` in stored order.
         micro_batch: samples in a micro-batch.
-        seed: of the order.
-        masked: whether the family reads a text mask (recipe: `data.captions.max_tokens` is 0).
-        shuffle: False keeps the stored order in every epoch.
-        window: samples held in memory, still encoded, to draw the next one from.
-        samples: in all shards together; 0: not known. Where it is, epochs before the first micro-batch are not read.
+        seed: of the order, and of the caption that is taken where a sample has several.
+        log: file that names bad samples; lines are appended.
+        lanes: see `Order`; of many ranks, each should read some lanes.
+
+    Raises:
+        UserError: nothing is encoded yet, a shard is missing or cut short, or the split is empty.
     """
 
     def __init__(
-        self,
-        shards: Sequence[Path],
-        micro_batch: int,
-        seed: int,
-        *,
-        masked: bool,
-        shuffle: bool = True,
-        window: int = 2048,
-        samples: int = 0,
+        self, data: Data, split: Literal["train", "heldout"], micro_batch: int, seed: int, log: Path, lanes: int = 1
     ) -> None:
-        self.shards = list(shards)
-        self.micro_batch = micro_batch
-        self.seed = seed
-        self.masked = masked
-        self.shuffle = shuffle
-        self.window = window
-        self.samples = samples
+        entries = split_entries(data, split)
+        self.workers = data.workers if split == "train" else 0
+        self.limit, self.log = data.max_bad_fraction, log
+        self.cache = tempfile.TemporaryDirectory(prefix="ppcl-shards-") if data.address else None
+        shards = Shards(
+            entries,
+            data.address or data.shards / "encoded",
+            Path(self.cache.name) if self.cache else None,
+            int(data.cache),
+        )
+        counts = [entry.samples for entry in entries]
+        buckets, shapes = buckets_of([entry.shapes for entry in entries], counts)
+        self.decoder = _Decoder(shards, buckets, shapes, data.captions, seed)
+        self.order = Order(
+            np.repeat(np.arange(len(entries)), counts),
+            buckets,
+            micro_batch,
+            seed,
+            shuffle=split == "train",
+            window=data.window,
+            lanes=lanes,
+        )
+        self.bad: set[str] = set()
+        """Samples that were skipped so far, `shard:key: why`."""
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return len(self.decoder.shards)
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, Batch]]:
         """Yield micro-batches number start, start + stride, start + 2 * stride, ... and their numbers, for ever.
 
-        Rank r of W calls `take(r, W)`. Samples of other micro-batches are read past, not decoded.
+        Rank r of W calls `take(r, W)`. Nothing but these micro-batches is read.
 
         Yields:
-            The number, and the micro-batch: float32 on the CPU.
+            The number, and the micro-batch: one latent shape, float32 on the CPU.
 
         Raises:
-            UserError: a tar is broken or a sample lacks a member; the message names shard and key.
+            UserError: a shard cannot be opened, or more than `data.max_bad_fraction` of the samples are bad.
         """
-        mine: list[tuple[Path, Sample]] = []
-        epoch = start * self.micro_batch // self.samples if self.samples else 0
-        for position, sample in enumerate(self._endless(epoch), epoch * self.samples):
-            number = position // self.micro_batch
-            if number < start or (number - start) % stride:
-                continue
-            mine.append(sample)
-            if len(mine) == self.micro_batch:
-                yield number, self._decode(mine)
-                mine = []
+        numbers = ((number, self.order[number]) for number in itertools.count(start, stride))
+        # Not forked: this process has threads and sockets that a copy must not hold.
+        context = multiprocessing.get_context("forkserver") if self.workers else None
+        if context:
+            context.set_forkserver_preload([__name__])
+        reads: DataLoader[_Read] = DataLoader(
+            self.decoder,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=self.workers,
+            multiprocessing_context=context,
+        )
+        for read in reads:
+            self._note(read.bad)
+            if read.batch is None:
+                raise UserError(read.fault)
+            yield read.number, read.batch
 
-    def _endless(self, first: int) -> Iterator[tuple[Path, Sample]]:
-        for epoch in itertools.count(first):
-            samples = 0
-            for sample in self._epoch(epoch):
-                samples += 1
-                yield sample
-            if samples == 0:
-                raise UserError(f"no samples in {', '.join(map(str, self.shards))}; run `ppcl-data encode RECIPE`")
+    def first(self) -> Batch:
+        """The first stored sample that can be used, B = 1."""
+        read = self.decoder[0, np.zeros(1, dtype=np.int64)]
+        if read.batch is None:
+            raise UserError(read.fault)
+        return read.batch
 
-    def _epoch(self, epoch: int) -> Iterator[tuple[Path, Sample]]:
-        """Every sample once."""
-        if not self.shuffle:
-            return _samples_of(self.shards)
-        rng = random.Random(f"{self.seed}:{epoch}")
-        shards = list(self.shards)
-        rng.shuffle(shards)
-        return _shuffled(_samples_of(shards), self.window, rng)
+    def _note(self, bad: list[str]) -> None:
+        new = [line for line in dict.fromkeys(bad) if line not in self.bad]
+        if not new:
+            return
+        self.bad |= set(new)
+        try:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as file:
+                file.write("".join(f"{line}\n" for line in new))
+        except OSError as fault:
+            print(f"warning: {self.log}: {fault.strerror}; bad samples: {'; '.join(new)}", file=sys.stderr, flush=True)
+        self.check(len(self.bad))
 
-    def _decode(self, samples: Sequence[tuple[Path, Sample]]) -> Batch:
-        latents, prompts = [], []
-        for shard, sample in samples:
-            name = f"{shard}:{sample['__key__']}"
-            for member in ("txt", "safetensors"):
-                if member not in sample:
-                    raise UserError(f"{name}: no .{member} member; delete the shard and make it again")
-            tensors = _tensors(sample["safetensors"], name, "latents", "prompt_embeds")
-            latents.append(tensors["latents"].float())
-            prompts.append(_prompt(tensors, self.masked))
-        keys = tuple(sample["__key__"] for _, sample in samples)
-        return Batch(torch.stack(latents), Prompts.stack(prompts), keys)
+    def check(self, bad: int) -> None:
+        """Stop where too many samples could not be used.
+
+        Args:
+            bad: how many, here or on all ranks together.
+
+        Raises:
+            UserError: more than `data.max_bad_fraction` of an epoch.
+        """
+        if bad > self.limit * len(self):
+            named = "; ".join(sorted(self.bad)[:_NAMED])
+            raise UserError(
+                f"{bad} of {len(self)} samples cannot be used, more than data.max_bad_fraction ({self.limit:g}): "
+                f"{named}{'; ...' if bad > _NAMED else ''}; {self.log} names all; look for more with `ppcl-data verify`"
+            )
 
 
-def _samples_of(shards: Iterable[Path]) -> Iterator[tuple[Path, Sample]]:
-    return ((shard, sample) for shard in shards for sample in read_samples(shard))
+@dataclass(frozen=True)
+class _Read:
+    """What a worker sends; a fault travels as words, so that it arrives as it left."""
+
+    number: int
+    batch: Batch | None
+    bad: list[str]
+    fault: str = ""
 
 
-def _shuffled(samples: Iterable[tuple[Path, Sample]], window: int, rng: random.Random) -> Iterator[tuple[Path, Sample]]:
-    """Each time one of the `window` samples at hand, by chance.
+class _Decoder(Dataset[_Read]):
+    """Samples by number to micro-batches; what a worker process runs."""
 
-    Not `wds.shuffle`: the order is part of what a run can be resumed from, so it must not change with a library.
+    def __init__(
+        self, shards: Shards, buckets: np.ndarray, shapes: list[str], captions: CaptionEncoding, seed: int
+    ) -> None:
+        self.shards, self.buckets, self.shapes, self.captions, self.seed = shards, buckets, shapes, captions, seed
+        self.known_bad: dict[int, str] = {}
+
+    def __getitem__(self, asked: tuple[int, np.ndarray]) -> _Read:
+        number, samples = asked
+        bad: list[str] = []
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, number])))
+        try:
+            rows = [self._usable(int(sample), bad, random) for sample in samples]
+        except UserError as fault:
+            return _Read(number, None, bad, str(fault))
+        return _Read(number, Batch.stack(rows), bad)
+
+    def _usable(self, sample: int, bad: list[str], random: np.random.RandomState) -> Batch:
+        """The sample itself, or the next one of its bucket in stored order that can be used."""
+        draw = random.random_sample()  # one for each place, whoever takes it
+        for number in self._candidates(sample):
+            if number not in self.known_bad:
+                try:
+                    return self._decode(number, draw)
+                except BadSampleError as fault:
+                    self.known_bad[number] = str(fault)
+            bad.append(self.known_bad[number])
+        shape = self.shapes[self.buckets[sample]]
+        raise UserError(f"no sample of shape {shape} can be used; {bad[0]}; run `ppcl-data verify`")
+
+    def _candidates(self, sample: int) -> Iterator[int]:
+        yield sample
+        (bucket,) = np.nonzero(self.buckets == self.buckets[sample])
+        start = int(np.searchsorted(bucket, sample))
+        yield from np.roll(bucket, -start)[1:].tolist()
+
+    def _decode(self, number: int, draw: float) -> Batch:
+        name, parts = self.shards.read(number)
+        try:
+            return decode(name, parts, self.captions, draw, self.shapes[self.buckets[number]])
+        except ValueError as fault:
+            raise BadSampleError(f"{name}: {fault}") from None
+
+
+def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: float = 0.0, shape: str = "") -> Batch:
+    """One encoded sample, B = 1, float32.
+
+    Args:
+        name: `shard:key`.
+        parts: what each suffix of it holds.
+        draw: in [0, 1), says which caption is taken where there are several.
+        shape: of its latents, as in `16x128x96`, if that is known.
+
+    Raises:
+        ValueError: it cannot be used; the message says why.
     """
-    held: list[tuple[Path, Sample]] = []
-    for sample in samples:
-        held.append(sample)
-        if len(held) >= window:
-            chosen = rng.randrange(len(held))
-            held[chosen], held[-1] = held[-1], held[chosen]
-            yield held.pop()
-    rng.shuffle(held)
-    yield from held
-
-
-def _tensors(data: bytes, name: str, *required: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors member or file; `name` is what messages call it."""
     try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as fault:
-        raise UserError(f"{name}: not a safetensors file ({fault}); write it again with `ppcl-data encode`") from None
-    for tensor in required:
-        if tensor not in tensors:
-            raise UserError(f"{name}: no tensor `{tensor}`; write it again with `ppcl-data encode`")
-    return tensors
+        tensors = safetensors.torch.load(parts["safetensors"])
+        texts = {"": parts["txt"].decode()} | {f".{n}": t for n, t in json.loads(parts.get("json", b"{}")).items()}
+    except KeyError as fault:
+        raise ValueError(f"no .{fault.args[0]}") from None
+    except (SafetensorError, ValueError, AttributeError) as fault:
+        raise ValueError(f"damaged ({fault})") from None
+    names = sorted(key.removeprefix("prompt_embeds") for key in tensors if key.startswith("prompt_embeds"))
+    if "latents" not in tensors or not names:
+        raise ValueError(f"no tensor `{'prompt_embeds' if 'latents' in tensors else 'latents'}`")
+    own = "x".join(map(str, tensors["latents"].shape))
+    if tensors["latents"].ndim != 3 or own != (shape or own):
+        raise ValueError(f"latents of shape {own}, not {shape or 'C x H x W'}")
+    caption = names[int(draw * len(names))]
+    prompt = prompt_of(tensors, captions, caption)
+    for tensor in (tensors["latents"], prompt.embeds, prompt.pooled):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError("NaN or infinity in its latents or prompt")
+    key = name.partition(":")[2]
+    return Batch(tensors["latents"].float()[None], prompt, (key,), (str(texts.get(caption, "")),))
 
 
-def _prompt(tensors: dict[str, Tensor], masked: bool) -> Prompts:
-    """`prompt_embeds` (S, E) and, if any, `pooled` (P,) as one prompt, B = 1."""
-    embeds = tensors["prompt_embeds"].float()[None]
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool) if masked else None
-    pooled = tensors["pooled"].float()[None] if "pooled" in tensors else None
-    return Prompts(embeds, mask, pooled)
+def prompt_of(tensors: dict[str, Tensor], captions: CaptionEncoding, caption: str = "") -> Prompts:
+    """The stored `prompt_embeds` (S, E) and, if any, `pooled` (P,) of a caption as a prompt, B = 1, float32.
+
+    Raises:
+        ValueError: they are not of the shapes that the recipe says.
+    """
+    embeds = tensors[f"prompt_embeds{caption}"].float()[None]
+    pooled = tensors[f"pooled{caption}"].float()[None] if f"pooled{caption}" in tensors else None
+    if embeds.ndim != 3 or embeds.shape[-1] != captions.width or not embeds.shape[1]:
+        raise ValueError(f"prompt_embeds of shape {tuple(embeds.shape[1:])}, not (tokens, {captions.width})")
+    if (0 if pooled is None else pooled.shape[-1]) != captions.pooled_width:
+        raise ValueError(f"no tensor `pooled` of {captions.pooled_width} channels")
+    if captions.masked:
+        return Prompts(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), pooled)
+    # Padding of zeros is not stored.
+    missing = captions.max_tokens - embeds.shape[1]
+    if missing < 0:
+        raise ValueError(f"a prompt of {embeds.shape[1]} tokens, more than data.captions.max_tokens")
+    return Prompts(torch.nn.functional.pad(embeds, (0, 0, 0, missing)), None, pooled)
+
+
+def empty_prompt(data: Data) -> Prompts:
+    """The encoded empty caption, B = 1.
+
+    Raises:
+        UserError: it is not there, or it is damaged.
+    """
+    path = data.shards / "encoded" / "empty.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path} is missing; run `ppcl-data encode RECIPE` first")
+    try:
+        return prompt_of(safetensors.torch.load(path.read_bytes()), data.captions)
+    except (SafetensorError, KeyError, ValueError) as fault:
+        raise UserError(f"{path}: damaged ({fault}); delete it and run `ppcl-data encode RECIPE`") from None

@@ -102,8 +102,8 @@ def _steps(path: Path, recipe: Recipe) -> list[Step]:
     return [
         Step(
             "write the digits as images with captions",
-            lambda: write_images(recipe.data.source),
-            [recipe.data.source],
+            lambda: write_images(Path(recipe.data.source)),
+            [Path(recipe.data.source)],
             all_exist(raw / "index.json"),
         ),
         _command(["ppcl-data", "shard", file], [raw], all_exist(raw / "index.json")),

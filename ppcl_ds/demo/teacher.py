@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 
 from ppcl_ds.console import track
 from ppcl_ds.data.batch import Batch, Prompts
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_shards
+from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.noise import add_noise, draw_sigmas
@@ -37,11 +37,9 @@ def train_teacher(recipe: Recipe) -> None:
         raise UserError("key 'demo' is missing from the recipe: it says how large the demo's teacher is")
     if recipe.teacher.path.exists():
         return
-    masked = recipe.data.captions.masked
-    shards = split_shards(recipe.data.shards, "train")
-    stream = MicroBatchStream(shards, recipe.demo.batch_size, recipe.seed, masked=masked)
+    stream = MicroBatchStream(recipe.data, "train", recipe.demo.batch_size, recipe.seed, recipe.bad_samples)
     batches = (batch for _, batch in stream.take(start=0, stride=1))
-    empty = empty_prompt(recipe.data.shards, masked)
+    empty = empty_prompt(recipe.data)
     model = fresh_model(recipe.demo, recipe.seed).to("cuda" if torch.cuda.is_available() else "cpu")
     fit(model, batches, empty, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
     with whole_folder(recipe.teacher.path) as folder:

@@ -44,12 +44,13 @@ def look(
         owner: unit name -> its stage in `group`, the pipe group.
 
     Returns:
-        `heldout/velocity_mse/VARIANT` -> error, and model -> pictures (N, C, H, W) in [-1, 1].
+        `heldout/velocity_mse/VARIANT` -> error, and on rank 0, model -> pictures (N, C, H, W) in [-1, 1].
     """
     stream = NoisyStream(recipe, "heldout", _PICTURES, device)
     [(_, batch)] = islice(stream.take(0, 1), 1)
     noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(recipe.seed)).to(batch.latents)
     empty = stream.empty.to(device, noise.dtype)
+    decoder = image_encoder(recipe.data, device) if dist.get_rank() == 0 else None  # only that rank writes
     errors: dict[str, float] = {}
     pictures: dict[str, Tensor] = {}
     reference: Tensor | None = None
@@ -71,6 +72,7 @@ def look(
             reference = velocity
         else:
             errors[f"heldout/velocity_mse/{name}"] = float((velocity - reference).float().square().mean())
-        pictures[name] = image_encoder(recipe.data.images).decode(latents.float().cpu())
+        if decoder is not None:
+            pictures[name] = decoder.decode(latents.float()).cpu()
     forget_order(teacher)  # training's forwards end earlier
     return errors, pictures

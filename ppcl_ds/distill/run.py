@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ppcl_ds import launch
-from ppcl_ds.data.stream import empty_prompt, split_entries, split_shards
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
 from ppcl_ds.distill.start import check_resume
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
@@ -34,8 +35,8 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
         )
     launch.check_world(recipe.topology.world)
     for split in ("train", "heldout") if recipe.distill.sample_every else ("train",):
-        split_shards(recipe.data.shards, split)
-    empty_prompt(recipe.data.shards, recipe.data.captions.masked)
+        split_entries(recipe.data, split)
+    empty_prompt(recipe.data)
     read_deepspeed_file(recipe.deepspeed.teacher)
     _check_students(recipe)
     if (recipe.checkpoints / "latest").exists():
@@ -59,7 +60,7 @@ def _check_students(recipe: Recipe) -> None:
 
 def rehearse(recipe: Recipe) -> None:
     """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
-    entries = split_entries(recipe.data.shards, "train")
+    entries = split_entries(recipe.data, "train")
     samples = sum(entry.samples for entry in entries)
     per_step = recipe.distill.micro_batch * recipe.distill.micro_batches_per_step
     epochs = recipe.distill.steps * per_step / samples

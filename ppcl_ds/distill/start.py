@@ -6,7 +6,7 @@ from operator import attrgetter
 
 from pydantic import ValidationError
 
-from ppcl_ds.data.stream import digest, split_entries
+from ppcl_ds.data.index import digest, split_entries
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.plan import Plan
 from ppcl_ds.recipe import Recipe
@@ -20,6 +20,7 @@ _FIXED = (
     "noise",
     "data.captions",
     "data.images",
+    "data.window",
     "teacher.precision",
     "distill.micro_batch",
     "distill.micro_batches_per_step",
@@ -36,7 +37,7 @@ _FIXED = (
 def write_start(recipe: Recipe, plan: Plan) -> None:
     """Write down plan, shards and recipe; one rank alone."""
     plan.save(recipe.trained_plan)
-    write_whole(recipe.trained_recipe.with_name(_SHARDS), digest(split_entries(recipe.data.shards, "train")))
+    write_whole(recipe.trained_recipe.with_name(_SHARDS), digest(split_entries(recipe.data, "train")))
     write_whole(recipe.trained_recipe, recipe.model_dump_json(indent=1))
 
 
@@ -64,7 +65,7 @@ def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
         old, new = (attrgetter(key)(version) for version in (before, recipe))
         if old != new:
             raise UserError(f"recipe key '{key}' is not what {folder} was trained with ({old}); {anew}")
-    if shards != digest(split_entries(recipe.data.shards, "train")):
+    if shards != digest(split_entries(recipe.data, "train")):
         raise UserError(f"{folder} was trained on other shards than those in {recipe.data.shards}; {anew}")
     tag = (recipe.checkpoints / "latest").read_text().strip()
     if not (recipe.checkpoints / tag).is_dir():

@@ -10,7 +10,6 @@ from deepspeed.accelerator import get_accelerator
 
 from ppcl_ds import launch
 from ppcl_ds.console import progress
-from ppcl_ds.data.stream import MicroBatchStream, split_shards
 from ppcl_ds.distill.engine import LocalEngine
 from ppcl_ds.distill.exchange import Exchange
 from ppcl_ds.distill.journal import Journal
@@ -52,6 +51,7 @@ class Trainer:
         config = read_deepspeed_file(recipe.deepspeed.teacher)
         self.teacher = load_teacher(files, config, dtype, recipe.teacher.ranks_per_copy)
         self.wanted = wanted_by(plan)
+        self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device)
         self.inbox = Inbox()
         self.work = self._work()
         self.library = Library(
@@ -85,7 +85,7 @@ class Trainer:
         """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
         rank, world = dist.get_rank(), dist.get_world_size()
         first = step * self.recipe.distill.micro_batches_per_step + rank
-        stream = NoisyStream(self.recipe, "train", self.recipe.distill.micro_batch, self.device).take(first, world)
+        stream = self.data.take(first, world)
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
         batches = chain([next(stream)], stream)
         return Rounds(batches, self.forward, self.exchange, self.inbox, self.clock, self.device)
@@ -113,6 +113,7 @@ class Trainer:
                 note = ""
                 if due(step, settings.log_every):
                     note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
+                    self.data.clean.check(int(journal.newest["data/bad_samples"]))
                     logged = step
                 advance(1, note)
                 if due(step, settings.checkpoint_every):
@@ -120,6 +121,8 @@ class Trainer:
                 if due(step, settings.sample_every):
                     self._look(step, journal)
         journal.print_units()
+        if dist.get_rank() == 0 and (bad := int(journal.newest.get("data/bad_samples", 0))):
+            print(f"{bad} samples could not be used and were skipped; {self.recipe.bad_samples} names them")
 
     def _resume(self) -> int:
         if (self.recipe.checkpoints / "latest").exists():
@@ -130,9 +133,7 @@ class Trainer:
 
     def _work(self) -> Work:
         """What a sample takes, from the shapes of the first one that is stored."""
-        data = self.recipe.data
-        stored = MicroBatchStream(split_shards(data.shards, "train"), 1, 0, masked=data.captions.masked, shuffle=False)
-        _, batch = next(stored.take(0, 1))
+        batch = self.data.clean.first()
         _, channels, height, width = batch.latents.shape
         tokens = batch.prompts.embeds.shape[1]
         return measure_work(self.files, self.anatomy, self.plan, (channels, height, width), tokens)
@@ -155,6 +156,8 @@ class Trainer:
         own = self.library.drain()
         own |= {f"{name}/gradient_norm": norm for name, norm in optimizer.norms.items()}
         own |= self._skipped()
+        # Where several ranks have a value, their mean is written down; here it is to be their sum.
+        own["data/bad_samples"] = float(len(self.data.clean.bad) * dist.get_world_size())
         own["run/learning_rate"] = float(self.engine.get_lr()[0])
         own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
         return own

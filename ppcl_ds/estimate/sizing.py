@@ -146,7 +146,7 @@ def size_run(
         plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
     if not plan.units:
         raise UserError(f"plan {recipe.plan_file}: it has no units, so there is nothing to train")
-    side = recipe.data.images.size
+    side = recipe.data.images.latent_size
     latents = (latent_channels(model), *(latent_size or (side, side)))
     tokens = text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS
     settings = recipe.distill

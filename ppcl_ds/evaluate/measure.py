@@ -15,8 +15,8 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
-from ppcl_ds.data.encoders import text_encoder
-from ppcl_ds.data.stream import empty_prompt, read_samples, split_shards
+from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import Caller
@@ -70,10 +70,10 @@ class Bench:
         settings = recipe.evaluate
         heldout = NoisyStream(recipe, "heldout", settings.batch_size, device)
         self.batches: list[NoisyBatch] = [b for _, b in islice(heldout.take(0, 1), settings.velocity_batches)]
-        stored = [
-            s["txt"].decode() for shard in split_shards(recipe.data.shards, "heldout") for s in read_samples(shard)
-        ]
-        self.captions = [stored[i % len(stored)] for i in range(settings.samples)]
+        stored = MicroBatchStream(recipe.data, "heldout", 1, recipe.seed, recipe.bad_samples)
+        samples = [batch for _, batch in islice(stored.take(0, 1), settings.samples)]
+        self.captions = [batch.captions[0] for batch in samples]
+        self.prompts = [batch.prompts for batch in samples]
         shape = (settings.samples, *self.batches[0].latents.shape[1:])
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed))
         self.judge = load_judge(settings.judge) if settings.judge else None
@@ -113,9 +113,8 @@ class Bench:
         return self.caller(model, batch.latents, batch.prompts, batch.sigmas).float().cpu()
 
     def _draw(self, model: nn.Module) -> Tensor:
-        settings, data = self.recipe.evaluate, self.recipe.data
-        encoder = text_encoder(data.captions)
-        empty = empty_prompt(data.shards, data.captions.masked).to(self.device, self.dtype)
+        settings = self.recipe.evaluate
+        empty = empty_prompt(self.recipe.data).to(self.device, self.dtype)
         drawn = []
         for start in range(0, settings.samples, settings.batch_size):
             part = slice(start, start + settings.batch_size)
@@ -123,7 +122,7 @@ class Bench:
                 model,
                 self.caller,
                 self.noise[part].to(self.device, self.dtype),
-                encoder.encode(self.captions[part]).to(self.device, self.dtype),
+                Prompts.stack(self.prompts[part]).to(self.device, self.dtype),
                 empty,
                 steps=settings.steps,
                 shift=self.recipe.noise.shift,

@@ -36,7 +36,7 @@ def evaluate(recipe: Recipe) -> None:
             raise UserError(f"{recipe.pruned(variant)} is missing; run `ppcl consolidate RECIPE` first")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(recipe, caller_for(files.class_name), device)
-    decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data.images).decode
+    decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data, device).decode
     rows: list[ModelFigures] = []
     pictures: dict[str, Tensor] = {}
     for name, load in track(list(_models(recipe, files, anatomy, plan)), "evaluate", 1 + 2 * len(plan.variants)):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Batch, Prompts
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt, split_entries, split_shards
+from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy, Block, Capture, Wanted
 from ppcl_ds.families.call import Caller, caller_for
@@ -80,17 +80,16 @@ class NoisyStream:
         micro_batch: int,
         device: torch.device,
     ) -> None:
-        masked = recipe.data.captions.masked
         self.noise: Noise = recipe.noise
         self.seed, self.device, self.dtype = recipe.seed, device, DTYPES[recipe.teacher.precision]
-        self.empty = empty_prompt(recipe.data.shards, masked)
+        self.empty = empty_prompt(recipe.data)
         self.clean = MicroBatchStream(
-            split_shards(recipe.data.shards, split),
+            recipe.data,
+            split,
             micro_batch,
             recipe.seed,
-            masked=masked,
-            shuffle=split == "train",
-            samples=sum(entry.samples for entry in split_entries(recipe.data.shards, split)),
+            recipe.bad_samples,
+            lanes=recipe.distill.micro_batches_per_step,
         )
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:

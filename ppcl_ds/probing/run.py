@@ -9,7 +9,8 @@ from itertools import islice
 import torch.distributed as dist
 
 from ppcl_ds import launch
-from ppcl_ds.data.stream import empty_prompt, split_shards
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
@@ -27,8 +28,8 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
     files, anatomy = open_teacher(recipe)
     launch.check_world(recipe.topology.world)
     for split in ("train", "heldout"):
-        split_shards(recipe.data.shards, split)
-    empty_prompt(recipe.data.shards, recipe.data.captions.masked)
+        split_entries(recipe.data, split)
+    empty_prompt(recipe.data)
     read_deepspeed_file(recipe.deepspeed.teacher)
     return files, anatomy
 

@@ -1,203 +1,297 @@
-"""Promises of the stream: one order for the whole run, whoever reads it."""
+"""Promises of the stream: numbered micro-batches, whoever reads them, from wherever they lie, whatever is broken."""
 
 from __future__ import annotations
 
+import functools
+import http.server
+import io
+import tarfile
 import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
-import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppcl_ds.data import shards as shards_module
 from ppcl_ds.data.batch import Batch
-from ppcl_ds.data.stream import Index, MicroBatchStream, ShardEntry, empty_prompt, split_shards
+from ppcl_ds.data.index import Index, ShardEntry, split_entries
+from ppcl_ds.data.stream import MicroBatchStream, decode, empty_prompt
 from ppcl_ds.errors import UserError
+from ppcl_ds.sections import CaptionEncoding, Data
+from tests.data.shards import members, section, write_shards
+
+Read = dict[int, tuple[str, ...]]
 
 
-def write_shards(folder: Path, counts: list[int]) -> list[Path]:
-    """Shards whose sample number n has latents and embeddings full of n, n % 3 + 1 tokens and the key `kn`."""
-    shards: list[Path] = []
-    number = 0
-    for count in counts:
-        path = folder / f"train-{len(shards):06d}.tar"
-        with path.open("wb") as file, wds.TarWriter(file, encoder=False) as writer:
-            for _ in range(count):
-                tensors = {
-                    "latents": torch.full((1, 2, 2), number, dtype=torch.bfloat16),
-                    "prompt_embeds": torch.full((number % 3 + 1, 2), number, dtype=torch.bfloat16),
-                    "pooled": torch.full((3,), number, dtype=torch.bfloat16),
-                }
-                member = safetensors.torch.save(tensors)
-                writer.write({"__key__": f"k{number}", "txt": str(number).encode(), "safetensors": member})
-                number += 1
-        shards.append(path)
-    return shards
+def open_stream(data: Data, micro_batch: int = 1, lanes: int = 1) -> MicroBatchStream:
+    return MicroBatchStream(data, "train", micro_batch, 7, data.shards / "bad.log", lanes)
 
 
-def keys(stream: MicroBatchStream, micro_batches: int, start: int = 0, stride: int = 1) -> list[tuple[str, ...]]:
-    return [batch.keys for _, batch in islice(stream.take(start, stride), micro_batches)]
+def read(stream: MicroBatchStream, count: int, start: int = 0, stride: int = 1) -> Read:
+    """Keys of `count` micro-batches by their numbers."""
+    return {number: batch.keys for number, batch in islice(stream.take(start, stride), count)}
 
 
-def flat(batches: list[tuple[str, ...]]) -> list[str]:
-    return [key for batch in batches for key in batch]
-
-
-counts = st.lists(st.integers(1, 5), min_size=1, max_size=4)
-
-
-@settings(max_examples=25, deadline=None)
-@given(counts, st.integers(0, 5), st.integers(1, 20), st.booleans())
-def test_every_sample_is_seen_exactly_once_per_epoch(counts: list[int], seed: int, window: int, shuffle: bool) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), counts)
-        stream = MicroBatchStream(shards, 1, seed, masked=True, shuffle=shuffle, window=window)
-        seen = flat(keys(stream, 3 * sum(counts)))
-    everything = {f"k{number}" for number in range(sum(counts))}
-    for epoch in range(3):
-        part = seen[epoch * sum(counts) : (epoch + 1) * sum(counts)]
-        assert len(part) == len(everything)
-        assert set(part) == everything
-
-
-@settings(max_examples=25, deadline=None)
-@given(counts, st.integers(1, 4), st.integers(1, 4), st.integers(1, 20))
-def test_the_order_does_not_depend_on_the_number_of_ranks(
-    counts: list[int], micro_batch: int, ranks: int, window: int
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=5).filter(any),
+    st.sets(st.integers(0, 24)),
+    st.integers(1, 3),
+    st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    st.tuples(st.integers(0, 4), st.integers(1, 4)),
+)
+def test_a_run_stops_and_goes_on_with_other_ranks(
+    counts: list[int], tall: set[int], micro_batch: int, ranks: tuple[int, int], steps: tuple[int, int]
 ) -> None:
+    """No sample is lost or repeated: what the ranks before and behind the stop read is what one rank alone reads."""
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), counts)
-        alone = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window)
-        expected = dict(enumerate(keys(alone, 3 * ranks)))
-        together: dict[int, tuple[str, ...]] = {}
-        for rank in range(ranks):
-            stream = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window)
-            together |= {number: batch.keys for number, batch in islice(stream.take(rank, ranks), 3)}
-    assert together == expected
+        write_shards(Path(folder), counts, sorted(tall))
+        data = section(Path(folder))
+        per_step = ranks[0] * ranks[1]  # micro-batches of an optimizer step: a multiple of the ranks, before and behind
+        together: Read = {}
+        first = 0
+        for world, count in zip(ranks, steps, strict=True):
+            for rank in range(world):
+                part = read(open_stream(data, micro_batch, per_step), count * per_step // world, first + rank, world)
+                assert not part.keys() & together.keys()
+                together |= part
+            first += count * per_step
+        alone = read(open_stream(data, micro_batch, per_step), first)
+        assert together == alone
+        seen = Counter(key for keys in alone.values() for key in keys)
+        for shape in (sorted(tall), sorted(set(range(sum(counts))) - tall)):
+            times = [seen[f"k{number}"] for number in shape if number < sum(counts)]
+            assert max(times, default=0) - min(times, default=0) <= 1
 
 
-def test_micro_batches_are_cut_from_the_samples_laid_end_to_end(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [3, 4])
-    one_by_one = flat(keys(MicroBatchStream(shards, 1, 0, masked=True), 15))
-    assert flat(keys(MicroBatchStream(shards, 5, 0, masked=True), 3)) == one_by_one, "5 does not divide an epoch of 7"
-
-
-def test_a_run_may_start_at_any_micro_batch(tmp_path: Path) -> None:
-    stream = MicroBatchStream(write_shards(tmp_path, [4, 4]), 3, 0, masked=True)
-    assert keys(stream, 4, start=5) == keys(stream, 9)[5:]
-
-
-@settings(max_examples=25, deadline=None)
-@given(counts, st.integers(1, 4), st.integers(0, 40), st.integers(1, 20))
-def test_epochs_that_lie_behind_are_not_read(counts: list[int], micro_batch: int, start: int, window: int) -> None:
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(0, 5))
+def test_worker_processes_change_nothing(workers: int, stride: int, start: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        shards = write_shards(Path(folder), counts)
-        slow = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window)
-        quick = MicroBatchStream(shards, micro_batch, 7, masked=True, window=window, samples=sum(counts))
-        read: list[int] = []
-        whole_epoch = quick._epoch
-        quick._epoch = lambda epoch: read.append(epoch) or whole_epoch(epoch)  # type: ignore[func-returns-value, method-assign]
-        assert keys(quick, 3, start=start) == keys(slow, start + 3)[start:]
-        assert read[0] == start * micro_batch // sum(counts)
+        write_shards(Path(folder), [4, 0, 3], [2, 5])
+        alone = read(open_stream(section(Path(folder)), 2, 2), 6, start, stride)
+        stream = open_stream(section(Path(folder), workers=workers), 2, 2)
+        assert read(stream, 6, start, stride) == alone
+
+
+def test_what_was_consumed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_shards(tmp_path, [5] * 20)
+    read_anew: list[int] = []
+    get = shards_module.Shards.read
+    monkeypatch.setattr(
+        shards_module.Shards, "read", lambda self, number: read_anew.append(number) or get(self, number)
+    )
+    stream = open_stream(section(tmp_path), 4)
+    keys = read(stream, 3, start=1000)
+    assert [f"k{number}" for number in read_anew] == [key for batch in keys.values() for key in batch]
 
 
 def test_a_launcher_s_environment_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = MicroBatchStream(write_shards(tmp_path, [2, 2, 2]), 2, 0, masked=True)
-    before = keys(stream, 6)
+    write_shards(tmp_path, [2, 2, 2])
+    before = read(open_stream(section(tmp_path), 2), 6)
     for name, value in {"RANK": "1", "WORLD_SIZE": "3", "WORKER": "1", "NUM_WORKERS": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert keys(stream, 6) == before
+    assert read(open_stream(section(tmp_path), 2), 6) == before
 
 
-def test_epochs_and_seeds_differ_in_order(tmp_path: Path) -> None:
-    shards = write_shards(tmp_path, [10, 10])
-    seen = flat(keys(MicroBatchStream(shards, 1, 0, masked=True), 40))
-    assert seen[:20] != seen[20:]
-    assert seen[:20] != flat(keys(MicroBatchStream(shards, 1, 1, masked=True), 20))
-    assert seen[:20] != sorted(seen[:20], key=lambda key: int(key[1:]))
-
-
-def test_the_order_of_a_seed_stays_what_it_is(tmp_path: Path) -> None:
-    """Resuming counts on it: a changed order is a new seed's order, not this one's."""
-    stream = MicroBatchStream(write_shards(tmp_path, [4, 4]), 1, 0, masked=True, window=4)
-    assert flat(keys(stream, 8)) == ["k6", "k5", "k7", "k4", "k0", "k2", "k3", "k1"]
-
-
-def test_unshuffled_samples_come_in_stored_order_without_end(tmp_path: Path) -> None:
-    stream = MicroBatchStream(write_shards(tmp_path, [2, 1]), 1, 0, masked=True, shuffle=False)
-    assert flat(keys(stream, 7)) == ["k0", "k1", "k2", "k0", "k1", "k2", "k0"]
-
-
-def test_latents_and_captions_stay_together(tmp_path: Path) -> None:
-    stream = MicroBatchStream(write_shards(tmp_path, [5, 6]), 4, 3, masked=True, window=6)
-    batches = [batch for _, batch in islice(stream.take(0, 1), 6)]
+def test_latents_captions_and_padding_stay_together(tmp_path: Path) -> None:
+    write_shards(tmp_path, [5, 6], [1, 4, 8])
+    batches: list[Batch] = [batch for _, batch in islice(open_stream(section(tmp_path), 4).take(0, 1), 6)]
+    assert {batch.latents.shape for batch in batches} == {(4, 1, 2, 2), (4, 1, 4, 2)}
     for batch in batches:
-        assert isinstance(batch, Batch)
         assert batch.prompts.mask is not None
         assert batch.prompts.pooled is not None
         assert batch.latents.dtype == batch.prompts.embeds.dtype == batch.prompts.pooled.dtype == torch.float32
+        assert batch.prompts.mask.sum(dim=1).max() == batch.prompts.embeds.shape[1], "no longer than the longest"
         for row, key in enumerate(batch.keys):
             number, mask = int(key[1:]), batch.prompts.mask[row]
             assert (batch.latents[row] == number).all()
             assert (batch.prompts.embeds[row, mask] == number).all()
+            assert (batch.prompts.embeds[row, ~mask] == 0).all()
             assert mask.sum() == number % 3 + 1
             assert (batch.prompts.pooled[row] == number).all()
+            assert batch.captions[row] == str(number)
 
 
-def test_families_without_a_text_mask_get_none(tmp_path: Path) -> None:
-    stream = MicroBatchStream(write_shards(tmp_path, [3]), 1, 0, masked=False)
-    assert next(stream.take(0, 1))[1].prompts.mask is None
+def test_families_without_a_text_mask_get_their_padding_back(tmp_path: Path) -> None:
+    write_shards(tmp_path, [3])
+    stream = open_stream(section(tmp_path, captions={"width": 2, "pooled_width": 3, "max_tokens": 5}))
+    for _, batch in islice(stream.take(0, 1), 3):
+        number = int(batch.keys[0][1:])
+        assert batch.prompts.mask is None
+        assert batch.prompts.embeds[0, :, 0].tolist() == [number] * (number % 3 + 1) + [0] * (4 - number % 3)
 
 
-def one_message(fault: pytest.ExceptionInfo[UserError]) -> str:
-    message = str(fault.value)
-    assert "\n" not in message
-    return message
+def test_one_of_several_captions_is_drawn_with_its_own_embedding(tmp_path: Path) -> None:
+    captions = CaptionEncoding(width=2)
+    stored = {"latents": torch.zeros(1, 2, 2)}
+    for number, name in enumerate(("", ".caption_zh", ".long")):
+        stored[f"prompt_embeds{name}"] = torch.full((1, 2), float(number))
+    parts = {
+        "safetensors": safetensors.torch.save(stored),
+        "txt": b"zero",
+        "json": b'{"caption_en": "zero", "caption_zh": "one", "long": "two"}',
+    }
+    drawn = {}
+    for draw in (0.0, 0.4, 0.99):
+        batch = decode("shard:key", parts, captions, draw)
+        drawn[batch.captions[0]] = int(batch.prompts.embeds[0, 0, 0])
+    assert drawn == {"zero": 0, "one": 1, "two": 2}
 
 
-@pytest.mark.parametrize("missing", ["txt", "safetensors"])
-def test_a_sample_that_lacks_a_member_is_named(tmp_path: Path, missing: str) -> None:
-    members = {"txt": b"a", "safetensors": safetensors.torch.save({"latents": torch.zeros(1, 1, 1)})}
-    del members[missing]
-    with wds.TarWriter(str(tmp_path / "train-000000.tar"), encoder=False) as writer:
-        writer.write({"__key__": "lonely", **members})
-    with pytest.raises(UserError) as fault:
-        keys(MicroBatchStream([tmp_path / "train-000000.tar"], 1, 0, masked=True), 1)
-    assert f"train-000000.tar:lonely: no .{missing} member" in one_message(fault)
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Address of a server of `tmp_path`, and what was asked of it; every other request fails."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:  # the name is the library's
+            asked.append(self.path)
+            if len(asked) % 2:
+                self.send_error(404)
+            else:
+                super().do_GET()
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://localhost:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
 
 
-@pytest.mark.parametrize(
-    ("member", "why"),
-    [(b"nonsense", "not a safetensors file"), (safetensors.torch.save({}), "no tensor `latents`")],
-)
-def test_a_sample_with_bad_tensors_is_named(tmp_path: Path, member: bytes, why: str) -> None:
-    with wds.TarWriter(str(tmp_path / "train-000000.tar"), encoder=False) as writer:
-        writer.write({"__key__": "odd", "txt": b"a", "safetensors": member})
-    with pytest.raises(UserError) as fault:
-        keys(MicroBatchStream([tmp_path / "train-000000.tar"], 1, 0, masked=True), 1)
-    assert f"train-000000.tar:odd: {why}" in one_message(fault)
+@pytest.mark.parametrize("kind", ["pipe", "http"])
+def test_shards_of_an_address_are_those_of_the_folder(
+    tmp_path: Path, kind: str, web: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "WAITS", (0.01, 0.01))
+    paths = write_shards(tmp_path, [3, 2, 4])
+    here = read(open_stream(section(tmp_path), 2), 9)
+    (tmp_path / "far away").mkdir()
+    for path in paths:
+        path.rename(tmp_path / "far away" / path.name)
+    address = f"pipe:cat '{tmp_path}/far away/{{name}}'" if kind == "pipe" else web[0] + "/far%20away/{name}"
+    # A cache that holds one shard: old ones make room for new ones.
+    stream = open_stream(
+        section(
+            tmp_path, address=address, cache=max(path.stat().st_size for path in (tmp_path / "far away").iterdir())
+        ),
+        2,
+    )
+    assert read(stream, 9) == here
+    if kind == "http":
+        assert len(web[1]) >= 6, "each shard needs a second try here"
 
 
-@pytest.mark.parametrize("content", [b"", b"this is not a tar", None, "cut"])
-def test_a_broken_tar_is_named(tmp_path: Path, content: bytes | str | None) -> None:
-    (shard,) = write_shards(tmp_path, [3])
-    if isinstance(content, bytes):
-        shard.write_bytes(content)
-    elif content == "cut":
-        shard.write_bytes(shard.read_bytes()[:1800])
-    else:
-        shard.unlink()
-    with pytest.raises(UserError) as fault:
-        keys(MicroBatchStream([shard], 1, 0, masked=True, shuffle=False), 3)
-    assert f"{shard}: not a whole tar" in one_message(fault)
+def test_a_shard_that_cannot_be_opened_is_tried_again_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "WAITS", (0.2, 0.2, 0.2))
+    path, *_ = write_shards(tmp_path, [2])
+    stream = open_stream(section(tmp_path))
+    path.rename(tmp_path / "away")
+    threading.Timer(0.3, (tmp_path / "away").rename, [path]).start()
+    assert len(read(stream, 2)) == 2
+    stream = open_stream(section(tmp_path))
+    path.unlink()
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries \(.*No such file"):
+        read(stream, 1)
+    stream = open_stream(section(tmp_path, address=f"pipe:cat {tmp_path}/away/{{name}} 2>/dev/null"))
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries"):
+        read(stream, 1)
+    (tmp_path / "away").mkdir()
+    (tmp_path / "away" / path.name).write_bytes(b"another file")
+    with pytest.raises(UserError, match="it is not the shard that the index describes"):
+        read(stream, 1)
 
 
-def test_shards_without_samples_do_not_hang(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no samples in"):
-        keys(MicroBatchStream(write_shards(tmp_path, [0]), 1, 0, masked=True), 1)
+def rewrite(path: Path, change: Any) -> None:
+    """Write a shard's members again as `change(name, data) -> (name, data)` says; sizes stay, so the index holds."""
+    content = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for member in old:
+            file = old.extractfile(member)
+            assert file is not None
+            member.name, data = change(member.name, file.read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    assert len(content.getvalue()) == path.stat().st_size
+    path.write_bytes(content.getvalue())
+
+
+def nan_latents(name: str, data: bytes) -> tuple[str, bytes]:
+    if name != "k1.safetensors":
+        return name, data
+    tensors = safetensors.torch.load(data)
+    return name, safetensors.torch.save(tensors | {"latents": tensors["latents"] * torch.nan})
+
+
+BROKEN = {
+    "NaN or infinity": nan_latents,
+    "no caption (.txt)": lambda name, data: ("k1.cls" if name == "k1.txt" else name, data),
+    "not a name that a sample has": lambda name, data: (name.replace("k1.", "../../x."), data),
+    "damaged": lambda name, data: (name, b"\xff" * len(data) if name == "k1.safetensors" else data),
+}
+
+
+@pytest.mark.parametrize("why", BROKEN)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_cannot_be_used_is_skipped_and_named(tmp_path: Path, why: str, workers: int) -> None:
+    [path] = write_shards(tmp_path, [20], tall=range(10, 20))
+    whole = read(open_stream(section(tmp_path), 2), 10)
+    rewrite(path, BROKEN[why])
+    stream = open_stream(section(tmp_path, workers=workers), 2)
+    seen = read(stream, 10)
+    # Its place is taken by the next of its shape; all others are where they were.
+    expected = {number: tuple("k2" if key == "k1" else key for key in keys) for number, keys in whole.items()}
+    assert seen == expected
+    [line] = stream.bad
+    assert line.startswith("train-000000.tar:")
+    assert why in line
+    assert (tmp_path / "bad.log").read_text() == f"{line}\n"
+    assert read(open_stream(section(tmp_path, workers=workers), 2), 5, start=2) == {
+        number: keys for number, keys in expected.items() if 2 <= number < 7
+    }
+
+
+def test_a_shard_that_was_cut_gives_what_is_left_of_it(tmp_path: Path) -> None:
+    first, _ = write_shards(tmp_path, [4, 4])
+    stream = open_stream(section(tmp_path, max_bad_fraction=0.5))
+    first.write_bytes(first.read_bytes()[: stream.decoder.shards.entries[0].offsets[2] + 700])
+    keys = [key for batch in read(stream, 16).values() for key in batch]
+    assert {"k2", "k3"}.isdisjoint(keys)
+    assert {"k0", "k1", "k4", "k5", "k6", "k7"} <= set(keys)
+    assert len(stream.bad) == 2
+    assert all("cut short" in line for line in stream.bad)
+
+
+def test_too_many_bad_samples_end_it_with_their_list(tmp_path: Path) -> None:
+    [path] = write_shards(tmp_path, [40])
+    bad = {f"k{number}.txt" for number in (3, 9, 20)}
+    rewrite(path, lambda name, data: (name.replace("txt", "cls") if name in bad else name, data))
+    assert len(read(open_stream(section(tmp_path, max_bad_fraction=0.075)), 80)) == 80
+    with pytest.raises(UserError, match=r"3 of 40 samples cannot be used, more than data.max_bad_fraction") as fault:
+        read(open_stream(section(tmp_path)), 80)
+    for key in ("k3", "k9", "k20"):
+        assert f"train-000000.tar:{key}: no caption (.txt)" in str(fault.value)
+    assert "\n" not in str(fault.value)
+
+
+def test_a_bucket_without_a_usable_sample_is_said_to_be_so(tmp_path: Path) -> None:
+    [path] = write_shards(tmp_path, [30], tall=[5])
+    rewrite(path, lambda name, data: (name.replace("5.txt", "5.cls"), data))
+    with pytest.raises(UserError, match=r"no sample of shape 1x4x2 can be used; train-000000.tar:k5: no caption"):
+        read(open_stream(section(tmp_path, max_bad_fraction=0.5)), 30)
 
 
 def indexed(folder: Path, names: list[str]) -> Path:
@@ -205,7 +299,7 @@ def indexed(folder: Path, names: list[str]) -> Path:
     encoded.mkdir()
     for name in names:
         (encoded / name).write_bytes(b"12345")
-    entries = [ShardEntry(name=name, samples=1, size=5, sha256="") for name in names]
+    entries = [ShardEntry(name=name, samples=1, size=5, sha256="", offsets=[0]) for name in names]
     Index(shards=entries).write(encoded / "index.json")
     return folder
 
@@ -213,40 +307,53 @@ def indexed(folder: Path, names: list[str]) -> Path:
 def test_shards_of_a_split_are_those_of_the_index_in_its_order(tmp_path: Path) -> None:
     folder = indexed(tmp_path, ["train-000001.tar", "heldout-000000.tar", "train-000000.tar"])
     (folder / "encoded" / "train-000002.tar").write_bytes(b"not listed")
-    names = [path.name for path in split_shards(folder, "train")]
+    names = [entry.name for entry in split_entries(section(folder), "train")]
     assert names == ["train-000001.tar", "train-000000.tar"]
-    assert [path.name for path in split_shards(folder, "heldout")] == ["heldout-000000.tar"]
+    assert [entry.name for entry in split_entries(section(folder), "heldout")] == ["heldout-000000.tar"]
 
 
 def test_what_stands_between_a_user_and_the_shards_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"index.json is missing; run `ppcl-data encode RECIPE`") as fault:
-        split_shards(tmp_path, "train")
-    one_message(fault)
+    data = section(tmp_path)
+    with pytest.raises(UserError, match=r"index.json is missing; run `ppcl-data encode RECIPE`"):
+        split_entries(data, "train")
     with pytest.raises(UserError, match=r"empty.safetensors is missing; run `ppcl-data encode RECIPE`"):
-        empty_prompt(tmp_path, masked=True)
-    folder = indexed(tmp_path, ["train-000000.tar", "train-000001.tar"])
+        empty_prompt(data)
+    encoded = indexed(tmp_path, ["train-000000.tar", "train-000001.tar"]) / "encoded"
     with pytest.raises(UserError, match="no heldout samples"):
-        split_shards(folder, "heldout")
-    (folder / "encoded" / "train-000001.tar").write_bytes(b"1234")
+        split_entries(data, "heldout")
+    (encoded / "train-000001.tar").write_bytes(b"1234")
     with pytest.raises(UserError, match=r"train-000001.tar is missing or cut short; run `ppcl-data encode RECIPE`"):
-        split_shards(folder, "train")
-    (folder / "encoded" / "train-000000.tar").unlink()
+        split_entries(data, "train")
+    (encoded / "train-000000.tar").unlink()
     with pytest.raises(UserError, match=r"train-000000.tar is missing or cut short"):
-        split_shards(folder, "train")
-    (folder / "encoded" / "index.json").write_text("{")
+        split_entries(data, "train")
+    (encoded / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index.json is damaged") as fault:
-        split_shards(folder, "train")
-    one_message(fault)
+        split_entries(data, "train")
+    assert "\n" not in str(fault.value)
+    (encoded / "empty.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"empty.safetensors: damaged"):
+        empty_prompt(data)
 
 
 def test_the_empty_prompt_has_a_mask_where_the_family_reads_one(tmp_path: Path) -> None:
     (tmp_path / "encoded").mkdir()
-    stored = {"prompt_embeds": torch.ones(2, 4, dtype=torch.bfloat16), "pooled": torch.ones(3, dtype=torch.bfloat16)}
+    stored = {"prompt_embeds": torch.ones(2, 2, dtype=torch.bfloat16), "pooled": torch.ones(3, dtype=torch.bfloat16)}
     safetensors.torch.save_file(stored, tmp_path / "encoded" / "empty.safetensors")
-    prompt = empty_prompt(tmp_path, masked=True)
-    assert prompt.embeds.shape == (1, 2, 4)
+    prompt = empty_prompt(section(tmp_path))
+    assert prompt.embeds.shape == (1, 2, 2)
     assert prompt.mask is not None
     assert prompt.mask.tolist() == [[True, True]]
     assert prompt.pooled is not None
     assert prompt.pooled.shape == (1, 3)
-    assert empty_prompt(tmp_path, masked=False).mask is None
+    unmasked = empty_prompt(section(tmp_path, captions={"width": 2, "pooled_width": 3, "max_tokens": 2}))
+    assert unmasked.mask is None
+
+
+def test_members_are_what_the_shards_hold(tmp_path: Path) -> None:
+    """The reader gives back the very bytes that were written."""
+    write_shards(tmp_path, [2])
+    stream = open_stream(section(tmp_path))
+    name, parts = stream.decoder.shards.read(1)
+    assert name == "train-000000.tar:k1"
+    assert parts == {"txt": b"1", "safetensors": members(1)["safetensors"]}

@@ -29,7 +29,7 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     phases = ["data", "teacher", "exchange", "students", "checkpoint", "pictures"]
     names = [f"seconds/{phase}" for phase in phases]
     names += [f"run/{what}" for what in ("loss", "learning_rate", "samples_per_second", "flops_per_second")]
-    names += ["run/share_of_peak", "memory_gib/rank_0", "memory_gib/rank_1"]
+    names += ["data/bad_samples", "run/share_of_peak", "memory_gib/rank_0", "memory_gib/rank_1"]
     for unit in PLAN.units:
         names += [f"{unit.name}/{what}/{stream}" for what in ("loss", "norm_ratio") for stream in unit.streams]
         names += [f"{unit.name}/gradient_norm", f"{unit.name}/skipped_steps"]

@@ -1,0 +1,217 @@
+"""What lies in a folder of shards: every sample's place in its tar, and what is damaged there.
+
+A shard is a tar in webdataset's conventions: members `KEY.SUFFIX`, those of one sample side by side.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from pydantic import BaseModel, ValidationError
+from webdataset.tariterators import base_plus_ext
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.sections import Data
+from ppcl_ds.whole import write_whole
+
+IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+"""Kinds of images that are read; the last part of a file name, in lower case."""
+
+_BLOCK = 512
+"""A tar is made of blocks of so many bytes; two of them, all zeros, close it."""
+
+
+class ShardEntry(BaseModel):
+    """One shard of a folder."""
+
+    name: str
+    samples: int
+    size: int
+    """Length of the file in bytes."""
+    sha256: str
+    offsets: list[int]
+    """Where each sample begins in the file, in bytes; it ends where the next one begins."""
+    shapes: dict[str, list[int]] = {}
+    """Of an encoded shard: latent shape, such as `16x128x96`, -> numbers of the samples that have it."""
+    raw_sha256: str = ""
+    """Of an encoded shard: the sha256 of the raw shard that it was made from."""
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether the shard lies in `folder`, at its full length.
+
+        The length matters: a tar that was cut between two samples reads as a shorter, whole one.
+        """
+        path = folder / self.name
+        return path.is_file() and path.stat().st_size == self.size
+
+
+class Index(BaseModel):
+    """The `index.json` of a folder of shards; it is written last, so a folder that has one is whole."""
+
+    shards: list[ShardEntry]
+    settings: dict[str, Any] = {}
+    """The recipe values that the shards were made with; where they differ now, the shards are made again."""
+    skipped: list[str] = []
+    """Samples that could not be used and are not in the shards: `file or shard:key: why`."""
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards together."""
+        return sum(entry.samples for entry in self.shards)
+
+    @staticmethod
+    def read(path: Path, command: str) -> Index:
+        """Read an index file.
+
+        Args:
+            path: the `index.json`.
+            command: what writes it, for the message.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        try:
+            return Index.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; run `{command} RECIPE` first") from None
+        except ValidationError:
+            raise UserError(f"{path} is damaged; delete {path.parent} and run `{command} RECIPE`") from None
+
+    def write(self, path: Path) -> None:
+        """Write an index file, whole or not at all; one line a shard, so that it can be read and compared."""
+        lines = ",\n".join(entry.model_dump_json() for entry in self.shards)
+        rest = self.model_dump_json(exclude={"shards"}).removeprefix("{")
+        write_whole(path, f'{{"shards": [\n{lines}\n],\n{rest}\n')
+
+
+def split_entries(data: Data, split: Literal["train", "heldout"]) -> list[ShardEntry]:
+    """What the index says of the encoded shards of one split.
+
+    Raises:
+        UserError: nothing is encoded yet, a listed shard is missing or cut short, or the split is empty.
+    """
+    folder = data.shards / "encoded"
+    index = Index.read(folder / "index.json", "ppcl-data encode")
+    entries = [entry for entry in index.shards if entry.name.startswith(f"{split}-")]
+    if not sum(entry.samples for entry in entries):
+        raise UserError(f"{data.shards}: no {split} samples; set `data.heldout` and run `ppcl-data shard` and `encode`")
+    for entry in entries:
+        if not data.address and not entry.is_in(folder):
+            raise UserError(f"{folder / entry.name} is missing or cut short; run `ppcl-data encode RECIPE`")
+    return entries
+
+
+def digest(entries: Sequence[ShardEntry]) -> str:
+    """What tells apart two lists of shards: other shards, or other contents, give other samples in another order."""
+    return hashlib.sha256("".join(entry.sha256 for entry in entries).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Member:
+    """A sample as it lies in a tar.
+
+    Attributes:
+        key: its name.
+        offset: where it begins, in bytes.
+        parts: suffix -> where its content begins, and how long it is.
+    """
+
+    key: str
+    offset: int
+    parts: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def lacks(self) -> str:
+        """What is missing from a sample that can be used; empty: nothing."""
+        if "safetensors" in self.parts:
+            return "" if "txt" in self.parts else "no caption (.txt)"
+        if not any(suffix in self.parts for suffix in IMAGE_SUFFIXES):
+            return f"no image (.{', .'.join(IMAGE_SUFFIXES)})"
+        return "" if "txt" in self.parts or "json" in self.parts else "no caption (.txt or .json)"
+
+
+def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
+    """Find the samples of a tar, and say what is wrong with the rest of it. Only headers are read.
+
+    After a damaged place the search goes on at the next whole header, so a damaged header costs its own sample alone.
+
+    Args:
+        file: an open tar, uncompressed; need not be whole.
+        closed: whether it must end as a tar ends, which a part cut out of one does not.
+
+    Returns:
+        Samples that can be used, in stored order, and complaints, `key: why` or `byte N: why`.
+    """
+    size = file.seek(0, os.SEEK_END)
+    found: dict[str, Member] = {}
+    bad: dict[str, str] = {}
+    last, end = "", 0
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
+            for entry in tar:
+                if not _all_zeros(file, end, entry.offset):
+                    # What lay there may have been a part of the sample before or behind.
+                    bad[f"byte {end}"] = "damaged"
+                    last = ""
+                end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
+                key, suffix = _split_name(entry.name)
+                if entry.isdir() or key.startswith("__"):
+                    continue
+                if not entry.isreg():
+                    bad[entry.name] = "not a file"
+                elif not suffix or entry.name.startswith("/") or ".." in entry.name.split("/"):
+                    bad[entry.name] = "not a name that a sample has"
+                elif end > size:
+                    bad[key] = "cut short"
+                elif key in found and (key != last or suffix in found[key].parts):
+                    bad[key] = f"its .{suffix} comes twice, or apart from its other members"
+                else:
+                    found.setdefault(key, Member(key, entry.offset)).parts[suffix] = (entry.offset_data, entry.size)
+                last = key
+    except Exception as fault:  # tarfile raises whatever the broken header led to
+        bad[f"byte {end}"] = f"not a whole tar ({fault})"
+    if closed and (size - end < 2 * _BLOCK or not _all_zeros(file, end, size)):
+        bad.setdefault(f"byte {end}", "cut short: the tar is not closed")
+    for key, member in found.items():
+        if member.lacks:
+            bad.setdefault(key, member.lacks)
+    return [member for key, member in found.items() if key not in bad], [f"{key}: {why}" for key, why in bad.items()]
+
+
+def describe(path: Path, members: Sequence[Member], **more: Any) -> ShardEntry:
+    """The index entry of a shard on disk that holds `members`; reads the file once for its sha256."""
+    offsets = [member.offset for member in members]
+    size = path.stat().st_size
+    return ShardEntry(name=path.name, samples=len(offsets), size=size, sha256=sha256(path), offsets=offsets, **more)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            whole.update(block)
+    return whole.hexdigest()
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and suffix as webdataset tells them apart; both empty for a name that has none."""
+    key, suffix = base_plus_ext(name)
+    return key or "", (suffix or "").lower()
+
+
+def _all_zeros(file: BinaryIO, start: int, end: int) -> bool:
+    file.seek(start)
+    while start < end:
+        block = file.read(min(1 << 20, end - start))
+        if not block or block.count(0) < len(block):
+            return False
+        start += len(block)
+    return True

@@ -1,0 +1,52 @@
+"""Small encoded shards whose samples say which they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import webdataset as wds
+
+from ppcl_ds.data.index import Index, describe, scan
+from ppcl_ds.sections import Data
+
+
+def section(folder: Path, **changes: Any) -> Data:
+    """The recipe section for shards below `folder`; everything happens in the test's own process."""
+    usual = {"source": "images", "shards": folder, "images": {"size": 2}, "workers": 0}
+    return Data.model_validate(usual | {"captions": {"width": 2, "pooled_width": 3}} | changes)
+
+
+def members(number: int, height: int = 2) -> dict[str, Any]:
+    """Sample number n: key `kn`, caption `n`, latents, pooled and n % 3 + 1 tokens full of n."""
+    tensors = {
+        "latents": torch.full((1, height, 2), number, dtype=torch.bfloat16),
+        "prompt_embeds": torch.full((number % 3 + 1, 2), number, dtype=torch.bfloat16),
+        "pooled": torch.full((3,), number, dtype=torch.bfloat16),
+    }
+    return {"__key__": f"k{number}", "txt": str(number).encode(), "safetensors": safetensors.torch.save(tensors)}
+
+
+def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), split: str = "train") -> list[Path]:
+    """Encoded shards of so many samples each, with their index; latents are 2 high, those in `tall` 4."""
+    encoded = folder / "encoded"
+    encoded.mkdir(exist_ok=True)
+    entries, number = [], 0
+    for shard, count in enumerate(counts):
+        path = encoded / f"{split}-{shard:06d}.tar"
+        shapes: dict[str, list[int]] = {}
+        with path.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as writer:
+            for own in range(count):
+                height = 4 if number in tall else 2
+                writer.write(members(number, height))
+                shapes.setdefault(f"1x{height}x2", []).append(own)
+                number += 1
+        with path.open("rb") as file:
+            found, complaints = scan(file)
+        assert not complaints
+        entries.append(describe(path, found, shapes=shapes))
+    Index(shards=entries).write(encoded / "index.json")
+    return [encoded / entry.name for entry in entries]
