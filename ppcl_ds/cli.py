@@ -31,19 +31,29 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe,
 
 
 @app.command()
-def probe(recipe: RecipeFile) -> None:
+def probe(
+    recipe: RecipeFile,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Read only the I-th of N parts of the samples, and keep its sums.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add up the sums of all parts and report.")] = False,
+) -> None:
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
-    probe/report.json and probe/heatmap.png into the run folder. Needs encoded shards and the teacher.
+    probe/report.json, report.html and pictures into the run folder. Needs encoded shards and the teacher.
+    An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.probing.run import check, probe
+    from ppcl_ds.probing.run import check, merge_parts, probe
 
-    files, anatomy = check(loaded)
+    files, anatomy = check(loaded, part, merge)
+    if merge:
+        merge_parts(loaded, files, anatomy)
+        return
     if not launch.is_rank():
-        launch.start_ranks(["probe", str(recipe)], loaded.topology.world)
-    probe(loaded, files, anatomy)
+        launch.start_ranks(["probe", str(recipe), *(["--part", part] if part else [])], loaded.topology.world)
+    probe(loaded, files, anatomy, part)
 
 
 @app.command()

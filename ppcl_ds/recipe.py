@@ -94,6 +94,15 @@ class Recipe(Section):
         return self.run / "pruned" / variant / "transformer"
 
     @model_validator(mode="after")
+    def _plans_what_is_probed(self) -> Recipe:
+        if self.plan.max_span > self.probe.max_span:
+            raise ValueError(
+                f"plan.max_span is {self.plan.max_span}, but only spans of up to probe.max_span = "
+                f"{self.probe.max_span} blocks are measured; raise probe.max_span, or lower the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_topology(self) -> Recipe:
         per_step, world = self.distill.micro_batches_per_step, self.topology.world
         if per_step % world:

@@ -151,14 +151,20 @@ class Noise(Section):
 
 
 class Probe(Section):
-    """How much of the data `ppcl probe` looks at."""
+    """How much of the data `ppcl probe` looks at, and how far."""
 
     batch_size: int = Field(default=32, gt=0)
     """Samples in one teacher forward."""
-    batches: int = Field(default=16, gt=0)
-    """Teacher forwards to fit the probes on, over all ranks; as many again, on other samples, measure them."""
+    batches: int = Field(default=32, ge=2)
+    """Teacher forwards, over all processes and `--part`s. Probes are fitted on every other one and measured on the
+    rest, then the other way round: half of them should have several times more tokens than the teacher has channels."""
     ridge: float = Field(default=1e-6, ge=0)
     """Ridge term of the least squares, relative to the mean diagonal of the Gram matrix."""
+    max_span: int = Field(default=8, ge=2)
+    """Longest span, in blocks, that is measured; memory and arithmetic grow with it."""
+    blocks_at_once: int | None = Field(default=None, gt=0)
+    """The sums of so many blocks are in memory at a time; the teacher reads all samples again for the next ones, and
+    the result is the same. Default: as many as 32 GiB hold."""
 
 
 class Plan(Section):

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from ppcl_ds.evaluate.measure import Figures, ModelFigures
-from ppcl_ds.probing.report import as_png
+from ppcl_ds.probing.pictures import as_png
 from ppcl_ds.whole import write_whole
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]

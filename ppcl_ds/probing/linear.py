@@ -1,61 +1,67 @@
-"""Linear probes: what each block does to a stream, as the best linear map, from streamed sums.
+"""Linear probes: what each block does to a stream, as the best affine map, from second moments.
 
-The sums are all that is kept, so memory does not grow with the number of tokens and the sums of many workers add up.
-Shapes: N tokens, C channels.
+Shapes: N tokens, C channels. Everything is float64.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class NormalEquations:
-    """Sums of `x^T x` and `x^T y` with `x = [h_in, 1]` and `y = h_out - h_in`, in float64.
+class Moments(NamedTuple):
+    """Sums over the same N tokens of two places, x and y.
 
     Attributes:
-        gram: (C + 1, C + 1).
-        cross: (C + 1, C).
+        xx: x^T x, (C, C).
+        xy: x^T y, (C, C).
+        x: sum of x, (C,).
+        y: sum of y, (C,).
+        tokens: N.
     """
 
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.gram = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(channels + 1, channels, dtype=torch.float64, device=device)
-
-    def add(self, before: Tensor, after: Tensor) -> None:
-        """Add tokens: what entered a block and what left it, (N, C) each."""
-        x = _with_one(before)
-        self.gram += x.T @ x
-        self.cross += x.T @ (after.double() - before.double())
-
-    def solve(self, ridge: float) -> Tensor:
-        """The probe as one affine map of `[h, 1]`, (C + 1, C): `h_out ~ h_in + [h_in, 1] @ map`.
-
-        Args:
-            ridge: relative to the mean diagonal of the Gram matrix; keeps the solution finite when there are fewer
-                tokens than channels. The constant is not penalised.
-        """
-        penalty = torch.full((len(self.gram),), ridge * float(self.gram.diagonal()[:-1].mean()))
-        penalty[-1] = 0
-        return torch.linalg.solve(self.gram + penalty.to(self.gram).diag(), self.cross)
+    xx: Tensor
+    xy: Tensor
+    x: Tensor
+    y: Tensor
+    tokens: float
 
 
-def apply_probe(probe: Tensor, tokens: Tensor) -> Tensor:
-    """One step of the chain: (N, C) -> (N, C), float64."""
-    return tokens.double() + _with_one(tokens) @ probe
+class Affine(NamedTuple):
+    """The map `h -> h @ weight + bias`: weight (C, C), bias (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return tokens.to(self.weight) @ self.weight + self.bias
+
+    def then(self, other: Affine) -> Affine:
+        """This map, and `other` behind it."""
+        return Affine(self.weight @ other.weight, self.bias @ other.weight + other.bias)
 
 
-def _with_one(tokens: Tensor) -> Tensor:
-    tokens = tokens.double()
-    return torch.cat([tokens, tokens.new_ones(len(tokens), 1)], dim=1)
+def centred(product: Tensor, x: Tensor, y: Tensor, count: float) -> Tensor:
+    """(C, C) sums of products of deviations from the mean, from sums of products; up to rounding, free of the means."""
+    return product - torch.outer(x, y / count)
 
 
-def linear_cka(x_gram: Tensor, cross: Tensor, y_gram: Tensor) -> float:
-    """Linear centred kernel alignment of X and Y, in feature space (Kornblith et al., arXiv 1905.00414, eq. 3).
+def fit_probe(sums: Moments, ridge: float) -> Affine:
+    """The residual linear probe of a block, `y - x ~ x W + b` (PPCL, arXiv 2511.16156), as a map from x to y.
+
+    The least-squares solution by the normal equations. The constant is not penalised, so it is solved for by centring,
+    which is also what keeps large means from spoiling the equations.
 
     Args:
-        x_gram: X^T X, (C, C), of centred X (N, C).
-        cross: X^T Y.
-        y_gram: Y^T Y.
+        sums: x enters the block, y leaves it.
+        ridge: relative to the mean diagonal of x^T x; keeps the solution finite when tokens are fewer than channels.
     """
-    return float(cross.square().sum() / (x_gram.norm() * y_gram.norm()))
+    covariance = centred(sums.xx, sums.x, sums.x, sums.tokens)
+    change = centred(sums.xy, sums.x, sums.y, sums.tokens) - covariance
+    penalty = ridge * sums.xx.diagonal().mean()
+    weight = torch.linalg.solve(covariance + penalty * torch.eye(len(covariance)).to(covariance), change)
+    weight.diagonal().add_(1)
+    return Affine(weight, (sums.y - sums.x @ weight) / sums.tokens)

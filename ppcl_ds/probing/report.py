@@ -1,41 +1,58 @@
-"""What a probe found: spans, similarity and error matrices, as JSON and as heatmaps."""
+"""What a probe found, as checked data: figures of every span by stream, their spread, and the paper's spans."""
 
 from __future__ import annotations
 
-import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Block
-from ppcl_ds.whole import write_whole
+from ppcl_ds.probing.measure import MATRICES, Measured
 
 _ROUNDING = 1e-9
 """Differences of similarity below this are rounding, not acceleration."""
 
+MEAN = "mean"
+"""The stream that stands for the average of all."""
+
 Matrix = list[list[float | None]]
-"""Rows u, columns k or v; None outside one block list and left of the diagonal."""
+"""Rows u, columns k or v; None outside one block list, left of the diagonal and beyond the longest span measured."""
+
+
+class Figure(BaseModel):
+    """One figure, measured twice: on each half of the samples by probes of the other half.
+
+    Attributes:
+        value: the mean of the two.
+        spread: half their distance.
+    """
+
+    value: Matrix
+    spread: Matrix
 
 
 class ProbeReport(BaseModel):
-    """The findings of `ppcl probe`, averaged over streams.
+    """The findings of `ppcl probe`.
 
     Attributes:
         teacher: class name.
-        tokens: tokens that the probes were fitted on, by stream.
-        cka: `cka[u][k]`: linear CKA of the output of block u and of "block u, then probes u+1..k".
-        error: `error[u][v]`: squared relative error of the chain "block u, then probes u+1..v" at block v's output.
+        tokens: tokens that were summed, by stream; a probe is fitted on about half of them.
+        cka: `cka[u][k]`: linear CKA over all tokens of the output of block u and of the chain "block u, then probes
+            u+1..k", averaged over streams and halves. The paper's figure, and the input of its rule.
+        error: `error[u][v]`: squared relative error of the chain "block u, then probes u+1..v" at block v's output,
+            averaged over streams and halves; what `ppcl plan` adds up.
         spans: the paper's spans.
+        unstable: those of `spans` that end elsewhere on either half.
         unused: streams that leave the last block and are read by nobody.
+        figures: stream, or `mean` of the streams -> name -> figure. `cka` and `error` as above; `cka_true[u][k]`:
+            linear CKA of the chain and of block k's true output; `cka_unbiased`, `cka_true_unbiased`: the same two by
+            the unbiased minibatch estimator on sampled tokens; `influence`: one row, 1 - cosine of each block's input
+            and output.
     """
 
     teacher: str
@@ -43,17 +60,63 @@ class ProbeReport(BaseModel):
     cka: Matrix
     error: Matrix
     spans: list[tuple[int, int]]
+    unstable: list[tuple[int, int]] = []
     unused: list[str]
+    figures: dict[str, dict[str, Figure]] = {}
 
     def used_streams(self, block: Block) -> tuple[Literal["image", "text"], ...]:
         """The streams leaving `block` that matter."""
         is_last = block.index == len(self.cka) - 1
         return tuple(s for s in ("image", "text") if s in block.returns and not (is_last and s in self.unused))
 
-    def save(self, folder: Path) -> None:
-        """Write `report.json` and `heatmap.png` into `folder`."""
-        write_whole(folder / "heatmap.png", draw_heatmaps(self))
-        write_whole(folder / "report.json", self.model_dump_json(indent=1))
+
+def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequence[Sequence[int]]) -> ProbeReport:
+    """Average over halves and streams, and apply the paper's rule.
+
+    Args:
+        measured: of all ranks.
+        lists: block numbers of each block list.
+    """
+    streams = sorted({stream for _, stream in measured})
+    figures: dict[str, dict[str, Figure]] = {}
+    halves = {}
+    for name in (*MATRICES, "influence"):
+        by_stream = {stream: measured[name, stream] for stream in streams}
+        mean = halves[name] = _mean(np.stack(list(by_stream.values())))
+        for stream, values in (by_stream | {MEAN: mean}).items():
+            figures.setdefault(stream, {})[name] = _figure(values.reshape(2, -1, values.shape[-1]))
+    cka = figures[MEAN]["cka"].value
+    spans = ppcl_spans(cka, lists)
+    ends = {blocks[0]: blocks[-1] for blocks in lists}
+    last = {u: end for first, end in ends.items() for u in range(first, end + 1)}
+    unstable = [
+        (u, v) for u, v in spans if any(span_end(half[u, u : last[u] + 1].tolist(), u) != v for half in halves["cka"])
+    ]
+    return ProbeReport(
+        teacher=teacher,
+        tokens={stream: round(np.nanmax(measured["tokens", stream].sum(0))) for stream in streams},
+        cka=cka,
+        error=figures[MEAN]["error"].value,
+        spans=spans,
+        unstable=unstable,
+        unused=unused,
+        figures=figures,
+    )
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of what is there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of nothing at all, the mean is NaN, as it should be
+        return np.nanmean(values, axis=0)
+
+
+def _figure(halves: np.ndarray) -> Figure:
+    return Figure(value=_matrix(_mean(halves)), spread=_matrix(np.abs(halves[0] - halves[1]) / 2))
+
+
+def _matrix(values: np.ndarray) -> Matrix:
+    return [[value if np.isfinite(value) else None for value in row] for row in values.tolist()]
 
 
 def load_report(folder: Path) -> ProbeReport:
@@ -72,11 +135,25 @@ def load_report(folder: Path) -> ProbeReport:
         ) from None
 
 
-def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """The paper's spans (arXiv 2511.16156): each ends where the loss of similarity starts to accelerate.
+def span_end(row: Sequence[float | None], u: int) -> int:
+    """Where the paper's span that starts at u ends (arXiv 2511.16156).
 
-    With `delta(u, k) = cka(u, k-1) - cka(u, k)`, the span that starts at u ends at the first `v = k - 1 > u` with
-    `delta(u, k) > delta(u, k - 1)`, or at the end of its list; the next one starts behind it.
+    With `delta(u, k) = cka(u, k-1) - cka(u, k)`, it ends at the first `v = k - 1 > u` with
+    `delta(u, k) > delta(u, k - 1)`: where the loss of similarity starts to accelerate; else where the row ends.
+
+    Args:
+        row: cka(u, u), cka(u, u+1), ...; it ends at the end of the list, or before a number that is missing.
+    """
+    known = np.array(row, dtype=float)
+    missing = np.flatnonzero(np.isnan(known))
+    known = known[: missing[0]] if len(missing) else known
+    delta = -np.diff(known)  # delta(u, u+1), delta(u, u+2), ...
+    accelerates = np.flatnonzero(np.diff(delta) > _ROUNDING)  # at k = u + 2 + i
+    return u + 1 + int(accelerates[0]) if len(accelerates) else u + max(0, len(known) - 1)
+
+
+def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """The paper's spans: each ends where `span_end` says, the next one starts behind it.
 
     Args:
         lists: block numbers of each block list.
@@ -85,35 +162,8 @@ def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, i
     for blocks in lists:
         u, end = blocks[0], blocks[-1]
         while u < end:
-            row = np.array(cka[u][u : end + 1], dtype=float)  # cka(u, u), cka(u, u+1), ...
-            delta = -np.diff(row)  # delta(u, u+1), delta(u, u+2), ...
-            accelerates = np.flatnonzero(np.diff(delta) > _ROUNDING)  # at k = u + 2 + i
-            v = u + 1 + int(accelerates[0]) if len(accelerates) else end
-            spans.append((u, v))
+            v = span_end(cka[u][u : end + 1], u)
+            if v > u:
+                spans.append((u, v))
             u = v + 1
     return spans
-
-
-def draw_heatmaps(report: ProbeReport) -> bytes:
-    """Similarity and error side by side, the paper's spans outlined, as a PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
-    titles = ("Linear CKA(u, k): how alike block u's output and the chain to k stay", "log10 error(u, v) of the chain")
-    for axis, matrix, title in zip(axes, (report.cka, report.error), titles, strict=True):
-        values = np.array(matrix, dtype=float)
-        if matrix is report.error:
-            values = np.log10(np.where(values > 0, values, np.nan))
-        image = axis.imshow(values, cmap="viridis" if matrix is report.cka else "magma")
-        for u, v in report.spans:
-            axis.add_patch(plt.Rectangle((u - 0.5, u - 0.5), v - u + 1, v - u + 1, fill=False, edgecolor="red"))
-        axis.set(title=title, xlabel="last block of the span", ylabel="first block u")
-        axis.title.set_fontsize(9)
-        figure.colorbar(image, ax=axis, shrink=0.8)
-    return as_png(figure)
-
-
-def as_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG; the figure is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.probing.report import Matrix, ProbeReport, load_report, ppcl_spans
+from ppcl_ds.probing.measure import MATRICES, Measured
+from ppcl_ds.probing.pictures import PICTURES, save_report
+from ppcl_ds.probing.report import Matrix, ProbeReport, load_report, make_report, ppcl_spans
 
 
 def matrix(rows: Mapping[int, Sequence[float]], size: int) -> Matrix:
@@ -57,6 +62,12 @@ def test_no_span_crosses_lists() -> None:
     assert ppcl_spans(short, [range(1), range(1, 4)]) == [(1, 3)]
 
 
+def test_a_span_ends_with_what_was_measured() -> None:
+    cka = matrix({0: falling([0.1, 0.05]), 3: falling([0.1, 0.1])}, 8)
+    cka[6][6:] = [1.0, None]
+    assert ppcl_spans(cka, [range(8)]) == [(0, 2), (3, 5)]
+
+
 @given(st.data())
 def test_the_rule_holds_on_any_matrix(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, 9))
@@ -77,6 +88,68 @@ def test_the_rule_holds_on_any_matrix(data: st.DataObject) -> None:
     assert ppcl_spans(matrix(rows, size), lists) == expected
 
 
+def halves(rows: Sequence[Mapping[int, Sequence[float]]], size: int) -> Measured:
+    """What two halves of the samples said of a teacher with one stream; all matrices alike."""
+    values = np.array([matrix(half, size) for half in rows], dtype=float)
+    found: Measured = {(name, "image"): values for name in MATRICES}
+    return found | {
+        ("influence", "image"): np.array([[0.1] * size, [0.3] * size]),
+        ("tokens", "image"): np.array([[40.0] * size, [60.0] * size]),
+    }
+
+
+def test_figures_are_means_over_halves_and_streams_with_their_spread() -> None:
+    measured = halves([{0: [1, 0.8, 0.6], 1: [1, 0.9], 2: [1]}, {0: [1, 0.6, 0.6], 1: [1, 0.9], 2: [1]}], 3)
+    text = np.full((2, 3, 3), np.nan)
+    text[:, 0, 1] = 0.1  # leaves the last block unread: the average there is the image's alone
+    measured |= {(name, "text"): text for name in MATRICES}
+    measured |= {(name, "text"): values[:, :] for (name, _), values in measured.items() if values.ndim == 2}
+    report = make_report(measured, "Some", ["text"], [range(3)])
+    assert report.figures["image"]["cka"].value[0][1:] == pytest.approx([0.7, 0.6])
+    assert report.figures["image"]["cka"].spread[0][1:] == pytest.approx([0.1, 0])
+    assert report.cka[0][1:] == pytest.approx([0.4, 0.6])
+    assert report.figures["text"]["cka"].value[0][2] is None
+    assert report.figures["mean"]["influence"].value == [pytest.approx([0.2] * 3)]
+    assert report.figures["mean"]["influence"].spread == [pytest.approx([0.1] * 3)]
+    assert report.tokens == {"image": 100, "text": 100}
+
+
+def test_a_span_that_either_half_would_end_elsewhere_is_marked() -> None:
+    same = {3: falling([0.1, 0.05, 0.2, 0.1]), 6: falling([0.1])}
+    one = {0: falling([0.1, 0.05, 0.15]), **same}
+    other = {0: falling([0.1, 0.11, 0.05]), **same}
+    report = make_report(halves([one, other], 8), "Some", [], [range(8)])
+    assert report.spans == [(0, 2), (3, 5), (6, 7)]
+    assert report.unstable == [(0, 2)]
+    assert make_report(halves([one, one], 8), "Some", [], [range(8)]).unstable == []
+
+
+def full_example() -> ProbeReport:
+    one = {u: falling([0.1, 0.05, 0.2, 0.1, 0.1][u:]) for u in range(6)}
+    other = {u: falling([0.1, 0.12, 0.2, 0.1, 0.05][u:]) for u in range(6)}
+    return make_report(halves([one, other], 6), "Some", ["text"], [range(6)])
+
+
+def test_the_page_explains_every_picture_and_needs_no_other_file(tmp_path: Path) -> None:
+    save_report(full_example(), tmp_path)
+    page = html.unescape((tmp_path / "report.html").read_text())
+    assert page.count('<img src="data:image/png;base64,') == 1 + len(PICTURES) == page.count("<img")
+    for picture in PICTURES:
+        assert picture.text in page
+        assert (tmp_path / f"{picture.name}.png").stat().st_size > 1000
+    assert "unstable" in page
+    assert load_report(tmp_path) == full_example()
+
+
+def test_tensorboard_shows_the_pictures_of_the_last_report_alone(tmp_path: Path) -> None:
+    for _ in range(2):
+        save_report(full_example(), tmp_path)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"probe/heatmap", *(f"probe/{picture.name}" for picture in PICTURES)}
+
+
 def example() -> ProbeReport:
     cka = matrix({u: falling([0.1 / 3] * (4 - u)) for u in range(5)}, 5)
     error = matrix({u: [0.5, *[0.1 / 7] * (4 - u)] for u in range(5)}, 5)
@@ -94,12 +167,12 @@ def example() -> ProbeReport:
 
 
 def test_a_report_comes_back_as_it_was_saved(tmp_path: Path) -> None:
-    example().save(tmp_path / "new" / "probe")
+    save_report(example(), tmp_path / "new" / "probe")
     assert load_report(tmp_path / "new" / "probe") == example()
 
 
 def test_the_heatmap_is_a_picture_one_can_read(tmp_path: Path) -> None:
-    example().save(tmp_path)
+    save_report(example(), tmp_path)
     with Image.open(tmp_path / "heatmap.png") as picture:
         picture.load()
         assert picture.format == "PNG"
@@ -116,7 +189,7 @@ def test_a_missing_report_says_how_to_make_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["", "{", "{}", "[]", '{"teacher": 3}'])
 def test_a_damaged_report_is_named_in_one_line(tmp_path: Path, damage: str) -> None:
-    example().save(tmp_path)
+    save_report(example(), tmp_path)
     (tmp_path / "report.json").write_text(damage)
     with pytest.raises(UserError, match="ppcl probe") as refused:
         load_report(tmp_path)
