@@ -19,6 +19,7 @@ class Accelerator(BaseModel):
         name: how it is asked for.
         memory_gib: memory as its driver reports it; nearly the number that data sheets call GB.
         tflops: peak of dense bfloat16 matrix products, 10^12 FLOP/s.
+        tflops64: peak of float64 matrix products, 10^12 FLOP/s.
         intra_gb: bandwidth to the other accelerators of the node, one way, 10^9 bytes/s.
         inter_gb: its share of the node's network, one way, 10^9 bytes/s.
     """
@@ -28,6 +29,7 @@ class Accelerator(BaseModel):
     name: str
     memory_gib: float
     tflops: float
+    tflops64: float
     intra_gb: float
     inter_gb: float
 
@@ -43,23 +45,27 @@ def _named(*accelerators: Accelerator) -> dict[str, Accelerator]:
 
 # NVLink and PCIe are quoted both ways together; half of it goes one way. "With sparsity" is twice the dense rate.
 ACCELERATORS = _named(
-    # NVIDIA A100 data sheet: 312 TFLOPS, NVLink 600 GB/s. DGX A100: eight 200 Gb/s adapters for eight GPUs.
-    Accelerator(name="a100-40", memory_gib=40, tflops=312, intra_gb=300, inter_gb=25),
-    Accelerator(name="a100-80", memory_gib=80, tflops=312, intra_gb=300, inter_gb=25),
-    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, NVLink 900 GB/s. DGX H100: eight 400 Gb/s adapters.
-    Accelerator(name="h100", memory_gib=80, tflops=989, intra_gb=450, inter_gb=50),
+    # NVIDIA A100 data sheet: 312 TFLOPS, 19.5 in float64, NVLink 600 GB/s.
+    # DGX A100: eight 200 Gb/s adapters for eight GPUs.
+    Accelerator(name="a100-40", memory_gib=40, tflops=312, tflops64=19.5, intra_gb=300, inter_gb=25),
+    Accelerator(name="a100-80", memory_gib=80, tflops=312, tflops64=19.5, intra_gb=300, inter_gb=25),
+    # NVIDIA H100 data sheet, SXM: 1,979 TFLOPS with sparsity, 67 in float64, NVLink 900 GB/s.
+    # DGX H100: eight 400 Gb/s adapters.
+    Accelerator(name="h100", memory_gib=80, tflops=989, tflops64=67, intra_gb=450, inter_gb=50),
     # NVIDIA H200 data sheet, SXM: 141 GB, otherwise as H100. DGX H200: eight 400 Gb/s adapters.
-    Accelerator(name="h200", memory_gib=140, tflops=989, intra_gb=450, inter_gb=50),
+    Accelerator(name="h200", memory_gib=140, tflops=989, tflops64=67, intra_gb=450, inter_gb=50),
     # NVIDIA DGX B200 data sheet: 1,440 GB for eight GPUs, NVLink 14.4 TB/s for eight, eight 400 Gb/s adapters;
-    # NVIDIA Blackwell architecture brief, HGX B200: 4,500 TFLOPS with sparsity.
-    Accelerator(name="b200", memory_gib=179, tflops=2250, intra_gb=900, inter_gb=50),
-    # NVIDIA L40S data sheet: 362 TFLOPS, PCIe Gen4 64 GB/s. The network is an assumption: 100 Gb/s a GPU.
-    Accelerator(name="l40s", memory_gib=45, tflops=362, intra_gb=32, inter_gb=12.5),
-    # NVIDIA Ada architecture white paper, RTX 4090: 165.2 TFLOPS with float32 accumulation, PCIe Gen4 64 GB/s.
-    # The network is an assumption: 100 Gb/s for a node of eight.
-    Accelerator(name="rtx4090", memory_gib=24, tflops=165, intra_gb=32, inter_gb=1.6),
-    # AMD Instinct MI300X data sheet: 1,307 TFLOPS, seven Infinity Fabric links of 128 GB/s. Eight 400 Gb/s adapters.
-    Accelerator(name="mi300x", memory_gib=192, tflops=1307, intra_gb=448, inter_gb=50),
+    # NVIDIA Blackwell architecture brief, HGX B200: 4,500 TFLOPS with sparsity, 37 in float64.
+    Accelerator(name="b200", memory_gib=179, tflops=2250, tflops64=37, intra_gb=900, inter_gb=50),
+    # NVIDIA L40S data sheet: 362 TFLOPS, PCIe Gen4 64 GB/s. Float64 runs at a 64th of float32's 91.6 TFLOPS.
+    # The network is an assumption: 100 Gb/s a GPU.
+    Accelerator(name="l40s", memory_gib=45, tflops=362, tflops64=1.4, intra_gb=32, inter_gb=12.5),
+    # NVIDIA Ada architecture white paper, RTX 4090: 165.2 TFLOPS with float32 accumulation, 1.3 in float64, PCIe Gen4
+    # 64 GB/s. The network is an assumption: 100 Gb/s for a node of eight.
+    Accelerator(name="rtx4090", memory_gib=24, tflops=165, tflops64=1.3, intra_gb=32, inter_gb=1.6),
+    # AMD Instinct MI300X data sheet: 1,307 TFLOPS, 163 in float64, seven Infinity Fabric links of 128 GB/s.
+    # Eight 400 Gb/s adapters.
+    Accelerator(name="mi300x", memory_gib=192, tflops=1307, tflops64=163, intra_gb=448, inter_gb=50),
 )
 
 

@@ -19,7 +19,7 @@ def show(estimate: Estimate) -> None:
     console = Console(highlight=False)
     for line in _assumptions(estimate):
         console.print(line, soft_wrap=True, markup=False)
-    for table in (_memory(estimate), _step(estimate), _stages(estimate)):
+    for table in (_memory(estimate), _step(estimate), _stages(estimate), _probing(estimate)):
         console.print(table)
     for line in _verdict(estimate):
         console.print(line, soft_wrap=True, markup=False)
@@ -71,6 +71,21 @@ def _stages(e: Estimate) -> Table:
         shares = f"{stage.parameter_share:.1%}", f"{stage.flop_share:.1%}"
         count = _count(stage.parameters)
         table.add_row(str(number), str(len(stage.units)), count, *shares, _bytes(stage.memory.peak))
+    return table
+
+
+def _probing(e: Estimate) -> Table:
+    probing = e.probing
+    several = f"{probing.passes} pass{'es' if probing.passes > 1 else ''}"
+    table = Table("", "", title="Probing")
+    table.add_row(f"teacher, {several} over {probing.samples} samples", _flops(probing.teacher_flops))
+    table.add_row("moments, float64", _flops(probing.moment_flops))
+    table.add_row("probes and chains, float64", _flops(probing.figure_flops))
+    table.add_row("minutes", _seconds(probing.seconds / 60))
+    table.add_section()
+    table.add_row("sums of a process", _bytes(probing.sums))
+    table.add_row("boundaries of a micro-batch", _bytes(probing.boundaries))
+    table.add_row("file of a --part", _bytes(probing.part))
     return table
 
 

@@ -10,6 +10,7 @@ from ppcl_ds.estimate.assumed import assume_plan
 from ppcl_ds.estimate.layout import Layout, layout_on, layouts_of_growing_clusters, units_by_stage
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import Memory, memory_of
+from ppcl_ds.estimate.probing import Probing, probing_of
 from ppcl_ds.estimate.rehearsal import latent_channels
 from ppcl_ds.estimate.settings import Settings, settings_of
 from ppcl_ds.estimate.speed import Step, step_of
@@ -84,6 +85,7 @@ class Estimate(Numbers):
         stages: in order.
         fits: whether the fullest stage fits.
         smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
+        probing: what `ppcl probe` needs on the cluster asked about.
     """
 
     teacher: str
@@ -107,6 +109,7 @@ class Estimate(Numbers):
     stages: tuple[Stage, ...]
     fits: bool
     smallest: Cluster | None
+    probing: Probing
 
     @property
     def fullest(self) -> Stage:
@@ -201,6 +204,16 @@ def size_run(
         stages=stages,
         fits=_fits([stage.memory for stage in stages], accelerator),
         smallest=_smallest(recipe, gpus_per_node, run, sharing, accelerator),
+        probing=probing_of(
+            files,
+            anatomy,
+            recipe.probe,
+            latents,
+            tokens,
+            world=layout.world,
+            accelerator=accelerator,
+            utilisation=utilisation,
+        ),
     )
 
 

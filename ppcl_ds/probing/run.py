@@ -24,11 +24,8 @@ from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.parts import Contents, Part, Parts, made_with, write_part
 from ppcl_ds.probing.pictures import save_report
 from ppcl_ds.probing.report import make_report
-from ppcl_ds.probing.sums import Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
+from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-
-SUMS_BYTES = 32 * 2**30
-"""Memory that the sums may fill where the recipe does not say how many blocks are summed at once."""
 
 
 def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> tuple[ModelFiles, Anatomy]:

@@ -22,6 +22,8 @@ MINIBATCHES = 32
 """Of so many micro-batches a sample of tokens is kept,"""
 SAMPLED = 64
 """of so many tokens each."""
+SUMS_BYTES = 32 * 2**30
+"""Memory that the sums may fill where the recipe does not say how many blocks are summed at once."""
 _AT_ONCE = 8192
 """Tokens that are float64 at a time."""
 

@@ -122,6 +122,7 @@ def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared
     numbers = Estimate.model_validate_json(file.read_text())
     assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
     assert numbers.latents == (1, 4, 8)
+    assert "Probing" in printed
     assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
 
 

@@ -60,7 +60,7 @@ def test_replicas_average_gradients_and_gather_new_parameters(run: Measured) -> 
 
 
 def test_both_kinds_of_link_work_at_once() -> None:
-    slow = Accelerator(name="slow", memory_gib=1, tflops=1, intra_gb=10, inter_gb=1)
+    slow = Accelerator(name="slow", memory_gib=1, tflops=1, tflops64=1, intra_gb=10, inter_gb=1)
     assert Traffic(intra=20e9, inter=1e9).seconds(slow) == 2
     assert Traffic(intra=20e9, inter=3e9).times(2).seconds(slow) == 6
 
@@ -69,7 +69,7 @@ def test_both_kinds_of_link_work_at_once() -> None:
 def test_a_step_takes_the_slower_of_compute_and_traffic_in_each_phase(run: Measured, bound: str) -> None:
     fast, slow = 1e6, 1e-6
     rates = {"compute": (slow, fast, fast), "links": (fast, slow, slow)}[bound]
-    machine = Accelerator(name="it", memory_gib=1, tflops=rates[0], intra_gb=rates[1], inter_gb=rates[2])
+    machine = Accelerator(name="it", memory_gib=1, tflops=rates[0], tflops64=1, intra_gb=rates[1], inter_gb=rates[2])
     units = [["0"], ["2"]]
     step = step_of(units, TWO_NODES, run, SETTINGS, machine, micro_batches=16, checkpointing=True, utilisation=0.5)
     # Two rounds of micro-batches of two samples; a stage trains on a quarter of all sixteen micro-batches.

@@ -1,0 +1,86 @@
+"""What probing is said to need is what it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.probing import Probing, probing_of
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.probing.measure import measure
+from ppcl_ds.probing.sums import BlockSums, Lane, zero_sums
+from ppcl_ds.sections import Probe
+from tests.estimate.conftest import QWEN_IMAGE
+
+Configured = Callable[..., ModelFiles]
+LATENTS, WORDS = (1, 8, 8), 5  # 16 image tokens
+
+
+def estimated(files: ModelFiles, world: int = 1, accelerator: str = "h100", **probe: int) -> Probing:
+    return probing_of(
+        files,
+        Anatomy(files.empty_model()),
+        Probe(**{"batch_size": 2, "batches": 3} | probe),
+        LATENTS,
+        WORDS,
+        world=world,
+        accelerator=ACCELERATORS[accelerator],
+        utilisation=0.5,
+    )
+
+
+def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) -> None:
+    found = estimated(configured("qwen"), max_span=4)
+    lanes = [Lane("image", 0, 6, 32), Lane("text", 0, 6, 32)]
+    sums = zero_sums(lanes, range(6), 4, torch.device("cpu"))
+    assert found.passes == 1
+    assert found.samples == 6
+    assert found.sums == found.part == sum(t.nbytes for own in sums.values() for t in own.tensors().values())
+    assert found.boundaries == 2 * 6 * (16 + WORDS) * 32 * 2  # samples, exits, tokens, channels, bytes of bf16
+
+    # A product of 2 N C^2 for each pair of exits in a window, whatever the half.
+    numbers = {key: own.moments[0].numel() * (16 if key.stream == "image" else WORDS) for key, own in sums.items()}
+    assert found.moment_flops == 6 * 2 * sum(numbers.values())
+    with FlopCounterMode(display=False) as counter:
+        measure(lanes, iter([sums]), 6, 1e-6, lambda block: True)
+    # The counter sees products, not solutions; the estimate leaves out what is done with the sampled tokens.
+    steps = [min(4, 6 - block) - 1 for block in range(6)]
+    sampled = 2 * 2 * sum(steps) * 16 * 64 * 32 * (32 + 64) * 2
+    assert counter.get_total_flops() - 2 * sampled < found.figure_flops < 2 * counter.get_total_flops()
+
+
+def test_ranges_cost_passes_and_save_memory(configured: Configured) -> None:
+    files = configured("flux")
+    whole, ranged = estimated(files), estimated(files, blocks_at_once=3)
+    assert (whole.passes, ranged.passes) == (1, 3)
+    assert ranged.sums < 0.5 * whole.sums
+    assert (ranged.part, ranged.moment_flops) == (whole.part, whole.moment_flops)
+    assert whole.teacher_flops < ranged.teacher_flops < 3 * whole.teacher_flops
+
+
+def test_more_accelerators_are_faster_and_weak_float64_is_slow(configured: Configured) -> None:
+    files = configured("qwen")
+    assert estimated(files, world=4).seconds == pytest.approx(estimated(files).seconds / 4)
+    assert estimated(files, accelerator="l40s").seconds > 2 * estimated(files).seconds
+
+
+def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None:
+    files = configured("qwen", **QWEN_IMAGE)
+    section, wide = Probe(batch_size=1, batches=2), ACCELERATORS["h100"]
+    found = probing_of(
+        files, Anatomy(files.empty_model()), section, (16, 8, 8), 5, world=8, accelerator=wide, utilisation=0.4
+    )
+    assert found.passes == 5
+    assert 2**34 < found.sums <= 2**35
+    lane = Lane("image", 0, 60, 3072)
+    moments = sum(torch.Size(BlockSums.shapes(lane, block, 8)["moments"]).numel() for block in range(60))
+    assert found.part == pytest.approx(2 * 8 * moments, rel=0.05)  # two streams, float64; the samples are small
+
+
+def test_every_number_is_said(configured: Configured) -> None:
+    assert {field for field, value in estimated(configured("sd3")).model_dump().items() if not value} == set()
