@@ -69,12 +69,19 @@ def report_all(reader: Reader) -> None:
 
 
 def sum_part(reader: Reader, part: Part) -> None:
-    """Read one part of the samples, have rank 0 write its sums; every rank must call this."""
+    """Read one part of the samples, have rank 0 write its sums; every rank must call this.
+
+    Raises:
+        UserError: rank 0 cannot write.
+    """
     sums = reader.sums(part)
     if dist.get_rank() == 0:
         path = reader.recipe.probe_folder / "parts" / part.file
         contents = Contents(tuple(reader.lanes), tuple(reader.unused), made_with(reader.recipe, reader.files))
-        write_part(path, contents, sums, reader.recipe.probe.max_span)
+        try:
+            write_part(path, contents, sums, reader.recipe.probe.max_span)
+        except OSError as fault:
+            raise UserError(f"{path}: {fault.strerror or fault}; the part is not written") from None
         print(f"wrote {path}")
     else:
         for _ in sums:
