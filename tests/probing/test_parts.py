@@ -203,3 +203,8 @@ def test_a_part_that_cannot_be_is_refused(folder: Folder, text: str) -> None:
 def test_a_part_is_not_merged_at_the_same_time(folder: Folder) -> None:
     with pytest.raises(UserError, match="--part and --merge"):
         check(folder.recipe, "1/2", merge=True)
+
+
+def test_a_plan_with_spans_that_no_probe_measures_is_refused(folder: Folder) -> None:
+    with pytest.raises(UserError, match=r"plan.max_span is 9.*probe.max_span = 8"):
+        folder.edit(lambda recipe: recipe["plan"].update(max_span=9))
