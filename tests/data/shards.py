@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,17 @@ def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), 
         entries.append(describe(path, found, shapes=shapes))
     Index(shards=entries).write(encoded / "index.json")
     return [encoded / entry.name for entry in entries]
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Write a shard's members again as `change(name, data) -> (name, data)` says; sizes stay as the index has them."""
+    content = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for member in old:
+            file = old.extractfile(member)
+            assert file is not None
+            member.name, data = change(member.name, file.read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    assert len(content.getvalue()) == path.stat().st_size
+    path.write_bytes(content.getvalue())

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import io
-import tarfile
 import tempfile
 import threading
 from collections import Counter
@@ -23,10 +21,11 @@ from hypothesis import strategies as st
 from ppcl_ds.data import shards as shards_module
 from ppcl_ds.data.batch import Batch
 from ppcl_ds.data.index import Index, ShardEntry, split_entries
+from ppcl_ds.data.shards import BadSampleError
 from ppcl_ds.data.stream import MicroBatchStream, decode, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import CaptionEncoding, Data
-from tests.data.shards import members, section, write_shards
+from tests.data.shards import members, rewrite, section, write_shards
 
 Read = dict[int, tuple[str, ...]]
 
@@ -215,20 +214,6 @@ def test_a_shard_that_cannot_be_opened_is_tried_again_then_named(
         read(stream, 1)
 
 
-def rewrite(path: Path, change: Any) -> None:
-    """Write a shard's members again as `change(name, data) -> (name, data)` says; sizes stay, so the index holds."""
-    content = io.BytesIO()
-    with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as new:
-        for member in old:
-            file = old.extractfile(member)
-            assert file is not None
-            member.name, data = change(member.name, file.read())
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
-    assert len(content.getvalue()) == path.stat().st_size
-    path.write_bytes(content.getvalue())
-
-
 def nan_latents(name: str, data: bytes) -> tuple[str, bytes]:
     if name != "k1.safetensors":
         return name, data
@@ -262,6 +247,33 @@ def test_a_sample_that_cannot_be_used_is_skipped_and_named(tmp_path: Path, why: 
     assert read(open_stream(section(tmp_path, workers=workers), 2), 5, start=2) == {
         number: keys for number, keys in expected.items() if 2 <= number < 7
     }
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damage_never_crashes_it_and_never_mixes_samples(data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        [path] = write_shards(Path(folder), [6])
+        whole = path.read_bytes()
+        reader = open_stream(section(Path(folder))).decoder
+        true = [reader.shards.read(number) for number in range(6)]
+        flips = data.draw(st.lists(st.integers(0, 8 * len(whole) - 1), max_size=12))
+        damaged = bytearray(whole)
+        for bit in flips:
+            damaged[bit // 8] ^= 1 << bit % 8
+        cut = data.draw(st.integers(0, len(whole)) | st.just(len(whole)))
+        path.write_bytes(damaged[:cut])
+        for number, (name, parts) in enumerate(true):
+            try:
+                found, read_parts = reader.shards.read(number)
+                reader._decode(number, 0.0)
+            except BadSampleError:
+                continue
+            assert found == name
+            assert read_parts.keys() == parts.keys()
+            for suffix, content in parts.items():
+                wrong = int.from_bytes(content, "big") ^ int.from_bytes(read_parts[suffix], "big")
+                assert wrong.bit_count() <= len(flips), "its own bytes, but for the bits that were turned"
 
 
 def test_a_shard_that_was_cut_gives_what_is_left_of_it(tmp_path: Path) -> None:
