@@ -46,8 +46,8 @@ def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), 
                 writer.write(members(number, height))
                 shapes.setdefault(f"1x{height}x2", []).append(own)
                 number += 1
-        with path.open("rb") as file:
-            found, complaints = scan(file)
+        with path.open("rb") as written:
+            found, complaints = scan(written)
         assert not complaints
         entries.append(describe(path, found, shapes=shapes))
     Index(shards=entries).write(encoded / "index.json")

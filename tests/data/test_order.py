@@ -35,13 +35,13 @@ def test_every_sample_comes_exactly_once_in_an_epoch(
         [bucket] = set(order.buckets[samples].tolist())  # one latent shape
         read[bucket] += samples.tolist()
     whole = 0
-    for bucket, samples in enumerate(read):
+    for bucket, seen in enumerate(read):
         count = order.counts[bucket]
         everything = np.nonzero(order.buckets == bucket)[0].tolist()
-        for start in range(0, len(samples) - count + 1, count):
-            assert sorted(samples[start : start + count]) == everything
+        for start in range(0, len(seen) - count + 1, count):
+            assert sorted(seen[start : start + count]) == everything
             whole += 1
-        assert len(samples) > (epochs - 1) * count - micro_batch, "no bucket falls behind"
+        assert len(seen) > (epochs - 1) * count - micro_batch, "no bucket falls behind"
     assert whole
 
 

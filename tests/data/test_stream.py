@@ -85,9 +85,12 @@ def test_what_was_consumed_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     write_shards(tmp_path, [5] * 20)
     read_anew: list[int] = []
     get = shards_module.Shards.read
-    monkeypatch.setattr(
-        shards_module.Shards, "read", lambda self, number: read_anew.append(number) or get(self, number)
-    )
+
+    def watched(self: shards_module.Shards, number: int) -> tuple[str, dict[str, bytes]]:
+        read_anew.append(number)
+        return get(self, number)
+
+    monkeypatch.setattr(shards_module.Shards, "read", watched)
     stream = open_stream(section(tmp_path), 4)
     keys = read(stream, 3, start=1000)
     assert [f"k{number}" for number in read_anew] == [key for batch in keys.values() for key in batch]
