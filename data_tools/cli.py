@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_ds import console
+from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -121,7 +122,11 @@ def _processes(workers: int) -> int:
 def _tell(json: str, work: Callable[[], Summary]) -> None:
     """Do the work and print its summary; with `--json -`, all but the JSON goes to stderr."""
     with redirect_stdout(sys.stderr) if json == "-" else nullcontext():
-        summary = work()
+        try:
+            summary = work()
+        except OSError as fault:  # a disk is full, a folder cannot be written
+            what = f"{fault.filename}: {fault.strerror}" if fault.filename else str(fault)
+            raise UserError(f"{what}; put that right and run the same command again: it goes on where it was") from None
         summary.show()
     summary.write(json)
     if summary.found:

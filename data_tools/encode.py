@@ -96,7 +96,9 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
     if missing or folder.done(_EMPTY) is None:
         figures = _figures(sum(entry.samples for entry in own) - len(bad), len(jobs), bad, missing)
         others = f"{len(missing)} shards of other parts are still missing" if missing else f"{_EMPTY} is still missing"
-        return Summary(f"{encoded}: part {number}/{parts} is through; {others}", figures, named(bad, "its last part"))
+        return Summary(
+            f"{encoded}: part {number}/{parts} is through; {others}", figures, named(bad, encoded / "entries")
+        )
     entries = [done for done in every.values() if done is not None]
     skipped = [line for done in entries for line in done.skipped]
     check_bad(skipped, total, data.max_bad_fraction, log)
@@ -250,7 +252,9 @@ def _encoders(data: Data, device: str) -> tuple[ImageEncoder, TextEncoder]:
 
 def _device() -> str:
     """Where encoders run: the GPU that torchrun gave this process, else the first, else the CPU."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _buckets(data: Data) -> pictures.Buckets:

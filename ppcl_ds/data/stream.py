@@ -27,6 +27,7 @@ from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.order import Order, buckets_of
 from ppcl_ds.data.shards import BadSampleError, Shards
 from ppcl_ds.errors import UserError
+from ppcl_ds.launch import end_with_parent
 from ppcl_ds.sections import CaptionEncoding, Data
 
 _NAMED = 10
@@ -105,6 +106,7 @@ class MicroBatchStream:
             sampler=numbers,
             num_workers=self.workers,
             multiprocessing_context=context,
+            worker_init_fn=end_with_parent,
         )
         for read in reads:
             self._note(read.bad)
