@@ -19,10 +19,8 @@ import webdataset as wds
 from PIL import Image
 
 from ppcl_ds.data.index import IMAGE_SUFFIXES, Member, scan
+from ppcl_ds.data.pictures import FORMATS
 from ppcl_ds.whole import to_disk
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What PIL may look for in an image; for some of the others (EPS) it starts another program."""
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], partial: Path | None = None) -> None:

@@ -231,11 +231,8 @@ def _csv(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _parquet(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise UserError(f"{table}: reading it takes pyarrow; run `pip install pyarrow`, or save it as .jsonl") from None
+    import pyarrow.parquet  # takes a while
+
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(table) as file:

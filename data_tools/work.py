@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -20,6 +19,7 @@ from pydantic import BaseModel
 
 from ppcl_ds.console import Advance, progress
 from ppcl_ds.errors import UserError
+from ppcl_ds.launch import end_with_parent
 from ppcl_ds.whole import to_disk
 
 _DAY = 86400.0
@@ -184,13 +184,7 @@ def _begin(reports: SimpleQueue[int]) -> None:
     global _reports
     _reports = reports
 
-    def end_with_parent() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
 def _work(function: Callable[[JobT, Advance], ResultT], job: JobT) -> ResultT:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from ppcl_ds.whole import write_whole
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 """Kinds of images that are read; the last part of a file name, in lower case."""
+
+_META = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset passes over."""
 
 _BLOCK = 512
 """A tar is made of blocks of so many bytes; two of them, all zeros, close it."""
@@ -162,7 +166,12 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
                     last = ""
                 end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
                 key, suffix = _split_name(entry.name)
-                if entry.isdir() or key.startswith("__"):
+                if entry.size < 0:  # the header is whole all the same; what follows it is looked at
+                    bad[key or entry.name] = "has a length below zero"
+                    tar.offset = end = entry.offset_data
+                    last = ""
+                    continue
+                if entry.isdir() or _META.match(entry.name):
                     continue
                 if not entry.isreg():
                     bad[entry.name] = "not a file"

@@ -96,7 +96,7 @@ def test_no_damage_mixes_samples_or_stops_the_tools(
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("size", [-1, 2**40, 2**62])
+@pytest.mark.parametrize("size", [-1, -512, -10240, 2**40, 2**62])
 def test_headers_that_lie_about_a_length_are_found(
     tmp_path: Path, size: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 from data_tools import fetch
@@ -74,9 +74,7 @@ def test_a_table_has_paths_and_captions(tmp_path: Path, ppcl_data: Command, kind
             writer.writeheader()
             writer.writerows(rows)
     else:
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     got = stored(tmp_path, ppcl_data, table)
     assert {name for name in got if name.endswith(".png")} == {f"pics_{n}.png" for n in range(6)}
     assert got["pics_3.png"] == png(3)
@@ -84,15 +82,6 @@ def test_a_table_has_paths_and_captions(tmp_path: Path, ppcl_data: Command, kind
     assert list(json.loads(got["pics_3.json"])) == ["caption_zh", "caption_en"]
     assert got["pics_5.txt"] == b"five"
     assert "pics_5.json" not in got
-
-
-def test_a_parquet_table_without_pyarrow_says_what_to_install(
-    tmp_path: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    (tmp_path / "t.parquet").write_bytes(b"PAR1")
-    write_recipe(tmp_path, source=str(tmp_path / "t.parquet"))
-    assert "pip install pyarrow" in ppcl_data.fail("shard", tmp_path)
 
 
 def test_a_table_without_its_columns_lists_what_it_has(tmp_path: Path, ppcl_data: Command) -> None:
