@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ import torch
 import webdataset as wds
 
 from ppcl_ds.data.index import Index, describe, scan
+from ppcl_ds.data.stream import MicroBatchStream
 from ppcl_ds.sections import Data
+
+Read = dict[int, tuple[str, ...]]
+"""Keys of micro-batches by their numbers."""
 
 
 def section(folder: Path, **changes: Any) -> Data:
@@ -66,3 +71,13 @@ def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> No
             new.addfile(member, io.BytesIO(data))
     assert len(content.getvalue()) == path.stat().st_size
     path.write_bytes(content.getvalue())
+
+
+def open_stream(data: Data, micro_batch: int = 1, lanes: int = 1) -> MicroBatchStream:
+    """The training stream of shards below `data.shards`."""
+    return MicroBatchStream(data, "train", micro_batch, 7, data.shards / "bad.log", lanes)
+
+
+def read(stream: MicroBatchStream, count: int, start: int = 0, stride: int = 1) -> Read:
+    """Keys of `count` micro-batches by their numbers."""
+    return {number: batch.keys for number, batch in islice(stream.take(start, stride), count)}
