@@ -44,9 +44,14 @@ class Shards:
     def __init__(
         self, entries: Sequence[ShardEntry], place: Path | str, cache: Path | None = None, cache_size: int = 1
     ) -> None:
-        self.entries, self.place, self.cache = list(entries), place, cache
+        self.place, self.cache = place, cache
         self.starts = np.cumsum([0, *(entry.samples for entry in entries)])
         """Number of the first sample of each shard; behind them, how many there are."""
+        # Arrays, because every worker process of every rank has them.
+        self.begins = np.array([offset for entry in entries for offset in entry.offsets], dtype=np.int64)
+        """Where each sample begins in its shard, in bytes."""
+        self.ends = np.array([end for e in entries for end in [*e.offsets, e.size][1:] if e.offsets], dtype=np.int64)
+        self.entries = [entry.model_copy(update={"offsets": [], "shapes": {}}) for entry in entries]
         self.cleaner = LRUCleanup(str(cache), cache_size, interval=None)
         self._open: OrderedDict[int, io.BufferedReader] = OrderedDict()
 
@@ -69,7 +74,7 @@ class Shards:
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         entry = self.entries[shard]
         own = number - int(self.starts[shard])
-        start, end = [*entry.offsets, entry.size][own : own + 2]
+        start, end = int(self.begins[number]), int(self.ends[number])
         file = self._file(shard)
         try:
             data = os.pread(file.fileno(), end - start, start)

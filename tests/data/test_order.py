@@ -54,7 +54,7 @@ def test_any_number_is_found_without_those_before(
     order = make(sizes, choices, micro_batch)
     epoch = order._epoch_of(number)
     assert order._first(epoch) <= number < order._first(epoch + 1)
-    assert len(order._turns(epoch)) == order._first(epoch + 1) - order._first(epoch)
+    assert len(order._turns(epoch)[0]) == order._first(epoch + 1) - order._first(epoch)
     assert (order[number] == make(sizes, choices, micro_batch)[number]).all()
 
 
