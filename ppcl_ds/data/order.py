@@ -96,7 +96,8 @@ class Order:
         samples = samples[np.argsort(ranks[self.shards[samples]], kind="stable")]
         lanes = self._lanes(epoch, bucket)
         pieces = np.sort(lanes)
-        jitter = self._random(epoch, 1, bucket).random_sample(len(samples)) * self.window
+        window = self.window * len(samples) / len(self.buckets)  # of all buckets together
+        jitter = self._random(epoch, 1, bucket).random_sample(len(samples)) * window
         ordered = np.empty_like(samples)
         ordered[np.argsort(lanes, kind="stable")] = samples[np.lexsort((np.arange(len(samples)) + jitter, pieces))]
         return ordered

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -11,8 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppcl_ds.data import shards as shards_module
+from ppcl_ds.data.index import scan
 from ppcl_ds.data.shards import BadSampleError
+from ppcl_ds.data.stream import decode
 from ppcl_ds.errors import UserError
+from ppcl_ds.sections import CaptionEncoding
 from tests.data.shards import open_stream, read, rewrite, section, write_shards
 
 
@@ -39,8 +46,11 @@ def test_a_sample_that_cannot_be_used_is_skipped_and_named(tmp_path: Path, why: 
     rewrite(path, BROKEN[why])
     stream = open_stream(section(tmp_path, workers=workers), 2)
     seen = read(stream, 10)
-    # Its place is taken by the next of its shape; all others are where they were.
-    expected = {number: tuple("k2" if key == "k1" else key for key in keys) for number, keys in whole.items()}
+    # Its place is taken by another one of its shape; all others are where they were.
+    [number] = [number for number, keys in whole.items() if "k1" in keys]
+    instead = seen[number][whole[number].index("k1")]
+    assert instead in {f"k{number}" for number in range(10)} - {"k1"}
+    expected = {number: tuple(instead if key == "k1" else key for key in keys) for number, keys in whole.items()}
     assert seen == expected
     [line] = stream.bad
     assert line.startswith("train-000000.tar:")
@@ -106,3 +116,58 @@ def test_a_bucket_without_a_usable_sample_is_said_to_be_so(tmp_path: Path) -> No
     rewrite(path, lambda name, data: (name.replace("5.txt", "5.cls"), data))
     with pytest.raises(UserError, match=r"no sample of shape 1x4x2 can be used; train-000000.tar:k5: no caption"):
         read(open_stream(section(tmp_path, max_bad_fraction=0.5)), 30)
+
+
+def test_a_sample_with_parts_of_odd_shapes_is_refused() -> None:
+    captions = CaptionEncoding(width=2, pooled_width=3)
+    fine = {"latents": torch.zeros(1, 2, 2), "prompt_embeds": torch.zeros(1, 2), "pooled": torch.zeros(3)}
+    for wrong, why in (
+        ({"pooled": torch.zeros(1, 3)}, "no tensor `pooled` of 3 channels"),
+        ({"prompt_embeds": torch.zeros(2)}, "prompt_embeds of shape"),
+        ({"prompt_embeds": torch.zeros(1, 5)}, "prompt_embeds of shape"),
+        ({"latents": torch.zeros(2, 2)}, "latents of shape 2x2"),
+    ):
+        parts = {"safetensors": safetensors.torch.save(fine | wrong), "txt": b"a"}
+        with pytest.raises(ValueError, match=why):
+            decode("shard:key", parts, captions)
+    with pytest.raises(ValueError, match="damaged"):
+        decode("shard:key", {"safetensors": safetensors.torch.save(fine), "txt": b"a", "json": b"[" * 10**5}, captions)
+    masked = fine | {"prompt_embeds_mask": torch.ones(1)}
+    assert decode("s:k", {"safetensors": safetensors.torch.save(masked), "txt": b"a"}, captions, 0.99).captions == (
+        "a",
+    )
+
+
+def test_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", encoding="latin-1", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("café.png", "café.txt", "li\nne.png"):
+            tar.addfile(tarfile.TarInfo(name))
+    with path.open("rb") as file:
+        members, complaints = scan(file)
+    assert [member.key for member in members] == ["caf\\udce9"]
+    assert complaints == ["li\\nne: no caption (.txt or .json)"]
+
+
+def test_a_read_that_fails_once_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards_module, "WAITS", (0.01, 0.01))
+    write_shards(tmp_path, [4])
+    whole = read(open_stream(section(tmp_path)), 4)
+    pread, calls = os.pread, []
+
+    def stale_at_first(*arguments: int) -> bytes:
+        calls.append(arguments)
+        if len(calls) % 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(*arguments)
+
+    monkeypatch.setattr(os, "pread", stale_at_first)
+    stream = open_stream(section(tmp_path, max_bad_fraction=0))
+    assert read(stream, 4) == whole
+    assert not stream.bad
+
+
+def test_a_cache_that_is_too_small_for_a_shard_is_refused(tmp_path: Path) -> None:
+    write_shards(tmp_path, [4])
+    with pytest.raises(UserError, match=r"data.cache is 1000 bytes, but one shard alone takes"):
+        open_stream(section(tmp_path, address="pipe:cat {name}", cache=1000))

@@ -104,10 +104,10 @@ def test_the_order_of_a_seed_stays_what_it_is() -> None:
     order = make([4, 4, 4], [0, 0, 0, 1] * 3, 2, lanes=2)
     assert [order[number].tolist() for number in range(8)] == [
         [9, 8],
-        [1, 6],
+        [6, 1],
         [4, 10],
         [0, 2],
-        [11, 3],
+        [11, 7],
         [5, 1],
         [5, 0],
         [2, 8],

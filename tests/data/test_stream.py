@@ -194,10 +194,10 @@ def test_a_shard_that_cannot_be_opened_is_tried_again_then_named(
     assert len(read(stream, 2)) == 2
     stream = open_stream(section(tmp_path))
     path.unlink()
-    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries \(.*No such file"):
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be read after 4 tries \(.*No such file"):
         read(stream, 1)
     stream = open_stream(section(tmp_path, address=f"pipe:cat {tmp_path}/away/{{name}} 2>/dev/null"))
-    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries"):
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be read after 4 tries"):
         read(stream, 1)
     (tmp_path / "away").mkdir()
     (tmp_path / "away" / path.name).write_bytes(b"another file")
