@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from data_tools.samples import (
     members_of,
     read_parts,
     tensor_shapes,
-    write_tar,
+    write_partial,
 )
 from data_tools.summary import Summary, check_bad, named, write_log
-from data_tools.work import digest_of, own_part, partial_name, spread, write_shared
+from data_tools.work import digest_of, own_part, partial_name, spread, sweep, worker_number, write_shared
 from ppcl_ds.console import Advance
 from ppcl_ds.data import pictures
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
@@ -53,7 +54,7 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
         data: the recipe's section.
         keep_images: store the original image beside its latents.
         workers: processes that encode, each with encoders of its own.
-        part: `i/n`, every n-th shard; empty: as Slurm and torchrun say, else all.
+        part: `i/n`, every n-th shard; empty: as Slurm says, else all. The ranks of torchrun divide it further.
 
     Raises:
         UserError: there are no raw shards, one is not as its index says, an encoder cannot be had, or more than
@@ -65,6 +66,7 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
     settings: dict[str, object] = data.model_dump(mode="json", include={"images", "captions", "pipeline"})
     settings["keep_images"] = keep_images
     folder = _Folder(encoded, digest_of(settings), source.shards)
+    folder.sweep()
     index = folder.index(settings)
     if index is not None:
         return Summary(
@@ -130,14 +132,17 @@ class _Folder:
     settings: str
     raw: Sequence[ShardEntry]
 
+    @functools.cached_property
+    def _sums(self) -> dict[str, str]:
+        return {entry.name: entry.sha256 for entry in self.raw}
+
     def done(self, name: str) -> _Done | None:
         """What is known of a shard that need not be encoded again."""
         try:
             done = _Done.model_validate_json((self.path / "entries" / f"{name}.json").read_bytes())
         except (OSError, ValidationError):
             return None
-        expected = next((entry.sha256 for entry in self.raw if entry.name == name), "")
-        same = (done.settings, done.raw_sha256) == (self.settings, expected)
+        same = (done.settings, done.raw_sha256) == (self.settings, self._sums.get(name, ""))
         return done if same and (done.entry is None or done.entry.is_in(self.path)) else None
 
     def index(self, settings: dict[str, object]) -> Index | None:
@@ -153,16 +158,20 @@ class _Folder:
         """Say that a shard is encoded."""
         write_shared(self.path / "entries" / f"{name}.json", done.model_dump_json().encode())
 
+    def sweep(self) -> None:
+        """Remove leftovers of killed runs."""
+        sweep(self.path)
+        sweep(self.path / "entries")
+
     def publish(self, index: Index) -> None:
         """Write the index, and remove what is no part of it: shards of earlier settings, leftovers of killed runs."""
+        self.sweep()
         names = {entry.name for entry in self.raw} | {_EMPTY}
         for entry in (self.path / "entries").glob("*.json"):
             name = entry.name.removesuffix(".json")
             if name not in names:
                 (self.path / name).unlink(missing_ok=True)
                 entry.unlink(missing_ok=True)
-        for name in (*names, "index.json", "skipped.log"):
-            partial_name(self.path / name)
         if index.skipped:
             write_log(self.path / "skipped.log", index.skipped)
         else:
@@ -190,6 +199,17 @@ class _Job:
         return self.raw.name
 
 
+@contextmanager
+def _telling_when_memory_ends() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU has too little memory for the encoders; use fewer `--workers` or a smaller `data.images.size`"
+        ) from None
+
+
+@_telling_when_memory_ends()
 def _encode(job: _Job, advance: Advance) -> _Done:
     """Encode one raw shard, whole or not at all."""
     raw, encoded = job.data.shards / "raw", job.data.shards / "encoded"
@@ -216,13 +236,22 @@ def _encode(job: _Job, advance: Advance) -> _Done:
                 written += 1
                 yield item.key, item.parts
 
-    write_tar(target, samples(), partial_name(target))
+    # Described before it has its name: what lies there afterwards may be another process's.
+    partial = partial_name(target)
+    write_partial(partial, samples())
     entry = None
     if written:
-        entry = describe(target, members_of(target), shapes=shapes, raw_sha256=job.raw.sha256)
+        entry = describe(partial, members_of(partial), shapes=shapes, raw_sha256=job.raw.sha256)
+        entry = entry.model_copy(update={"name": target.name})
         assert entry.samples == written
+    if known := folder.done(target.name):  # its entry is of its own bytes
+        partial.unlink()
+        return known
+    if written:
+        os.replace(partial, target)
     else:
-        target.unlink()
+        partial.unlink()
+        target.unlink(missing_ok=True)
     done = _Done(settings=job.settings, raw_sha256=job.raw.sha256, entry=entry, skipped=skipped)
     folder.write_done(target.name, done)
     return done
@@ -251,16 +280,17 @@ def _encoders(data: Data, device: str) -> tuple[ImageEncoder, TextEncoder]:
 
 
 def _device() -> str:
-    """Where encoders run: the GPU that torchrun gave this process, else the first, else the CPU."""
+    """Where encoders run: the GPU that torchrun gave this process, else the worker's own, in turn, else the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', worker_number())) % torch.cuda.device_count()}"
 
 
 def _buckets(data: Data) -> pictures.Buckets:
     return pictures.Buckets(data.images.size, data.images.max_aspect, data.images.step)
 
 
+@_telling_when_memory_ends()
 def _write_empty(folder: _Folder, data: Data) -> None:
     _, captions = _encoders(data, _device())
     path = folder.path / _EMPTY

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
-from webdataset.cache import download
 from webdataset.shardlists import expand_urls
 
 from data_tools.work import spread
 from ppcl_ds.console import Advance
-from ppcl_ds.data.shards import WAITS
+from ppcl_ds.data.shards import WAITS, fetch
 from ppcl_ds.errors import UserError
 
 REMOTE = re.compile(r"(pipe:|\w+://)")
@@ -53,6 +52,12 @@ def shard_files(source: str, fetched: Path, workers: int = 1) -> list[tuple[str,
     return [(job.url, job.path) for job in jobs]
 
 
+def shard_name(source: str) -> str:
+    """The file name of a shard, also in an address or a command."""
+    names = re.findall(r"[^\s/'\"=?&]+\.tar\b", source)
+    return names[-1] if REMOTE.match(source) and names else Path(source).name
+
+
 @dataclass(frozen=True)
 class _Fetch:
     url: str
@@ -73,7 +78,7 @@ def _fetch(job: _Fetch, advance: Advance) -> _Fetched:
         if job.path.exists():
             break
         try:
-            download(job.url, str(job.path.with_suffix(".new")))
+            fetch(job.url, job.path.with_suffix(".new"))
             os.replace(job.path.with_suffix(".new"), job.path)
         except (OSError, ValueError) as fault:
             if wait is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import BinaryIO
 
 from pydantic import BaseModel
 
-from data_tools.fetch import REMOTE, shard_files
+from data_tools.fetch import REMOTE, shard_files, shard_name
 from data_tools.samples import header_length, latent_shape, tensor_shapes
 from data_tools.summary import Summary, named
 from data_tools.work import Journal, digest_of, spread
@@ -50,7 +49,7 @@ def index(shards: Sequence[str], out: Path | None = None, workers: int = 1) -> S
 
     jobs: dict[str, _Job] = {}
     for source, path in named_paths:
-        name = _name(source)
+        name = shard_name(source)
         if name in jobs:
             raise UserError(f"{jobs[name].source} and {source} have one name; an index cannot tell them apart")
         jobs[name] = _Job(name, source, str(path), _stamp(path))
@@ -145,14 +144,9 @@ def _with_what_was_known(found: Sequence[_Indexed], out: Path) -> Index:
     skipped = [line for new in found for line in new.skipped]
     if unchanged:
         skipped = list(dict.fromkeys([*old.skipped, *skipped]))
-        entries.sort(key=lambda entry: list(known).index((entry.name, entry.sha256)))
+        places = {shard: place for place, shard in enumerate(known)}
+        entries.sort(key=lambda entry: places[entry.name, entry.sha256])
     return Index(shards=entries, settings=old.settings if unchanged else {}, skipped=skipped)
-
-
-def _name(source: str) -> str:
-    """The file name of a shard, also in an address or a command."""
-    names = re.findall(r"[^\s/'\"=?&]+\.tar\b", source)
-    return names[-1] if REMOTE.match(source) and names else Path(source).name
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -36,7 +36,7 @@ _SHOWN = 12
 
 
 def inspect(folder: Path, sheet: Path | None = None, samples: int = 64, workers: int = 1) -> Summary:
-    """Count what is in the shards of a folder; pictures and tensors are read as far as their headers.
+    """Count what is in the shards of a folder. All bytes are read; of pictures and tensors, headers alone are decoded.
 
     Args:
         folder: shards, or a folder with `encoded/` or `raw/`, of which the encoded ones are taken first.

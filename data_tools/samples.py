@@ -23,20 +23,24 @@ from ppcl_ds.data.pictures import FORMATS
 from ppcl_ds.whole import to_disk
 
 
-def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]], partial: Path | None = None) -> None:
+def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
     """Write a shard, whole or not at all; equal samples give equal bytes.
 
     Args:
         path: the tar.
         samples: key, and what each suffix holds.
-        partial: where it is written before it gets its name.
     """
-    partial = partial or path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + ".partial")
+    write_partial(partial, samples)
+    os.replace(partial, path)
+
+
+def write_partial(partial: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
+    """Write a shard that gets its name later; else as `write_tar`."""
     with partial.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as writer:
         for key, parts in samples:
             writer.write({"__key__": key, **parts})
     to_disk(partial)
-    os.replace(partial, path)
 
 
 def members_of(path: Path) -> list[Member]:

@@ -25,18 +25,19 @@ from ppcl_ds.sections import Data
 
 COMMAND = "ppcl-data shard"
 
-_PARTIAL, _JOURNAL, _FETCHED = "raw.partial", "journal.jsonl", "fetched"
+_PARTIAL, _JOURNAL, _FETCHED = "raw.partial", ".journal.jsonl", "fetched"
 
 
 def shard(data: Data, workers: int = 1) -> Summary:
     """Write `data.shards/raw/`: `train-000000.tar` ..., `heldout-000000.tar` ..., `index.json` and `skipped.log`.
 
     Every sample has the members KEY.png (or another of `IMAGE_SUFFIXES`), KEY.txt, its main caption, and, where it has
-    several, KEY.json with all of them. KEY is the path below the source without its suffix, other characters than
-    letters, digits, `_` and `-` replaced by `_`. Samples are laid out by the hash of their key, so that each shard is a
-    fair mix of the source. The same source gives the same bytes. Hidden files and folders are passed over. When the
-    shards are already there, made with the same recipe values, nothing is done. A run that was killed goes on at the
-    shard where it was.
+    several, KEY.json with all of them. KEY is the path below the source without its suffix, or the name of the shard
+    and the sample's key there, other characters than letters, digits, `_` and `-` replaced by `_`. Samples are laid out
+    by the hash of their key, so that each shard is a fair mix of the source. The same source gives the same bytes.
+    Hidden files and folders are passed over. When the shards are already there, made with the same recipe values,
+    nothing is done; where some were lost, those alone are made again, unless the source was fetched or has changed. A
+    run that was killed goes on at the shard where it was.
 
     Args:
         data: the recipe's section.
@@ -53,8 +54,10 @@ def shard(data: Data, workers: int = 1) -> Summary:
     done = _earlier(raw, settings)
     if done is not None:
         shutil.rmtree(partial, ignore_errors=True)
-        _tidy(raw)
-        return Summary(f"{raw}: already sharded; delete the folder to do it again", _figures(done, 0))
+        if all(entry.is_in(raw) for entry in done.shards):
+            _tidy(raw)
+            return Summary(f"{raw}: already sharded; delete the folder to do it again", _figures(done, 0))
+        raw.rename(partial)  # as a run that was killed: its journal knows the shards that are still there
     found, complaints = sources.find(data.source, partial / _FETCHED, workers)
     total, bad = len(found) + len(complaints), list(complaints)
     check_bad(bad, total, data.max_bad_fraction, partial / "skipped.log")
@@ -197,14 +200,14 @@ def _filled(found: list[Found], most: int, size: int) -> Iterator[list[Found]]:
 
 
 def _earlier(raw: Path, settings: dict[str, object]) -> Index | None:
-    """The index of shards that are there and were made with these settings."""
+    """The index of shards that were made with these settings; some may be lost."""
     path = raw / "index.json"
     if not path.exists():
         if raw.is_dir() and any(raw.iterdir()):
             raise UserError(f"{raw} holds files but no index.json, so it was not written here; move it away first")
         return None
     index = Index.read(path, COMMAND)
-    return index if index.settings == settings and all(entry.is_in(raw) for entry in index.shards) else None
+    return index if index.settings == settings else None
 
 
 def _finish(partial: Path, raw: Path, index: Index) -> None:
@@ -216,15 +219,14 @@ def _finish(partial: Path, raw: Path, index: Index) -> None:
     kept = {entry.name for entry in index.shards} | {"index.json", "skipped.log", _JOURNAL, _FETCHED}
     for path in partial.iterdir():
         if path.name not in kept:
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     shutil.rmtree(raw, ignore_errors=True)
     partial.rename(raw)
     _tidy(raw)
 
 
 def _tidy(raw: Path) -> None:
-    """Remove what only a run that goes on would need; a kill before costs no work."""
-    (raw / _JOURNAL).unlink(missing_ok=True)
+    """Remove what only a run that goes on would need; a kill before costs no work. The journal stays, see `shard`."""
     shutil.rmtree(raw / _FETCHED, ignore_errors=True)
 
 

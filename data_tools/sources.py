@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_tools.fetch import REMOTE, shard_files
+from data_tools.fetch import REMOTE, shard_files, shard_name
 from data_tools.samples import captions_of, image_suffix, is_caption, main_first
 from ppcl_ds.data.index import IMAGE_SUFFIXES, scan
 from ppcl_ds.errors import UserError
@@ -251,6 +251,7 @@ def _in_shards(shards: Sequence[tuple[str, Path]]) -> tuple[list[Found], list[st
             members, bad = scan(file)
         complaints += [f"{name}:{complaint}" for complaint in bad]
         stat = path.stat()
+        stem = Path(shard_name(name)).stem
         for member in members:
             suffix = image_suffix(member.parts)
             if not suffix:
@@ -261,7 +262,8 @@ def _in_shards(shards: Sequence[tuple[str, Path]]) -> tuple[list[Found], list[st
                 for kind in (suffix, "txt", "json")
                 if kind in member.parts
             }
-            found.append(Found(key_of(member.key), f"{name}:{member.key}", pieces))
+            # Many number their samples anew in each shard, so a key alone does not tell them apart.
+            found.append(Found(key_of(f"{stem}/{member.key}"), f"{name}:{member.key}", pieces))
     if not found and not complaints:
         raise UserError(
             f"{', '.join(name for name, _ in shards[:3])}: no samples; set `data.source` to shards with some"

@@ -27,7 +27,8 @@ def verify(folder: Path, repair: Path | None = None, workers: int = 1) -> Summar
     """Look at every byte of a folder of shards, or of its `raw/` and `encoded/`.
 
     Args:
-        folder: shards, with their index if they have one. Nothing in it is changed.
+        folder: shards, with their index if they have one. They stay as they are; without `repair`, a hidden file lies
+            beside them until all is looked at, so that a run that was killed goes on.
         repair: a folder, new or empty, for copies of the shards that hold good samples only, and their index.
         workers: processes that read shards.
 

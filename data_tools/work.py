@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -22,7 +24,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.launch import end_with_parent
 from ppcl_ds.whole import to_disk
 
-_DAY = 86400.0
+_ABANDONED = 3600.0
+"""Seconds after which nobody is still at work on a file that has not changed."""
 
 
 class Job(Protocol):
@@ -151,7 +154,8 @@ def _in_processes(
     context.set_forkserver_preload([function.__module__])
     reports: SimpleQueue[int] = context.SimpleQueue()
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (reports,))
+    begun: Synchronized[int] = context.Value("i", 0)
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, (reports, begun))
     try:
         numbers: dict[Future[ResultT], int] = {pool.submit(_work, function, job): n for n, job in jobs.items()}
         waiting = set(numbers)
@@ -177,14 +181,22 @@ def _in_processes(
 
 
 _reports: SimpleQueue[int] | None = None
+_number = 0
 
 
-def _begin(reports: SimpleQueue[int]) -> None:
-    """In a new worker: it tells its progress, and ends with its parent even where that was killed."""
-    global _reports
+def _begin(reports: SimpleQueue[int], begun: Synchronized[int]) -> None:
+    """In a new worker: it has a number, tells its progress, and ends with its parent even where that was killed."""
+    global _reports, _number
     _reports = reports
+    with begun.get_lock():
+        _number, begun.value = begun.value, begun.value + 1
 
     end_with_parent()
+
+
+def worker_number() -> int:
+    """Which of the workers this process is, from 0; 0 also where there are none."""
+    return _number
 
 
 def _work(function: Callable[[JobT, Advance], ResultT], job: JobT) -> ResultT:
@@ -204,7 +216,7 @@ def own_part(text: str = "") -> tuple[int, int]:
     """Which share of the shards this process has: part i of n, 1-based.
 
     Args:
-        text: `i/n`; empty: as Slurm (a job array's task) and torchrun (a rank) say, both together where both do.
+        text: `i/n`; empty: as Slurm says (a job array's task). The ranks of torchrun divide either further.
 
     Raises:
         UserError: there is no such part, or the numbers of the job array have gaps.
@@ -213,20 +225,19 @@ def own_part(text: str = "") -> tuple[int, int]:
         number, _, count = text.partition("/")
         if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
             raise UserError(f"--part {text}: must be i/n with 1 <= i <= n, such as 2/8")
-        return int(number), int(count)
-    task, tasks, rank, ranks = (
-        int(os.environ.get(name, usual))
-        for name, usual in (
-            ("SLURM_ARRAY_TASK_ID", "0"),
-            ("SLURM_ARRAY_TASK_COUNT", "1"),
-            ("RANK", "0"),
-            ("WORLD_SIZE", "1"),
+        place, tasks = int(number) - 1, int(count)
+    else:
+        task, tasks = (
+            int(os.environ.get(name, usual))
+            for name, usual in (("SLURM_ARRAY_TASK_ID", "0"), ("SLURM_ARRAY_TASK_COUNT", "1"))
         )
-    )
-    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
-    place = (task - int(os.environ.get("SLURM_ARRAY_TASK_MIN", str(task)))) // max(step, 1)
-    if not 0 <= place < tasks:
-        raise UserError(f"the job array has gaps ({tasks} tasks, this one is {task}); say which `--part i/n` it has")
+        step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+        place = (task - int(os.environ.get("SLURM_ARRAY_TASK_MIN", str(task)))) // max(step, 1)
+        if not 0 <= place < tasks:
+            raise UserError(
+                f"the job array has gaps ({tasks} tasks, this one is {task}); say which `--part i/n` it has"
+            )
+    rank, ranks = (int(os.environ.get(name, usual)) for name, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
     return place * ranks + rank + 1, tasks * ranks
 
 
@@ -236,20 +247,18 @@ def digest_of(value: Any) -> str:
 
 
 def partial_name(path: Path) -> Path:
-    """Where this process writes a file that others may write at the same time.
+    """A name of its own for a file that others may write at the same time, until it is whole."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}.partial")
 
-    Such files that processes left behind, killed, are deleted: those of this machine at once, others after a day.
-    """
-    host = socket.gethostname()
-    for old in path.parent.glob(f"{path.name}.*.partial"):
-        owner, _, process = old.name.removeprefix(f"{path.name}.").removesuffix(".partial").rpartition("-")
+
+def sweep(folder: Path) -> None:
+    """Delete the partial files that killed processes left behind, an hour after their last byte."""
+    for old in folder.glob("*.partial"):
         try:
-            abandoned = owner == host and process.isdecimal() and not _lives(int(process))
-            if abandoned or time.time() - old.stat().st_mtime > _DAY:
+            if time.time() - old.stat().st_mtime > _ABANDONED:
                 old.unlink(missing_ok=True)
         except OSError:
             continue  # another process deletes it
-    return path.with_name(f"{path.name}.{host}-{os.getpid()}.partial")
 
 
 def write_shared(path: Path, content: bytes) -> None:
@@ -258,13 +267,3 @@ def write_shared(path: Path, content: bytes) -> None:
     partial.write_bytes(content)
     to_disk(partial)
     os.replace(partial, path)
-
-
-def _lives(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data_tools import encode, work
 from data_tools.coder import BATCH
 from ppcl_ds.data.encoders import PixelEncoder, TableTextEncoder
 from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Data
-from tests.data_tools.conftest import COUNT, Command, index_of, members, png, tree, write_recipe, write_tar
+from tests.data_tools.conftest import COUNT, Command, abandon, index_of, members, png, tree, write_recipe, write_tar
 
 
 def section(project: Path) -> Data:
@@ -324,6 +325,55 @@ def test_a_folder_of_leftovers_is_tidied(project: Path, ppcl_data: Command) -> N
     expected = tree(project / "shards" / "encoded")
     left = project / "shards" / "encoded" / f"train-000000.tar.{socket.gethostname()}-4194999.partial"
     left.write_bytes(b"half a shard")
+    fresh = left.with_name("train-000001.tar.elsewhere-1.partial")
+    abandon(left.parent)
+    fresh.write_bytes(b"another process is at work")
     (project / "shards" / "encoded" / "index.json").unlink()
     ppcl_data("encode", project)
+    assert tree(project / "shards" / "encoded") == expected | {fresh.name: fresh.read_bytes()}
+    abandon(fresh.parent)
+    assert "already" in ppcl_data("encode", project)
     assert tree(project / "shards" / "encoded") == expected
+
+
+def test_workers_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch, ppcl_data: Command) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    devices = []
+    for number in range(3):
+        monkeypatch.setattr(work, "_number", number)
+        devices.append(encode._device())
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert encode._device() == "cuda:1", "torchrun has given it one"
+
+
+def test_too_little_memory_is_one_line(project: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: PixelEncoder, images: Any) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(PixelEncoder, "encode", full)
+    ppcl_data("shard", project)
+    assert "use fewer `--workers` or a smaller `data.images.size`" in ppcl_data.fail("encode", project)
+
+
+def test_a_shard_that_another_process_finished_meanwhile_stays(
+    project: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(project, heldout=0.0, samples_per_shard=100)
+    ppcl_data("shard", project)
+    ppcl_data("encode", project)
+    encoded = project / "shards" / "encoded"
+    entry, shard = encoded / "entries" / "train-000000.tar.json", encoded / "train-000000.tar"
+    content, expected, written = entry.read_bytes(), tree(encoded), shard.stat().st_mtime_ns
+    entry.unlink()
+    write = encode.write_partial
+
+    def late(partial: Path, samples: Any) -> None:
+        write(partial, samples)
+        entry.write_bytes(content)
+
+    monkeypatch.setattr(encode, "write_partial", late)
+    ppcl_data("encode", project)
+    assert tree(encoded) == expected
+    assert shard.stat().st_mtime_ns == written

@@ -8,15 +8,18 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
 import psutil
 import pytest
+from pydantic import BaseModel
 
-from data_tools.work import own_part
+from data_tools.work import own_part, spread, worker_number
+from ppcl_ds.console import Advance
 from ppcl_ds.errors import UserError
-from tests.data_tools.conftest import Command, tree, write_recipe
+from tests.data_tools.conftest import Command, abandon, tree, write_recipe
 
 
 @pytest.fixture
@@ -64,6 +67,36 @@ def test_parts_at_the_same_time_and_twice_over(sharded: Path) -> None:
         printed = list(pool.map(lambda process: process.communicate(timeout=120)[0], running))
     assert [process.returncode for process in running] == [0] * len(parts), printed
     assert tree(sharded / "shards" / "encoded") == tree(sharded / "alone")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A job that says which worker did it."""
+
+    number: int
+    samples: int = 1
+
+    @property
+    def key(self) -> str:
+        return str(self.number)
+
+
+class Worker(BaseModel):
+    process: int
+    number: int
+
+
+def say_worker(job: Turn, advance: Advance) -> Worker:
+    time.sleep(0.05)
+    return Worker(process=os.getpid(), number=worker_number())
+
+
+def test_every_worker_has_a_number_of_its_own() -> None:
+    said = spread(say_worker, [Turn(number) for number in range(12)], "counting", 3)
+    numbers = {worker.process: worker.number for worker in said}
+    assert len(set(numbers.values())) == len(numbers) > 1
+    assert set(numbers.values()) <= {0, 1, 2}
+    assert all(numbers[worker.process] == worker.number for worker in said)
 
 
 def test_torchrun_divides_the_shards(sharded: Path) -> None:
@@ -114,7 +147,8 @@ def test_slurm_and_torchrun_say_which_part_it_is(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert own_part() == expected
-    assert own_part("2/3") == (2, 3), "what the user says comes first"
+    rank, ranks = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    assert own_part("2/3") == (ranks + rank + 1, 3 * ranks), "what the user says comes first; ranks divide it"
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "1", "a/b", "1/0"])
@@ -160,5 +194,6 @@ def test_workers_end_with_a_command_that_is_killed(sharded: Path, ppcl_data: Com
     _, alive = psutil.wait_procs(children, timeout=10)
     assert not alive
     assert not (encoded / "index.json").exists()
+    abandon(encoded)
     ppcl_data("encode", sharded)
     assert tree(encoded) == tree(sharded / "alone")

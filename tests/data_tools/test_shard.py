@@ -17,7 +17,7 @@ from PIL import Image
 from data_tools.shard import shard
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
-from tests.data_tools.conftest import COUNT, Command, index_of, members, png, tree, write_recipe
+from tests.data_tools.conftest import COUNT, Command, abandon, index_of, members, png, tree, write_recipe
 
 
 def test_every_image_and_caption_is_stored_untouched_in_one_split(project: Path, ppcl_data: Command) -> None:
@@ -62,7 +62,8 @@ def test_the_same_folder_gives_the_same_bytes_for_any_number_of_workers(project:
         write_recipe(project, shards=str(project / name), samples_per_shard=3)
         ppcl_data("shard", project, "--workers", workers)
         ppcl_data("encode", project, "--workers", workers)
-    assert tree(project / "one") == tree(project / "three")
+    journal = {".journal.jsonl"}  # in the order in which the workers were through
+    assert tree(project / "one", journal) == tree(project / "three", journal)
 
 
 @pytest.mark.parametrize("command", ["shard", "encode"])
@@ -103,6 +104,7 @@ cli.main()
     work = project / "again" / "raw.partial" if command == "shard" else final
     written = {path: path.stat().st_mtime_ns for path in work.glob("*.tar")}
     assert len(written) == 3
+    abandon(final)
     ppcl_data(command, project)
     ppcl_data("encode", project)
     assert {final / path.name: path_time(final / path.name) for path in written} == {
@@ -135,7 +137,26 @@ def test_what_changed_between_a_kill_and_the_next_run_is_not_mixed(project: Path
     ppcl_data("shard", project)
     assert members(project / "shards" / "raw")["part_0_000_v1.txt"] == b"another"
     assert sorted(path.name for path in (project / "shards").iterdir()) == ["raw"]
-    assert not [n for n in tree(project / "shards" / "raw") if not n.endswith((".tar", "index.json"))]
+    assert not [n for n in tree(project / "shards" / "raw") if not n.endswith((".tar", "index.json", ".journal.jsonl"))]
+
+
+@pytest.mark.parametrize("how", ["lost", "cut short"])
+def test_only_a_lost_shard_is_made_again(project: Path, ppcl_data: Command, how: str) -> None:
+    write_recipe(project, samples_per_shard=3)
+    ppcl_data("shard", project)
+    raw = project / "shards" / "raw"
+    expected = tree(raw, {".journal.jsonl"})
+    shard = raw / "train-000001.tar"
+    others = {path: path_time(path) for path in raw.glob("*.tar") if path != shard}
+    assert len(others) > 3
+    if how == "lost":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    ppcl_data("shard", project)
+    assert tree(raw, {".journal.jsonl"}) == expected
+    assert {path: path_time(path) for path in others} == others
+    assert sorted(path.name for path in (project / "shards").iterdir()) == ["raw"]
 
 
 def test_a_shard_is_full_at_its_size_or_at_its_number_of_samples(tmp_path: Path, ppcl_data: Command) -> None:

@@ -187,12 +187,26 @@ def test_webdataset_shards_are_packed_anew(tmp_path: Path, ppcl_data: Command, k
     assert len(got) == 3 * 12
     for number in range(12):
         key = f"{number // 4}{number % 4}"
-        assert got[f"{key}.png"] == png(number)
-        assert got[f"{key}.txt"] == f"caption {key}".encode()
-        assert json.loads(got[f"{key}.json"]) == {"caption": f"caption {key}", "caption_de": "Bild"}
+        stored_key = f"{number // 4:02d}_{key}"
+        assert got[f"{stored_key}.png"] == png(number)
+        assert got[f"{stored_key}.txt"] == f"caption {key}".encode()
+        assert json.loads(got[f"{stored_key}.json"]) == {"caption": f"caption {key}", "caption_de": "Bild"}
     assert sorted(path.name for path in (tmp_path / "shards" / "raw").iterdir() if path.suffix != ".tar") == [
-        "index.json"
+        ".journal.jsonl",
+        "index.json",
     ]
+
+
+@pytest.mark.parametrize("address", ["", "pipe:cat "])
+def test_shards_that_number_their_samples_anew_are_told_apart(tmp_path: Path, ppcl_data: Command, address: str) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / "in" / f"{shard}.tar", {"000000": {"png": png(shard), "txt": f"of {shard}".encode()}})
+    got = stored(tmp_path, ppcl_data, f"{address}{tmp_path}/in/{{0..1}}.tar")
+    assert got == {
+        f"{shard}_000000.{suffix}": content
+        for shard in range(2)
+        for suffix, content in (("png", png(shard)), ("txt", f"of {shard}".encode()))
+    }
 
 
 def test_a_shard_that_cannot_be_fetched_is_named(
@@ -203,7 +217,8 @@ def test_a_shard_that_cannot_be_fetched_is_named(
     write_recipe(tmp_path, source=f"{server}/{{01..03}}.tar")
     assert f"{server}/03.tar: cannot be fetched after 3 tries" in ppcl_data.fail("shard", tmp_path)
     count = tmp_path / "count"
-    write_recipe(tmp_path, source=f"pipe:echo >> {count}; test $(wc -l < {count}) = 3 && cat {tmp_path}/remote/01.tar")
+    comes_late = f"pipe:echo >> {count}; test $(wc -l < {count}) = 3 && cat {tmp_path}/remote/01.tar"
+    write_recipe(tmp_path, source=comes_late, heldout=0.0)
     ppcl_data("shard", tmp_path)
     assert len(members(tmp_path / "shards" / "raw")) == 3 * 4, "a shard that comes at the third try is as good"
     (tmp_path / "shards" / "raw").rename(tmp_path / "elsewhere")
@@ -219,7 +234,10 @@ def test_damaged_shards_cost_only_their_own_samples(tmp_path: Path, ppcl_data: C
     write_tar(tmp_path / "in" / "b.tar", {"../../evil": {"png": png(), "txt": b"b"}, "b0": {"png": png(), "txt": b"b"}})
     write_tar(tmp_path / "in" / "c.tar", {"c0": {"png": png()}, "c1": {"txt": b"no image"}})
     got = stored(tmp_path, ppcl_data, tmp_path / "in" / "{a,b,c}.tar", max_bad_fraction=0.9)
-    assert {name for name in got if name.endswith(".png")} == {"a0.png", "a1.png", "a2.png", "a3.png", "b0.png"}
+    assert {name for name in got if name.endswith(".png")} == {
+        *(f"a_a{number}.png" for number in range(4)),
+        "b_b0.png",
+    }
     skipped = "\n".join(index_of(tmp_path / "shards" / "raw")["skipped"])
     for named in ("a.tar:", "cut short", "b.tar:../../evil", "c.tar:c0: no caption", "c.tar:c1: no image"):
         assert named in skipped
