@@ -67,8 +67,8 @@ def write_shards(folder: Path, shards: int, samples: int, shape: tuple[int, ...]
             tensors = {"latents": torch.randn(shape).bfloat16(), "prompt_embeds": torch.randn(tokens, WIDTH).bfloat16()}
             content = {"txt": b"a caption of some words", "safetensors": safetensors.torch.save(tensors)}
             writer.write({"__key__": f"{number:06d}", **content})
-    with first.open("rb") as file:
-        entry = describe(first, scan(file)[0], shapes={"x".join(map(str, shape)): list(range(samples))})
+    with first.open("rb") as written:
+        entry = describe(first, scan(written)[0], shapes={"x".join(map(str, shape)): list(range(samples))})
     entries = [entry.model_copy(update={"name": f"train-{number:06d}.tar"}) for number in range(shards)]
     for other in entries[1:]:
         os.link(first, encoded / other.name)
@@ -161,7 +161,11 @@ def resuming(folder: Path, shards: int, pairs: int) -> Iterator[Row]:
     exhaust(stream_of(data).take(0, 1), some)
     whole = (time.perf_counter() - began) * last / some
     yield row(
-        "resume at the end / reading up to there", times[last][0], whole, "s", f"{note}; reading measured over 1/20 of it"
+        "resume at the end / reading up to there",
+        times[last][0],
+        whole,
+        "s",
+        f"{note}; reading measured over 1/20 of it",
     )
 
 

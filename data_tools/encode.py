@@ -1,153 +1,303 @@
 """`ppcl-data encode`: raw shards become encoded ones, so that no encoder has to run while a model trains.
 
-Shapes: C latent channels, H and W latent height and width, S text tokens, E embedding channels, P pooled channels.
+Any number of processes, on any number of machines, may encode the shards of one folder. They need not know of each
+other: each shard gets its name when it is whole, its entry in `entries/` comes next, and whoever finds the entries of
+all shards writes the index.
 """
 
 from __future__ import annotations
 
-import io
+import functools
 import os
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
-import webdataset as wds
-from PIL import Image, ImageOps
-from torch import Tensor
+from pydantic import BaseModel, ValidationError
 
 from data_tools import shard
-from ppcl_ds.console import progress
-from ppcl_ds.data.batch import Prompts
+from data_tools.coder import Coder, empty_caption
+from data_tools.samples import (
+    latent_shape,
+    members_of,
+    read_parts,
+    tensor_shapes,
+    write_partial,
+)
+from data_tools.summary import Summary, check_bad, named, write_log
+from data_tools.work import digest_of, own_part, partial_name, spread, sweep, worker_number, write_shared
+from ppcl_ds.console import Advance
+from ppcl_ds.data import pictures
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
-from ppcl_ds.data.stream import Index, Sample, ShardEntry, read_samples
+from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan, sha256
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data
 
 COMMAND = "ppcl-data encode"
-BATCH = 32
-"""Samples that go through the encoders together."""
-
-_AGAIN = f"delete `raw/` and run `{shard.COMMAND} RECIPE`"
+_EMPTY = "empty.safetensors"
 
 
-def encode(data: Data) -> None:
+def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = "") -> Summary:
     """Write `data.shards/encoded/`: one shard for each raw one, `empty.safetensors` and `index.json`.
 
-    Every sample has the members KEY.txt, the caption, and KEY.safetensors, in bfloat16: `latents` (C, H, W),
-    `prompt_embeds` (S, E) at the caption's own length and, for families that have one, `pooled` (P,). The empty
-    caption is encoded likewise, without latents. An interrupted run goes on at the shard where it stopped; shards
-    are encoded again when the recipe's encoders or their raw shard have changed, and only then.
+    Every sample has the members KEY.txt, its main caption, KEY.json, all of its captions where it has several, and
+    KEY.safetensors, in bfloat16: `latents` (C, H, W), `prompt_embeds` (S, E) at the caption's own length and, for
+    families that have one, `pooled` (P,); for each further caption `prompt_embeds.NAME` and `pooled.NAME`. The empty
+    caption is encoded likewise, without latents. Samples that cannot be encoded are left out and named.
+
+    A run that was killed goes on at the shard where it was; shards are encoded again when the recipe's encoders or
+    their raw shard have changed, and only then. Any part may be run any number of times, and at any time.
+
+    Args:
+        data: the recipe's section.
+        keep_images: store the original image beside its latents.
+        workers: processes that encode, each with encoders of its own.
+        part: `i/n`, every n-th shard; empty: as Slurm says, else all. The ranks of torchrun divide it further.
 
     Raises:
-        UserError: there are no raw shards, or a sample cannot be read; the message names shard and key.
+        UserError: there are no raw shards, one is not as its index says, an encoder cannot be had, or more than
+            `data.max_bad_fraction` of the samples cannot be encoded.
     """
+    number, parts = own_part(part)
     raw, encoded = data.shards / "raw", data.shards / "encoded"
     source = Index.read(raw / "index.json", shard.COMMAND)
-    settings = data.model_dump(mode="json", include={"images", "captions"})
-    done, whole = _earlier_work(encoded, source, settings)
-    if whole:
-        print(f"{encoded}: already encoded, and neither the encoders nor the raw shards have changed")
-        return
-    encoded.mkdir(parents=True, exist_ok=True)
-    journal = encoded / "index.partial.json"
-    Index(shards=list(done.values()), settings=settings).write(journal)
+    settings: dict[str, object] = data.model_dump(mode="json", include={"images", "captions", "pipeline"})
+    settings["keep_images"] = keep_images
+    folder = _Folder(encoded, digest_of(settings), source.shards)
+    folder.sweep()
+    index = folder.index(settings)
+    if index is not None:
+        return Summary(
+            f"{encoded}: already encoded, and neither the encoders nor the raw shards have changed",
+            _figures(index.samples, 0, index.skipped, []),
+        )
+    (encoded / "entries").mkdir(parents=True, exist_ok=True)
     (encoded / "index.json").unlink(missing_ok=True)
 
-    images, captions = image_encoder(data.images), text_encoder(data.captions)
-    (encoded / "empty.safetensors").write_bytes(_pack(_prompt_tensors(captions.encode([""]))))
+    own = source.shards[number - 1 :: parts]
+    if number == 1 and folder.done(_EMPTY) is None:
+        _write_empty(folder, data)
+    jobs = [_Job(entry, data, keep_images, folder.settings) for entry in own if folder.done(entry.name) is None]
     total = sum(entry.samples for entry in source.shards)
-    with progress("encoding", total, sum(entry.samples for entry in done.values())) as advance:
-        for entry in source.shards:
-            if entry.name not in done:
-                if not entry.is_in(raw):
-                    raise UserError(f"{raw / entry.name} is missing or cut short; run `{shard.COMMAND} RECIPE`")
-                _encode_shard(raw / entry.name, encoded / entry.name, entry.samples, images, captions, advance)
-                done[entry.name] = shard.describe(encoded / entry.name, entry.samples, raw_sha256=entry.sha256)
-                Index(shards=list(done.values()), settings=settings).write(journal)
-    Index(shards=[done[entry.name] for entry in source.shards], settings=settings).write(journal)
-    os.replace(journal, encoded / "index.json")
-    print(f"{encoded}: {total} samples (shards: {len(source.shards)})")
+    log = encoded / "skipped.log"
+    bad = [line for entry in own if (known := folder.done(entry.name)) for line in known.skipped]
 
+    def check(done: _Done) -> None:
+        bad.extend(done.skipped)
+        check_bad(bad, total, data.max_bad_fraction, log)
 
-def _earlier_work(folder: Path, source: Index, settings: dict[str, object]) -> tuple[dict[str, ShardEntry], bool]:
-    """Encoded shards that still hold, by name, and whether they are all there is to do."""
-    path = folder / "index.json"
-    if not path.exists():
-        path = folder / "index.partial.json"
-    if not path.exists():
-        return {}, False
-    index = Index.read(path, COMMAND)
-    if index.settings != settings:
-        return {}, False
-    raw_sha256 = {entry.name: entry.sha256 for entry in source.shards}
-    done = {
-        entry.name: entry
-        for entry in index.shards
-        if raw_sha256.get(entry.name) == entry.raw_sha256 and entry.is_in(folder)
-    }
-    whole = path.name == "index.json" and (folder / "empty.safetensors").is_file()
-    return done, whole and list(done) == list(raw_sha256) == [entry.name for entry in index.shards]
+    check_bad(bad, total, data.max_bad_fraction, log)
+    spread(
+        _encode, jobs, "encoding", workers, check=check, done=sum(e.samples for e in own) - sum(j.samples for j in jobs)
+    )
 
-
-def _encode_shard(
-    source: Path,
-    target: Path,
-    expected: int,
-    images: ImageEncoder,
-    captions: TextEncoder,
-    advance: Callable[[int], None],
-) -> None:
-    """Encode one raw shard of `expected` samples into `target`, whole or not at all."""
-    partial = target.with_name(target.name + ".partial")
-    written = 0
-    with partial.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as writer:
-        samples = read_samples(source)
-        while batch := list(islice(samples, BATCH)):
-            for sample in _encode_batch(batch, source, images, captions):
-                writer.write(sample)
-            written += len(batch)
-            advance(len(batch))
-    if written != expected:
-        raise UserError(
-            f"{source} holds {written} samples, its index says {expected}; delete it and run `{shard.COMMAND} RECIPE`"
+    every = {entry.name: folder.done(entry.name) for entry in source.shards}
+    missing = [name for name, done in every.items() if done is None]
+    if missing or folder.done(_EMPTY) is None:
+        figures = _figures(sum(entry.samples for entry in own) - len(bad), len(jobs), bad, missing)
+        others = f"{len(missing)} shards of other parts are still missing" if missing else f"{_EMPTY} is still missing"
+        return Summary(
+            f"{encoded}: part {number}/{parts} is through; {others}", figures, named(bad, encoded / "entries")
         )
-    os.replace(partial, target)
+    entries = [done for done in every.values() if done is not None]
+    skipped = [line for done in entries for line in done.skipped]
+    check_bad(skipped, total, data.max_bad_fraction, log)
+    index = Index(shards=[done.entry for done in entries if done.entry], settings=settings, skipped=skipped)
+    folder.publish(index)
+    return Summary(
+        f"{encoded}: {index.samples} samples (shards: {len(index.shards)})",
+        _figures(index.samples, len(jobs), skipped, []),
+        named(skipped, log),
+    )
 
 
-def _encode_batch(batch: list[Sample], source: Path, images: ImageEncoder, captions: TextEncoder) -> Iterator[Sample]:
-    latents = images.encode([_image(sample, source) for sample in batch])  # (B, C, H, W)
-    prompts = captions.encode([_caption(sample, source) for sample in batch])
-    for row, sample in enumerate(batch):
-        tensors = {"latents": latents[row], **_prompt_tensors(prompts.row(row))}
-        yield {"__key__": sample["__key__"], "txt": sample["txt"], "safetensors": _pack(tensors)}
+class _Done(BaseModel):
+    """What `entries/NAME.json` says: a shard, or the empty caption, is encoded."""
+
+    settings: str
+    """Digest of what it was encoded with."""
+    raw_sha256: str
+    entry: ShardEntry | None
+    """None where none of its samples could be encoded."""
+    skipped: list[str]
 
 
-def _image(sample: Sample, source: Path) -> Image.Image:
-    name = f"{source}:{sample['__key__']}"
-    suffix = next((suffix for suffix in shard.IMAGE_SUFFIXES if suffix in sample), None)
-    if suffix is None:
-        raise UserError(f"{name}: no image member ({', '.join(shard.IMAGE_SUFFIXES)}); {_AGAIN}")
+@dataclass
+class _Folder:
+    """`encoded/`, in which other processes may be at work too."""
+
+    path: Path
+    settings: str
+    raw: Sequence[ShardEntry]
+
+    @functools.cached_property
+    def _sums(self) -> dict[str, str]:
+        return {entry.name: entry.sha256 for entry in self.raw}
+
+    def done(self, name: str) -> _Done | None:
+        """What is known of a shard that need not be encoded again."""
+        try:
+            done = _Done.model_validate_json((self.path / "entries" / f"{name}.json").read_bytes())
+        except (OSError, ValidationError):
+            return None
+        same = (done.settings, done.raw_sha256) == (self.settings, self._sums.get(name, ""))
+        return done if same and (done.entry is None or done.entry.is_in(self.path)) else None
+
+    def index(self, settings: dict[str, object]) -> Index | None:
+        """The index, if all is done."""
+        if not (self.path / "index.json").exists():
+            return None
+        index = Index.read(self.path / "index.json", COMMAND)
+        every = [self.done(entry.name) for entry in self.raw]
+        same = index.settings == settings and index.shards == [done.entry for done in every if done and done.entry]
+        return index if same and None not in every and self.done(_EMPTY) else None
+
+    def write_done(self, name: str, done: _Done) -> None:
+        """Say that a shard is encoded."""
+        write_shared(self.path / "entries" / f"{name}.json", done.model_dump_json().encode())
+
+    def sweep(self) -> None:
+        """Remove leftovers of killed runs."""
+        sweep(self.path)
+        sweep(self.path / "entries")
+
+    def publish(self, index: Index) -> None:
+        """Write the index, and remove what is no part of it: shards of earlier settings, leftovers of killed runs."""
+        self.sweep()
+        names = {entry.name for entry in self.raw} | {_EMPTY}
+        for entry in (self.path / "entries").glob("*.json"):
+            name = entry.name.removesuffix(".json")
+            if name not in names:
+                (self.path / name).unlink(missing_ok=True)
+                entry.unlink(missing_ok=True)
+        if index.skipped:
+            write_log(self.path / "skipped.log", index.skipped)
+        else:
+            (self.path / "skipped.log").unlink(missing_ok=True)
+        whole = partial_name(self.path / "index.json")
+        index.write(whole)
+        os.replace(whole, self.path / "index.json")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A raw shard to encode."""
+
+    raw: ShardEntry
+    data: Data
+    keep_images: bool
+    settings: str
+
+    @property
+    def samples(self) -> int:
+        return self.raw.samples
+
+    @property
+    def key(self) -> str:
+        return self.raw.name
+
+
+@contextmanager
+def _telling_when_memory_ends() -> Iterator[None]:
     try:
-        return ImageOps.exif_transpose(Image.open(io.BytesIO(sample[suffix])))
-    except Exception as fault:  # PIL raises whatever the broken byte led to
-        raise UserError(f"{name}: the {suffix} image cannot be decoded ({fault}); replace it and {_AGAIN}") from None
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the GPU has too little memory for the encoders; use fewer `--workers` or a smaller `data.images.size`"
+        ) from None
 
 
-def _caption(sample: Sample, source: Path) -> str:
-    try:
-        return str(sample["txt"].decode()).strip()
-    except (KeyError, UnicodeDecodeError):
-        raise UserError(f"{source}:{sample['__key__']}: no caption in UTF-8 (.txt); {_AGAIN}") from None
+@_telling_when_memory_ends()
+def _encode(job: _Job, advance: Advance) -> _Done:
+    """Encode one raw shard, whole or not at all."""
+    raw, encoded = job.data.shards / "raw", job.data.shards / "encoded"
+    path, target = raw / job.raw.name, encoded / job.raw.name
+    folder = _Folder(encoded, job.settings, [job.raw])
+    if known := folder.done(job.raw.name):  # by another process, meanwhile
+        advance(job.samples)
+        return known
+    members = _checked(path, job.raw)
+    coder = Coder(*_encoders(job.data, _device()), _buckets(job.data), job.keep_images)
+    skipped: list[str] = []
+    shapes: dict[str, list[int]] = {}
+    written = 0
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        nonlocal written
+        with path.open("rb") as file:
+            for item in coder.items(((member, read_parts(file, member)) for member in members), path.name):
+                advance(1)
+                if item.why:
+                    skipped.append(f"{item.name}: {item.why}")
+                    continue
+                shapes.setdefault(latent_shape(tensor_shapes(item.parts["safetensors"])), []).append(written)
+                written += 1
+                yield item.key, item.parts
+
+    # Described before it has its name: what lies there afterwards may be another process's.
+    partial = partial_name(target)
+    write_partial(partial, samples())
+    entry = None
+    if written:
+        entry = describe(partial, members_of(partial), shapes=shapes, raw_sha256=job.raw.sha256)
+        entry = entry.model_copy(update={"name": target.name})
+        assert entry.samples == written
+    if known := folder.done(target.name):  # its entry is of its own bytes
+        partial.unlink()
+        return known
+    if written:
+        os.replace(partial, target)
+    else:
+        partial.unlink()
+        target.unlink(missing_ok=True)
+    done = _Done(settings=job.settings, raw_sha256=job.raw.sha256, entry=entry, skipped=skipped)
+    folder.write_done(target.name, done)
+    return done
 
 
-def _prompt_tensors(prompt: Prompts) -> dict[str, Tensor]:
-    """A prompt with B = 1, as it is stored."""
-    tensors = {"prompt_embeds": prompt.embeds[0]}
-    return tensors if prompt.pooled is None else {**tensors, "pooled": prompt.pooled[0]}
+def _checked(path: Path, entry: ShardEntry) -> list[Member]:
+    """The samples of a raw shard, which must be what its index says."""
+    if not entry.is_in(path.parent):
+        raise UserError(f"{path} is missing or cut short; run `{shard.COMMAND} RECIPE`")
+    with path.open("rb") as file:
+        members, complaints = scan(file)
+    if complaints or len(members) != entry.samples:
+        raise UserError(
+            f"{path} holds {len(members)} samples, its index says {entry.samples}"
+            f"{f' ({complaints[0]})' if complaints else ''}; delete it and run `{shard.COMMAND} RECIPE`"
+        )
+    if sha256(path) != entry.sha256:
+        raise UserError(f"{path} has changed since it was written; delete it and run `{shard.COMMAND} RECIPE`")
+    return members
 
 
-def _pack(tensors: dict[str, Tensor]) -> bytes:
-    stored = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(stored)
+@functools.lru_cache(maxsize=1)
+def _encoders(data: Data, device: str) -> tuple[ImageEncoder, TextEncoder]:
+    """Loaded once in a process."""
+    return image_encoder(data, device), text_encoder(data, device)
+
+
+def _device() -> str:
+    """Where encoders run: the GPU that torchrun gave this process, else the worker's own, in turn, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', worker_number())) % torch.cuda.device_count()}"
+
+
+def _buckets(data: Data) -> pictures.Buckets:
+    return pictures.Buckets(data.images.size, data.images.max_aspect, data.images.step)
+
+
+@_telling_when_memory_ends()
+def _write_empty(folder: _Folder, data: Data) -> None:
+    _, captions = _encoders(data, _device())
+    path = folder.path / _EMPTY
+    write_shared(path, empty_caption(captions))
+    entry = describe(path, [])
+    folder.write_done(_EMPTY, _Done(settings=folder.settings, raw_sha256="", entry=entry, skipped=[]))
+
+
+def _figures(samples: int, encoded: int, skipped: list[str], missing: list[str]) -> dict[str, object]:
+    return {"samples": samples, "shards_encoded_now": encoded, "skipped": skipped, "missing_shards": missing}

@@ -6,8 +6,10 @@ torch and DeepSpeed are imported where they are used: the commands that start no
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -102,6 +104,21 @@ def gather(own: Value) -> list[Value]:
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, own)
     return everybody
+
+
+def end_with_parent(*_: object) -> None:
+    """In a worker process: end when the process that started it ends, even where that was killed.
+
+    A worker of a fork server is the server's child, and the server lives as long as its workers do.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker's alone"
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def leave() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import (
@@ -36,7 +36,7 @@ class Recipe(Section):
 
     run: Path
     """Folder of this run; `{run}` in other paths stands for it."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     data: Data
     teacher: Teacher
     noise: Noise = Noise()

@@ -38,7 +38,7 @@ class ImageEncoding(Section):
     """Colour channels that `pixels` keeps: 1 (grey) or 3 (RGB)."""
     size: int = Field(gt=0)
     """Buckets have at most size x size pixels."""
-    max_aspect: float = Field(default=1.0, ge=1.0)
+    max_aspect: float = Field(default=1.0, ge=1.0, le=100.0)
     """Longest side over shortest side of the longest bucket; 1: one square bucket for all."""
     step: int = Field(default=0, ge=0)
     """Sides of buckets are multiples of it. Default: 64 for `vae` (at least 8 pixels a latent x 2 latents a token; less
@@ -94,7 +94,7 @@ class Data(Section):
     """Folder that `ppcl-data shard` (into `raw/`) and `ppcl-data encode` (into `encoded/`) write."""
     samples_per_shard: int = Field(default=1000, gt=0)
     """A shard is full with so many samples,"""
-    shard_size: ByteSize = ByteSize(10**9)
+    shard_size: Annotated[ByteSize, Field(gt=0)] = ByteSize(10**9)
     """or at this size, such as `500MB`, whatever comes first."""
     heldout: Share = 0.1
     """Share of samples kept out of training, chosen by a stable hash of their key."""
@@ -110,7 +110,8 @@ class Data(Section):
     cache: ByteSize = ByteSize(20 * 10**9)
     """Disk that each process may use, in the temporary folder, for shards that come from an `address`."""
     window: int = Field(default=2048, gt=0)
-    """Samples are shuffled by about so many places; each epoch begins with a shuffle of the shards."""
+    """Samples of a lane (see `ppcl_ds/data/order.py`) are shuffled by about so many places; each epoch begins with a
+    shuffle of the shards."""
     workers: int = Field(default=2, ge=0)
     """Processes, for each training process, that read and decode ahead; 0: the training process does it itself."""
     max_bad_fraction: Share = 0.05

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from ppcl_ds.whole import write_whole
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 """Kinds of images that are read; the last part of a file name, in lower case."""
+
+_META = re.compile(r"__[^/]*__($|/)")
+"""Members that webdataset passes over."""
 
 _BLOCK = 512
 """A tar is made of blocks of so many bytes; two of them, all zeros, close it."""
@@ -162,7 +166,12 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
                     last = ""
                 end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
                 key, suffix = _split_name(entry.name)
-                if entry.isdir() or key.startswith("__"):
+                if entry.size < 0:  # the header is whole all the same; what follows it is looked at
+                    bad[key or entry.name] = "has a length below zero"
+                    tar.offset = end = entry.offset_data
+                    last = ""
+                    continue
+                if entry.isdir() or _META.match(entry.name):
                     continue
                 if not entry.isreg():
                     bad[entry.name] = "not a file"
@@ -173,7 +182,10 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
                 elif key in found and (key != last or suffix in found[key].parts):
                     bad[key] = f"its .{suffix} comes twice, or apart from its other members"
                 else:
-                    found.setdefault(key, Member(key, entry.offset)).parts[suffix] = (entry.offset_data, entry.size)
+                    found.setdefault(key, Member(_shown(key), entry.offset)).parts[suffix] = (
+                        entry.offset_data,
+                        entry.size,
+                    )
                 last = key
     except Exception as fault:  # tarfile raises whatever the broken header led to
         bad[f"byte {end}"] = f"not a whole tar ({fault})"
@@ -182,7 +194,8 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
     for key, member in found.items():
         if member.lacks:
             bad.setdefault(key, member.lacks)
-    return [member for key, member in found.items() if key not in bad], [f"{key}: {why}" for key, why in bad.items()]
+    good = [member for key, member in found.items() if key not in bad]
+    return good, [f"{_shown(key)}: {why}" for key, why in bad.items()]
 
 
 def describe(path: Path, members: Sequence[Member], **more: Any) -> ShardEntry:
@@ -205,6 +218,11 @@ def _split_name(name: str) -> tuple[str, str]:
     """Key and suffix as webdataset tells them apart; both empty for a name that has none."""
     key, suffix = base_plus_ext(name)
     return key or "", (suffix or "").lower()
+
+
+def _shown(name: str) -> str:
+    """A name as it can be printed on one line and stored: what is not UTF-8, or no character, is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _all_zeros(file: BinaryIO, start: int, end: int) -> bool:

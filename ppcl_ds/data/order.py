@@ -55,7 +55,8 @@ class Order:
     def __getitem__(self, number: int) -> Numbers:
         """The samples of micro-batch `number`, (micro_batch,)."""
         epoch = self._epoch_of(number)
-        bucket, own = self._turns(epoch)[number - self._first(epoch)]
+        turns, numbers = self._turns(epoch)
+        bucket, own = int(turns[number - self._first(epoch)]), int(numbers[number - self._first(epoch)])
         places = range(own * self.micro_batch, (own + 1) * self.micro_batch)
         count = self.counts[bucket]
         return np.array([self._epoch(place // count, bucket)[place % count] for place in places])
@@ -75,14 +76,16 @@ class Order:
         # RandomState: numpy will never change what it draws, and a run is resumed by drawing it again.
         return np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch, *more])))
 
-    def _make_turns(self, epoch: int) -> list[tuple[int, int]]:
+    def _make_turns(self, epoch: int) -> tuple[Numbers, Numbers]:
         """Bucket, and number within the bucket, of each micro-batch that is full in `epoch`."""
         full = [range(epoch * n // self.micro_batch, (epoch + 1) * n // self.micro_batch) for n in self.counts]
         turns = np.repeat(np.arange(len(full)), [len(numbers) for numbers in full])
         if self.shuffle:
             self._random(epoch).shuffle(turns)
-        own = [iter(numbers) for numbers in full]
-        return [(bucket, next(own[bucket])) for bucket in turns.tolist()]
+        own = np.empty_like(turns)
+        for bucket, numbers in enumerate(full):
+            own[turns == bucket] = numbers
+        return turns, own
 
     def _make_epoch(self, epoch: int, bucket: int) -> Numbers:
         """The samples of a bucket in the order of `epoch`."""
@@ -93,7 +96,8 @@ class Order:
         samples = samples[np.argsort(ranks[self.shards[samples]], kind="stable")]
         lanes = self._lanes(epoch, bucket)
         pieces = np.sort(lanes)
-        jitter = self._random(epoch, 1, bucket).random_sample(len(samples)) * self.window
+        window = self.window * len(samples) / len(self.buckets)  # of all buckets together
+        jitter = self._random(epoch, 1, bucket).random_sample(len(samples)) * window
         ordered = np.empty_like(samples)
         ordered[np.argsort(lanes, kind="stable")] = samples[np.lexsort((np.arange(len(samples)) + jitter, pieces))]
         return ordered
@@ -105,8 +109,8 @@ class Order:
         own -= own[0]
         # What fills up in the next epoch goes to any lane, as long as it is always the same.
         lanes = np.zeros(int(own[-1]) + 1, dtype=np.int64)
-        full = [first for first, (b, _) in enumerate(self._turns(epoch), self._first(epoch)) if b == bucket]
-        lanes[: len(full)] = np.array(full, dtype=np.int64) % self.lanes
+        (full,) = np.nonzero(self._turns(epoch)[0] == bucket)
+        lanes[: len(full)] = (self._first(epoch) + full) % self.lanes
         result: Numbers = lanes[own]
         return result
 

@@ -8,7 +8,7 @@ from math import log
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded. Not all that PIL can: for some of the others (EPS) it starts another program."""
 
 
@@ -20,7 +20,7 @@ def decode(data: bytes) -> Image.Image:
             PIL's `Image.MAX_IMAGE_PIXELS`. No other exception, whatever the bytes.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         # PIL itself only warns up to twice its limit; making an error of its warning would not be safe among threads.
         if Image.MAX_IMAGE_PIXELS and width * height > Image.MAX_IMAGE_PIXELS:
@@ -30,7 +30,7 @@ def decode(data: bytes) -> Image.Image:
             raise ValueError(f"has {frames} frames; a still is needed")
         image.load()
     except UnidentifiedImageError:
-        raise ValueError(f"is no picture in {', '.join(_FORMATS)}") from None
+        raise ValueError(f"is no picture in {', '.join(FORMATS)}") from None
     except ValueError as fault:
         raise ValueError(_one_line(fault)) from None
     except Exception as fault:  # PIL raises whatever the broken byte led to

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,9 +209,12 @@ def _load(
             raise UserError(f"data.pipeline {folder}: {name} is missing; copy the whole pipeline folder again")
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     try:
-        loaded = pipeline_class.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, **dict.fromkeys(names.difference(parts))
-        )
+        with warnings.catch_warnings():
+            # The older ones of the supported releases know no other name for it.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            loaded = pipeline_class.from_pretrained(
+                folder, torch_dtype=dtype, local_files_only=True, **dict.fromkeys(names.difference(parts))
+            )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as fault:
         reason = " ".join(str(fault).split())[:300]
         raise UserError(f"data.pipeline {folder}: cannot load {', '.join(parts)} ({reason})") from None

@@ -5,13 +5,13 @@ Shapes: C latent channels, H and W latent height and width, S text tokens, E emb
 
 from __future__ import annotations
 
-import itertools
 import json
 import multiprocessing
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ppcl_ds import launch
 from ppcl_ds.data.batch import Batch, Prompts
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.order import Order, buckets_of
@@ -36,8 +37,8 @@ _NAMED = 10
 class MicroBatchStream:
     """Micro-batches number 0, 1, 2, ... without end, in one order for the whole run; see `Order`.
 
-    All there is to resume from is the number of the next micro-batch. A sample that cannot be used is skipped: the next
-    one of its shape, in stored order, takes its place, so that numbers and sizes of micro-batches stay what they are.
+    All there is to resume from is the number of the next micro-batch. A sample that cannot be used is skipped: another
+    one of its shape, always the same, takes its place, so that numbers and sizes of micro-batches stay what they are.
 
     Args:
         data: the recipe's section.
@@ -65,6 +66,9 @@ class MicroBatchStream:
             int(data.cache),
         )
         counts = [entry.samples for entry in entries]
+        for entry in entries:
+            if sum(map(len, entry.shapes.values())) != entry.samples:
+                raise UserError(f"{entry.name}: no latents in its index; `ppcl-data encode` or `index` writes one")
         buckets, shapes = buckets_of([entry.shapes for entry in entries], counts)
         self.decoder = _Decoder(shards, buckets, shapes, data.captions, seed)
         self.order = Order(
@@ -77,7 +81,8 @@ class MicroBatchStream:
             lanes=lanes,
         )
         self.bad: set[str] = set()
-        """Samples that were skipped so far, `shard:key: why`."""
+        """Samples that were skipped since this process began, `shard:key: why`; see `share`."""
+        self.news: list[str] = []
 
     def __len__(self) -> int:
         """Samples in an epoch."""
@@ -94,7 +99,7 @@ class MicroBatchStream:
         Raises:
             UserError: a shard cannot be opened, or more than `data.max_bad_fraction` of the samples are bad.
         """
-        numbers = ((number, self.order[number]) for number in itertools.count(start, stride))
+        numbers = ((number, self.order[number]) for number in count(start, stride))
         # Not forked: this process has threads and sockets that a copy must not hold.
         context = multiprocessing.get_context("forkserver") if self.workers else None
         if context:
@@ -105,8 +110,15 @@ class MicroBatchStream:
             sampler=numbers,
             num_workers=self.workers,
             multiprocessing_context=context,
+            worker_init_fn=launch.end_with_parent,
         )
-        for read in reads:
+        batches = iter(reads)
+        while True:
+            try:
+                read = next(batches)
+            except (RuntimeError, OSError) as fault:  # so torch says that a worker is gone
+                why = " ".join(str(fault).split())
+                raise UserError(f"a process that reads the shards has ended ({why}); try fewer data.workers") from None
             self._note(read.bad)
             if read.batch is None:
                 raise UserError(read.fault)
@@ -124,23 +136,29 @@ class MicroBatchStream:
         if not new:
             return
         self.bad |= set(new)
+        self.news += new
         try:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             with self.log.open("a") as file:
                 file.write("".join(f"{line}\n" for line in new))
         except OSError as fault:
             print(f"warning: {self.log}: {fault.strerror}; bad samples: {'; '.join(new)}", file=sys.stderr, flush=True)
-        self.check(len(self.bad))
+        self._check()
 
-    def check(self, bad: int) -> None:
-        """Stop where too many samples could not be used.
-
-        Args:
-            bad: how many, here or on all ranks together.
+    def share(self) -> int:
+        """Learn which samples other ranks have skipped; every rank must call it. Returns how many all of them have.
 
         Raises:
-            UserError: more than `data.max_bad_fraction` of an epoch.
+            UserError: they are more than `data.max_bad_fraction` of an epoch.
         """
+        for news in launch.gather(self.news):
+            self.bad |= set(news)
+        self.news = []
+        self._check()
+        return len(self.bad)
+
+    def _check(self) -> None:
+        bad = len(self.bad)
         if bad > self.limit * len(self):
             named = "; ".join(sorted(self.bad)[:_NAMED])
             raise UserError(
@@ -171,7 +189,7 @@ class _Decoder(Dataset[_Read]):
     def __getitem__(self, asked: tuple[int, np.ndarray]) -> _Read:
         number, samples = asked
         bad: list[str] = []
-        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, number])))
+        random = _random(self.seed, number)
         try:
             rows = [self._usable(int(sample), bad, random) for sample in samples]
         except UserError as fault:
@@ -179,7 +197,7 @@ class _Decoder(Dataset[_Read]):
         return _Read(number, Batch.stack(rows), bad)
 
     def _usable(self, sample: int, bad: list[str], random: np.random.RandomState) -> Batch:
-        """The sample itself, or the next one of its bucket in stored order that can be used."""
+        """The sample itself, or another one of its bucket that can be used."""
         draw = random.random_sample()  # one for each place, whoever takes it
         for number in self._candidates(sample):
             if number not in self.known_bad:
@@ -192,10 +210,12 @@ class _Decoder(Dataset[_Read]):
         raise UserError(f"no sample of shape {shape} can be used; {bad[0]}; run `ppcl-data verify`")
 
     def _candidates(self, sample: int) -> Iterator[int]:
+        """The sample, then others of its bucket from a place on that is its own, or one would stand in for many."""
         yield sample
-        (bucket,) = np.nonzero(self.buckets == self.buckets[sample])
-        start = int(np.searchsorted(bucket, sample))
-        yield from np.roll(bucket, -start)[1:].tolist()
+        start = int(_random(self.seed, sample).randint(len(self.buckets)))
+        for number in chain(range(start, len(self.buckets)), range(start)):
+            if number != sample and self.buckets[number] == self.buckets[sample]:
+                yield number
 
     def _decode(self, number: int, draw: float) -> Batch:
         name, parts = self.shards.read(number)
@@ -203,6 +223,10 @@ class _Decoder(Dataset[_Read]):
             return decode(name, parts, self.captions, draw, self.shapes[self.buckets[number]])
         except ValueError as fault:
             raise BadSampleError(f"{name}: {fault}") from None
+
+
+def _random(*seed: int) -> np.random.RandomState:
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
 def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: float = 0.0, shape: str = "") -> Batch:
@@ -222,9 +246,10 @@ def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: 
         texts = {"": parts["txt"].decode()} | {f".{n}": t for n, t in json.loads(parts.get("json", b"{}")).items()}
     except KeyError as fault:
         raise ValueError(f"no .{fault.args[0]}") from None
-    except (SafetensorError, ValueError, AttributeError) as fault:
-        raise ValueError(f"damaged ({fault})") from None
-    names = sorted(key.removeprefix("prompt_embeds") for key in tensors if key.startswith("prompt_embeds"))
+    except Exception as fault:  # whatever the broken byte led to
+        raise ValueError(f"damaged ({' '.join(str(fault).split())})") from None
+    kinds = sorted(key.partition(".") for key in tensors)
+    names = [dot + caption for kind, dot, caption in kinds if kind == "prompt_embeds"]
     if "latents" not in tensors or not names:
         raise ValueError(f"no tensor `{'prompt_embeds' if 'latents' in tensors else 'latents'}`")
     own = "x".join(map(str, tensors["latents"].shape))
@@ -249,7 +274,7 @@ def prompt_of(tensors: dict[str, Tensor], captions: CaptionEncoding, caption: st
     pooled = tensors[f"pooled{caption}"].float()[None] if f"pooled{caption}" in tensors else None
     if embeds.ndim != 3 or embeds.shape[-1] != captions.width or not embeds.shape[1]:
         raise ValueError(f"prompt_embeds of shape {tuple(embeds.shape[1:])}, not (tokens, {captions.width})")
-    if (0 if pooled is None else pooled.shape[-1]) != captions.pooled_width:
+    if (() if pooled is None else pooled.shape[1:]) != ((captions.pooled_width,) if captions.pooled_width else ()):
         raise ValueError(f"no tensor `pooled` of {captions.pooled_width} channels")
     if captions.masked:
         return Prompts(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), pooled)

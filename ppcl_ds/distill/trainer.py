@@ -113,7 +113,6 @@ class Trainer:
                 note = ""
                 if due(step, settings.log_every):
                     note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
-                    self.data.clean.check(int(journal.newest["data/bad_samples"]))
                     logged = step
                 advance(1, note)
                 if due(step, settings.checkpoint_every):
@@ -122,7 +121,7 @@ class Trainer:
                     self._look(step, journal)
         journal.print_units()
         if dist.get_rank() == 0 and (bad := int(journal.newest.get("data/bad_samples", 0))):
-            print(f"{bad} samples could not be used and were skipped; {self.recipe.bad_samples} names them")
+            print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
 
     def _resume(self) -> int:
         if (self.recipe.checkpoints / "latest").exists():
@@ -156,8 +155,7 @@ class Trainer:
         own = self.library.drain()
         own |= {f"{name}/gradient_norm": norm for name, norm in optimizer.norms.items()}
         own |= self._skipped()
-        # Where several ranks have a value, their mean is written down; here it is to be their sum.
-        own["data/bad_samples"] = float(len(self.data.clean.bad) * dist.get_world_size())
+        own["data/bad_samples"] = float(self.data.clean.share())
         own["run/learning_rate"] = float(self.engine.get_lr()[0])
         own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
         return own

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,11 @@ import torch
 import webdataset as wds
 
 from ppcl_ds.data.index import Index, describe, scan
+from ppcl_ds.data.stream import MicroBatchStream
 from ppcl_ds.sections import Data
+
+Read = dict[int, tuple[str, ...]]
+"""Keys of micro-batches by their numbers."""
 
 
 def section(folder: Path, **changes: Any) -> Data:
@@ -44,9 +51,33 @@ def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), 
                 writer.write(members(number, height))
                 shapes.setdefault(f"1x{height}x2", []).append(own)
                 number += 1
-        with path.open("rb") as file:
-            found, complaints = scan(file)
+        with path.open("rb") as written:
+            found, complaints = scan(written)
         assert not complaints
         entries.append(describe(path, found, shapes=shapes))
     Index(shards=entries).write(encoded / "index.json")
     return [encoded / entry.name for entry in entries]
+
+
+def rewrite(path: Path, change: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Write a shard's members again as `change(name, data) -> (name, data)` says; sizes stay as the index has them."""
+    content = io.BytesIO()
+    with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as new:
+        for member in old:
+            file = old.extractfile(member)
+            assert file is not None
+            member.name, data = change(member.name, file.read())
+            member.size = len(data)
+            new.addfile(member, io.BytesIO(data))
+    assert len(content.getvalue()) == path.stat().st_size
+    path.write_bytes(content.getvalue())
+
+
+def open_stream(data: Data, micro_batch: int = 1, lanes: int = 1) -> MicroBatchStream:
+    """The training stream of shards below `data.shards`."""
+    return MicroBatchStream(data, "train", micro_batch, 7, data.shards / "bad.log", lanes)
+
+
+def read(stream: MicroBatchStream, count: int, start: int = 0, stride: int = 1) -> Read:
+    """Keys of `count` micro-batches by their numbers."""
+    return {number: batch.keys for number, batch in islice(stream.take(start, stride), count)}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import http.server
-import io
-import tarfile
 import tempfile
 import threading
 from collections import Counter
@@ -23,21 +21,10 @@ from hypothesis import strategies as st
 from ppcl_ds.data import shards as shards_module
 from ppcl_ds.data.batch import Batch
 from ppcl_ds.data.index import Index, ShardEntry, split_entries
-from ppcl_ds.data.stream import MicroBatchStream, decode, empty_prompt
+from ppcl_ds.data.stream import decode, empty_prompt
 from ppcl_ds.errors import UserError
-from ppcl_ds.sections import CaptionEncoding, Data
-from tests.data.shards import members, section, write_shards
-
-Read = dict[int, tuple[str, ...]]
-
-
-def open_stream(data: Data, micro_batch: int = 1, lanes: int = 1) -> MicroBatchStream:
-    return MicroBatchStream(data, "train", micro_batch, 7, data.shards / "bad.log", lanes)
-
-
-def read(stream: MicroBatchStream, count: int, start: int = 0, stride: int = 1) -> Read:
-    """Keys of `count` micro-batches by their numbers."""
-    return {number: batch.keys for number, batch in islice(stream.take(start, stride), count)}
+from ppcl_ds.sections import CaptionEncoding
+from tests.data.shards import Read, members, open_stream, read, section, write_shards
 
 
 @settings(max_examples=40, deadline=None)
@@ -86,9 +73,12 @@ def test_what_was_consumed_is_not_read_again(tmp_path: Path, monkeypatch: pytest
     write_shards(tmp_path, [5] * 20)
     read_anew: list[int] = []
     get = shards_module.Shards.read
-    monkeypatch.setattr(
-        shards_module.Shards, "read", lambda self, number: read_anew.append(number) or get(self, number)
-    )
+
+    def watched(self: shards_module.Shards, number: int) -> tuple[str, dict[str, bytes]]:
+        read_anew.append(number)
+        return get(self, number)
+
+    monkeypatch.setattr(shards_module.Shards, "read", watched)
     stream = open_stream(section(tmp_path), 4)
     keys = read(stream, 3, start=1000)
     assert [f"k{number}" for number in read_anew] == [key for batch in keys.values() for key in batch]
@@ -204,94 +194,15 @@ def test_a_shard_that_cannot_be_opened_is_tried_again_then_named(
     assert len(read(stream, 2)) == 2
     stream = open_stream(section(tmp_path))
     path.unlink()
-    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries \(.*No such file"):
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be read after 4 tries \(.*No such file"):
         read(stream, 1)
     stream = open_stream(section(tmp_path, address=f"pipe:cat {tmp_path}/away/{{name}} 2>/dev/null"))
-    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be opened after 4 tries"):
+    with pytest.raises(UserError, match=r"shard train-000000.tar cannot be read after 4 tries"):
         read(stream, 1)
     (tmp_path / "away").mkdir()
     (tmp_path / "away" / path.name).write_bytes(b"another file")
     with pytest.raises(UserError, match="it is not the shard that the index describes"):
         read(stream, 1)
-
-
-def rewrite(path: Path, change: Any) -> None:
-    """Write a shard's members again as `change(name, data) -> (name, data)` says; sizes stay, so the index holds."""
-    content = io.BytesIO()
-    with tarfile.open(path) as old, tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as new:
-        for member in old:
-            file = old.extractfile(member)
-            assert file is not None
-            member.name, data = change(member.name, file.read())
-            member.size = len(data)
-            new.addfile(member, io.BytesIO(data))
-    assert len(content.getvalue()) == path.stat().st_size
-    path.write_bytes(content.getvalue())
-
-
-def nan_latents(name: str, data: bytes) -> tuple[str, bytes]:
-    if name != "k1.safetensors":
-        return name, data
-    tensors = safetensors.torch.load(data)
-    return name, safetensors.torch.save(tensors | {"latents": tensors["latents"] * torch.nan})
-
-
-BROKEN = {
-    "NaN or infinity": nan_latents,
-    "no caption (.txt)": lambda name, data: ("k1.cls" if name == "k1.txt" else name, data),
-    "not a name that a sample has": lambda name, data: (name.replace("k1.", "../../x."), data),
-    "damaged": lambda name, data: (name, b"\xff" * len(data) if name == "k1.safetensors" else data),
-}
-
-
-@pytest.mark.parametrize("why", BROKEN)
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_sample_that_cannot_be_used_is_skipped_and_named(tmp_path: Path, why: str, workers: int) -> None:
-    [path] = write_shards(tmp_path, [20], tall=range(10, 20))
-    whole = read(open_stream(section(tmp_path), 2), 10)
-    rewrite(path, BROKEN[why])
-    stream = open_stream(section(tmp_path, workers=workers), 2)
-    seen = read(stream, 10)
-    # Its place is taken by the next of its shape; all others are where they were.
-    expected = {number: tuple("k2" if key == "k1" else key for key in keys) for number, keys in whole.items()}
-    assert seen == expected
-    [line] = stream.bad
-    assert line.startswith("train-000000.tar:")
-    assert why in line
-    assert (tmp_path / "bad.log").read_text() == f"{line}\n"
-    assert read(open_stream(section(tmp_path, workers=workers), 2), 5, start=2) == {
-        number: keys for number, keys in expected.items() if 2 <= number < 7
-    }
-
-
-def test_a_shard_that_was_cut_gives_what_is_left_of_it(tmp_path: Path) -> None:
-    first, _ = write_shards(tmp_path, [4, 4])
-    stream = open_stream(section(tmp_path, max_bad_fraction=0.5))
-    first.write_bytes(first.read_bytes()[: stream.decoder.shards.entries[0].offsets[2] + 700])
-    keys = [key for batch in read(stream, 16).values() for key in batch]
-    assert {"k2", "k3"}.isdisjoint(keys)
-    assert {"k0", "k1", "k4", "k5", "k6", "k7"} <= set(keys)
-    assert len(stream.bad) == 2
-    assert all("cut short" in line for line in stream.bad)
-
-
-def test_too_many_bad_samples_end_it_with_their_list(tmp_path: Path) -> None:
-    [path] = write_shards(tmp_path, [40])
-    bad = {f"k{number}.txt" for number in (3, 9, 20)}
-    rewrite(path, lambda name, data: (name.replace("txt", "cls") if name in bad else name, data))
-    assert len(read(open_stream(section(tmp_path, max_bad_fraction=0.075)), 80)) == 80
-    with pytest.raises(UserError, match=r"3 of 40 samples cannot be used, more than data.max_bad_fraction") as fault:
-        read(open_stream(section(tmp_path)), 80)
-    for key in ("k3", "k9", "k20"):
-        assert f"train-000000.tar:{key}: no caption (.txt)" in str(fault.value)
-    assert "\n" not in str(fault.value)
-
-
-def test_a_bucket_without_a_usable_sample_is_said_to_be_so(tmp_path: Path) -> None:
-    [path] = write_shards(tmp_path, [30], tall=[5])
-    rewrite(path, lambda name, data: (name.replace("5.txt", "5.cls"), data))
-    with pytest.raises(UserError, match=r"no sample of shape 1x4x2 can be used; train-000000.tar:k5: no caption"):
-        read(open_stream(section(tmp_path, max_bad_fraction=0.5)), 30)
 
 
 def indexed(folder: Path, names: list[str]) -> Path:

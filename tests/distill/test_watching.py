@@ -15,14 +15,24 @@ from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.watch.board import read_scalars
 from tests.conftest import command
+from tests.data.shards import rewrite
 from tests.distill.test_engine import PLAN
 
 
 def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Callable[..., Path]) -> None:
     settings = {"steps": 4, "log_every": 2, "checkpoint_every": 2, "sample_every": 2}
-    path = new_run("qwen", distill=settings)
+    path = new_run("qwen", distill=settings, data={"workers": 1})
     recipe = load_recipe(path)
     PLAN.save(recipe.plan_file)
+    spoilt: list[str] = []
+
+    def spoil(name: str, data: bytes) -> tuple[str, bytes]:
+        if name.endswith(".safetensors") and not spoilt:
+            spoilt.append(name.removesuffix(".safetensors"))
+            data = bytes(len(data))
+        return name, data
+
+    rewrite(recipe.data.shards / "encoded" / "train-000001.tar", spoil)
     printed = command("distill", path)
 
     scalars = read_scalars(recipe.board)
@@ -36,6 +46,12 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     names += [f"heldout/velocity_mse/{variant}" for variant in PLAN.variants]
     assert scalars.keys() == set(names)
     assert all(value >= 0 for points in scalars.values() for _, value in points)
+
+    # 64 samples are read, 48 there are: one rank or both have met it.
+    lines = recipe.bad_samples.read_text().splitlines()
+    assert {line.split(": ")[0] for line in lines} == {f"train-000001.tar:{spoilt[0]}"}
+    assert scalars["data/bad_samples"][-1][1] == 1, "though both ranks may have met it"
+    assert f"bad samples that were skipped: 1; {recipe.bad_samples} names them" in printed
 
     files, anatomy = open_teacher(recipe)
     samples = recipe.distill.micro_batch * recipe.distill.micro_batches_per_step
