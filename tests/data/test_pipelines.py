@@ -274,7 +274,7 @@ def test_the_recipe_chooses_them(family: str, folder: Callable[[str], Path], tmp
         source="images",
         shards=tmp_path,
         pipeline=folder(family),
-        images=ImageEncoding(encoder="vae", size=32),
+        images=ImageEncoding(encoder="vae", size=64),
         captions=section(family),
     )
     assert isinstance(image_encoder(data), VaeEncoder)
