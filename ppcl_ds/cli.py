@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ppcl_ds import console, launch
+from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import shipped
@@ -57,16 +58,49 @@ def probe(
 
 
 @app.command()
-def plan(recipe: RecipeFile) -> None:
-    """Choose the spans of every variant and write plan.yaml.
+def plan(
+    recipe: RecipeFile,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Choose among the units that this run has trained, by what they cost."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say what is wrong with the plan file, choose nothing.")
+    ] = False,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the plan file's variants and draw error over size, choose nothing.")
+    ] = False,
+) -> None:
+    """Choose the units of every variant and write plan.yaml.
 
-    Each variant gives up the share of block parameters that the recipe asks for, at the least total error that the
-    probe expects. The file is meant to be read and edited.
+    Each variant gives up the share of the teacher's blocks that the recipe asks for (plan.budget), at the least error
+    that the probe expects. The file is meant to be read and edited.
+
+    With --from-run, units that have been trained a little (ppcl distill --until) are plugged into the teacher alone and
+    in sets, their velocity error on held-out data is measured, and every variant is chosen anew. RUN is this recipe's
+    run folder or another one's; units that no variant needs are dropped, and ppcl distill goes on with the others.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.planning.run import plan
+    if sum((from_run is not None, check, show)) > 1:
+        raise UserError("--from-run, --check and --show: give one of them at a time")
+    from ppcl_ds.planning import run
 
-    plan(loaded)
+    if from_run is not None:
+        from ppcl_ds.distill.replan import Replan
+
+        replan = Replan(loaded, from_run)
+        if (swaps := replan.measured) is not None:
+            replan.write(swaps)
+            return
+        if not launch.is_rank():
+            launch.start_ranks(["plan", str(recipe), "--from-run", str(from_run)], loaded.topology.world)
+        replan.measure()
+    elif check:
+        run.check(loaded)
+    elif show:
+        run.show(loaded)
+    else:
+        run.plan(loaded)
 
 
 @app.command()
@@ -120,6 +154,9 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, plan, topology and shards, print the estimate, stop there.")
     ] = False,
+    until: Annotated[
+        int | None, typer.Option(min=1, metavar="STEP", help="Stop behind this step; the next start goes on.")
+    ] = None,
 ) -> None:
     """Train all units of the plan at once against the frozen teacher.
 
@@ -134,8 +171,8 @@ def distill(
         rehearse(loaded)
         return
     if not launch.is_rank():
-        launch.start_ranks(["distill", str(recipe)], loaded.topology.world)
-    distill(loaded, files, anatomy, checked)
+        launch.start_ranks(["distill", str(recipe), *(["--until", str(until)] if until else [])], loaded.topology.world)
+    distill(loaded, files, anatomy, checked, until)
 
 
 @app.command()

@@ -59,6 +59,11 @@ class Recipe(Section):
         return self.run / "plan.yaml"
 
     @property
+    def swaps_file(self) -> Path:
+        """What `ppcl plan --from-run` has measured."""
+        return self.run / "plan" / "swaps.json"
+
+    @property
     def checkpoints(self) -> Path:
         """What `ppcl distill` trained."""
         return self.run / "distill" / "checkpoints"

@@ -168,15 +168,37 @@ class Probe(Section):
     the result is the same. Default: as many as 32 GiB hold."""
 
 
+Rule = Literal["error", "ppcl", "influence", "uniform", "random", "given"]
+"""How spans are chosen from what the probe found."""
+
+
 class Plan(Section):
     """Which variants to make."""
 
-    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]
-    """Name of each variant and the share of the teacher's block parameters that it gives up."""
-    rule: Literal["error", "ppcl"] = "error"
-    """Where spans may lie. `error`: anywhere, the least total `error(u, v)`. `ppcl`: the paper's spans only."""
+    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = {}
+    """Name of each variant and the share of the blocks' budget that it gives up."""
+    budget: Literal["parameters", "memory", "latency"] = "parameters"
+    """What the share is of: parameters; bytes of the weights as they run; or time, which `--from-run` measures block by
+    block on the device at hand (until then, parameters stand for it)."""
+    rule: Rule = "error"
+    """How spans are chosen. `error`: the least total `error(u, v)`. `ppcl`: the paper's spans, those of least error.
+    `influence`: blocks whose output is most like their input go first. `uniform`: evenly spread. `random`: what any
+    rule has to beat. `given`: the units and variants of the plan file `given`; other variants are chosen from these."""
+    candidates: tuple[Rule, ...] = ()
+    """Rules whose spans join the library, though no variant plugs them yet: `ppcl plan --from-run` chooses anew among
+    all units, once they have been trained a little."""
+    given: Path | None = None
+    """A plan file for rule `given`, such as `plans/qwen_image_published.yaml`."""
     max_span: int = Field(default=6, ge=2)
     """Longest span, in blocks, that rule `error` considers."""
+
+    @model_validator(mode="after")
+    def _has_what_its_rules_need(self) -> Plan:
+        if "given" in (self.rule, *self.candidates) and self.given is None:
+            raise ValueError("given is missing: the plan file whose spans rule `given` takes")
+        if not self.variants and self.rule != "given":
+            raise ValueError("variants is empty; name at least one, with the share that it gives up")
+        return self
 
 
 class Topology(Section):

@@ -71,10 +71,10 @@ def rehearse(recipe: Recipe) -> None:
     print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 
-def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan) -> None:
-    """Distill the plan's library; every rank must call this."""
+def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan, until: int | None = None) -> None:
+    """Distill the plan's library, to its last step or only `until` an earlier one; every rank must call this."""
     launch.join(recipe.distill.timeout)
     from ppcl_ds.distill.trainer import Trainer
 
-    Trainer(recipe, plan, files, anatomy).train()
+    Trainer(recipe, plan, files, anatomy).train(until)
     launch.leave()

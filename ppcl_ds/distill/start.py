@@ -7,6 +7,7 @@ from operator import attrgetter
 from pydantic import ValidationError
 
 from ppcl_ds.data.index import digest, split_entries
+from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.plan import Plan
 from ppcl_ds.recipe import Recipe
@@ -42,7 +43,9 @@ def write_start(recipe: Recipe, plan: Plan) -> None:
 
 
 def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
-    """A checkpoint goes on only as the run that wrote it: same units, samples and optimizer.
+    """A checkpoint goes on only as the run that wrote it: same samples and optimizer, and units that it holds.
+
+    Units may have been dropped from the plan meanwhile: no unit knows of another, so the rest go on as if nothing were.
 
     Args:
         plan: as it is now.
@@ -53,8 +56,6 @@ def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
     """
     folder = recipe.trained_plan.parent
     anew = f"restore it, or move {folder} away to train anew"
-    if trained.units != plan.units:
-        raise UserError(f"{folder} was trained with other units than {recipe.plan_file} has; {anew}")
     try:
         before = Recipe.model_validate_json(recipe.trained_recipe.read_text())
         shards = recipe.trained_recipe.with_name(_SHARDS).read_text()
@@ -72,3 +73,10 @@ def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
         raise UserError(
             f"{recipe.checkpoints}/latest names '{tag}', which is gone; write the name of one that is there"
         )
+    held = newest_checkpoint(recipe.checkpoints).contents.units
+    for unit in plan.units:
+        if unit not in trained.units or unit.name not in held:
+            raise UserError(
+                f"{folder} was trained with other units than {recipe.plan_file} has: its newest checkpoint lacks "
+                f"'{unit.name}'; {anew}"
+            )

@@ -90,23 +90,27 @@ class Trainer:
         batches = chain([next(stream)], stream)
         return Rounds(batches, self.forward, self.exchange, self.inbox, self.clock, self.device)
 
-    def train(self) -> None:
+    def train(self, until: int | None = None) -> None:
         """Train to the recipe's last step, from the newest checkpoint if there is one.
+
+        Args:
+            until: stop behind this step already, with a checkpoint.
 
         Raises:
             UserError: the last checkpoint cannot be written; older ones are there.
         """
         settings = self.recipe.distill
+        last = min(until or settings.steps, settings.steps)
         done = self._resume()
         journal = self._journal()
         rounds = self.rounds(done)
 
         def due(step: int, every: int) -> bool:
-            return bool(every) and (step % every == 0 or step == settings.steps)
+            return bool(every) and (step % every == 0 or step == last)
 
-        with self.stall, progress("distill", settings.steps, done) as advance:
+        with self.stall, progress("distill", last, done) as advance:
             logged = done
-            for step in range(done + 1, settings.steps + 1):
+            for step in range(done + 1, last + 1):
                 self.stall.step = step
                 with self.clock.phase("students"):
                     self.engine.train_batch(rounds)
@@ -116,7 +120,7 @@ class Trainer:
                     logged = step
                 advance(1, note)
                 if due(step, settings.checkpoint_every):
-                    self._save(step)
+                    self._save(step, step == last)
                 if due(step, settings.sample_every):
                     self._look(step, journal)
         journal.print_units()
@@ -163,10 +167,10 @@ class Trainer:
     def _skipped(self) -> dict[str, float]:
         return {f"{name}/skipped_steps": float(count) for name, count in self.engine.optimizer.skipped.items()}
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, last: bool) -> None:
         with self.clock.phase("checkpoint"):
             complaint = self.saver.save(step)
-        if complaint and step == self.recipe.distill.steps:
+        if complaint and last:
             raise UserError(f"{complaint}; make room and run the same command: it goes on from the last checkpoint")
         if complaint and dist.get_rank() == 0:
             print(f"warning: no checkpoint of step {step}: {complaint}; training goes on", flush=True)

@@ -95,7 +95,6 @@ class Bench:
             self.teacher_velocities, self.teacher_latents, self.teacher_blocks = velocities, latents, blocks
         pictures = decode(latents)
         scores = self.judge(pictures, self.captions) if self.judge else {}
-        pairs = zip(velocities, self.teacher_velocities, strict=True)
         figures = ModelFigures(
             name=name,
             params=sum(p.numel() for p in model.parameters()),
@@ -103,10 +102,19 @@ class Bench:
             latency_ms=self._latency(model),
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
-            velocity_mse=float(torch.stack([(own - teachers).square().mean() for own, teachers in pairs]).mean()),
+            velocity_mse=self._error(velocities),
             sample_mse=float((latents - self.teacher_latents).square().mean()),
         )
         return figures, pictures
+
+    def velocity_mse(self, model: nn.Module) -> float:
+        """The velocity error alone, without drawing; of models behind the teacher."""
+        model.to(self.device)
+        return self._error([self._velocity(model, batch) for batch in self.batches])
+
+    def _error(self, velocities: Sequence[Tensor]) -> float:
+        pairs = zip(velocities, self.teacher_velocities, strict=True)
+        return float(torch.stack([(own - teachers).square().mean() for own, teachers in pairs]).mean())
 
     @torch.no_grad()
     def _velocity(self, model: nn.Module, batch: NoisyBatch) -> Tensor:

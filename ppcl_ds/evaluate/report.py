@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 from ppcl_ds.evaluate.measure import Figures, ModelFigures
-from ppcl_ds.probing.pictures import as_png
+from ppcl_ds.probing.pictures import as_png, inline
 from ppcl_ds.whole import write_whole
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -61,9 +60,9 @@ def write_report(
     page = environment.get_template("report.html.jinja").render(
         models=models,
         facts=facts,
-        samples=_inline((folder / "samples.png").read_bytes()),
-        heatmap=_inline(heatmap.read_bytes()) if heatmap.exists() else None,
-        curves=_inline(_plot_curves(losses, heldout)) if losses else None,
+        samples=inline((folder / "samples.png").read_bytes()),
+        heatmap=inline(heatmap.read_bytes()) if heatmap.exists() else None,
+        curves=inline(_plot_curves(losses, heldout)) if losses else None,
     )
     write_whole(folder / "report.html", page)
 
@@ -78,7 +77,3 @@ def _plot_curves(losses: Curves, heldout: Curves) -> bytes:
         if curves:
             axis.legend(fontsize=7, ncols=2)
     return as_png(figure)
-
-
-def _inline(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()

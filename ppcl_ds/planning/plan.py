@@ -102,23 +102,26 @@ def load_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> Plan:
     Raises:
         UserError: one line that names the file and the unit or variant that is wrong.
     """
+    plan, complaints = check_plan(path, files, anatomy)
+    if plan is None or complaints:
+        raise UserError(f"plan {path}: {complaints[0]}")
+    return plan
+
+
+def check_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> tuple[Plan | None, list[str]]:
+    """Read a plan, and say everything that is wrong with it; None where it cannot even be read."""
     try:
         plan = Plan.model_validate(yaml.safe_load(path.read_text()))
     except OSError:
-        raise UserError(f"plan {path}: not found; make it with `ppcl plan`") from None
+        return None, ["not found; make it with `ppcl plan`"]
     except yaml.YAMLError as fault:
-        raise UserError(f"plan {path}: not valid YAML: {' '.join(str(fault).split())}") from None
+        return None, [f"not valid YAML: {' '.join(str(fault).split())}"]
     except ValidationError as fault:
-        first = fault.errors()[0]
-        raise UserError(f"plan {path}: {'.'.join(str(part) for part in first['loc'])}: {first['msg']}") from None
+        return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
     if (plan.teacher, plan.blocks) != (files.class_name, len(anatomy)):
-        raise UserError(
-            f"plan {path}: made for {plan.teacher} with {plan.blocks} blocks, "
-            f"but the teacher is {files.class_name} with {len(anatomy)}"
-        )
-    for complaint in _complaints(plan, files, anatomy):
-        raise UserError(f"plan {path}: {complaint}")
-    return plan
+        teacher = f"the teacher is {files.class_name} with {len(anatomy)}"
+        return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {teacher}"]
+    return plan, list(_complaints(plan, files, anatomy))
 
 
 def _complaints(plan: Plan, files: ModelFiles, anatomy: Anatomy) -> Iterator[str]:

@@ -81,8 +81,8 @@ def save_report(report: ProbeReport, folder: Path) -> None:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.probing", "."), autoescape=True)
     page = environment.get_template("report.html.jinja").render(
         report=report,
-        shown=[(p, _inline(pictures[p.name])) for p in PICTURES if p.name in pictures],
-        overview=_inline(pictures["heatmap"]),
+        shown=[(p, inline(pictures[p.name])) for p in PICTURES if p.name in pictures],
+        overview=inline(pictures["heatmap"]),
         difference=_difference(report),
         best=_best(report),
     )
@@ -174,5 +174,6 @@ def as_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _inline(png: bytes) -> str:
+def inline(png: bytes) -> str:
+    """A PNG as an address that a page can hold in itself."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

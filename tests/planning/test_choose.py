@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.choose import make_plan
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.planning.choose import block_sizes, choose_again, choose_sets, make_plan
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
 from tests.conftest import TEACHERS
@@ -105,6 +106,11 @@ def total(report: ProbeReport, spans: Sequence[Span]) -> float:
     return sum(report.error[u][v] or 0.0 for u, v in spans)
 
 
+def plan_of(section: PlanSection, report: ProbeReport, case: Case, seed: int = 0) -> Plan:
+    sizes = block_sizes(section, case.files, case.anatomy, torch.float32)
+    return make_plan(section, seed, report, case.files, case.anatomy, sizes)
+
+
 def chosen(plan: Plan, variant: str) -> list[Span]:
     return [unit.span for unit in plan.units_of(variant)]
 
@@ -124,9 +130,9 @@ def test_the_chosen_spans_are_the_best_of_all_that_meet_the_budget(
     feasible = [spans for distance, spans in distances if spans and distance < 1]
     if not feasible:
         with pytest.raises(UserError, match=r"plan\.variants\.v"):
-            make_plan(section, report, case.files, case.anatomy)
+            plan_of(section, report, case)
         return
-    spans = chosen(make_plan(section, report, case.files, case.anatomy), "v")
+    spans = chosen(plan_of(section, report, case), "v")
     assert spans in feasible
     assert total(report, spans) == pytest.approx(min(total(report, other) for other in feasible), rel=1e-6)
 
@@ -135,7 +141,7 @@ def test_the_chosen_spans_are_the_best_of_all_that_meet_the_budget(
 def test_all_variants_draw_on_one_library(case_of: Callable[[str], Case], family: str) -> None:
     case = case_of(family)
     section = PlanSection(variants={"large": 0.3, "twin": 0.3, "small": 0.5}, max_span=4)
-    plan = make_plan(section, report_of(case, 1), case.files, case.anatomy)
+    plan = plan_of(section, report_of(case, 1), case)
     spans = {variant: chosen(plan, variant) for variant in section.variants}
     assert spans["large"] == spans["twin"] != spans["small"]
     assert sorted({span for part in spans.values() for span in part}) == [unit.span for unit in plan.units]
@@ -147,7 +153,7 @@ def test_units_are_trained_on_the_streams_that_somebody_reads(case_of: Callable[
     case = case_of("qwen")
     report = report_of(case, 0, spans=[(0, 3), (4, 7)])
     section = PlanSection(variants={"v": 0.75}, rule="ppcl")
-    streams = {unit.span: unit.streams for unit in make_plan(section, report, case.files, case.anatomy).units}
+    streams = {unit.span: unit.streams for unit in plan_of(section, report, case).units}
     assert streams == {(0, 3): ("image", "text"), (4, 7): ("image",)}
 
 
@@ -164,7 +170,7 @@ def test_rule_ppcl_uses_the_reports_spans_only(case_of: Callable[[str], Case], s
     assume(not any(0.99 < distance < 1.01 for distance, _ in distances))
     feasible = [subset for distance, subset in distances if distance < 1]
     assume(feasible)
-    picked = chosen(make_plan(section, report, case.files, case.anatomy), "v")
+    picked = chosen(plan_of(section, report, case), "v")
     assert picked in feasible
     assert total(report, picked) == pytest.approx(min(total(report, other) for other in feasible), rel=1e-6)
 
@@ -184,6 +190,80 @@ def test_a_budget_out_of_reach_is_refused_by_name(
     case = case_of("qwen")
     section = PlanSection(variants={"tiny one": share}, rule=rule, max_span=max_span)
     with pytest.raises(UserError, match=r"plan\.variants\.tiny one") as refused:
-        make_plan(section, report_of(case, 0, spans), case.files, case.anatomy)
+        plan_of(section, report_of(case, 0, spans), case)
     assert f"{share:.0%}" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_candidates_join_the_library_without_a_variant(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    report = report_of(case, 3)
+    alone = plan_of(PlanSection(variants={"v": 0.5}), report, case)
+    wider = plan_of(PlanSection(variants={"v": 0.5}, candidates=("uniform", "random")), report, case)
+    assert wider.variants == alone.variants
+    uniform = {(0, 1), (2, 3), (4, 5), (6, 7)}
+    assert {unit.span for unit in wider.units} > {unit.span for unit in alone.units} | uniform
+
+
+def test_a_given_plan_is_taken_as_it_is_and_chosen_from(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+    case = case_of("qwen")
+    units = tuple(UnitPlan(name=f"own {u}", span=(u, v), streams=("image",)) for u, v in [(0, 1), (2, 4), (5, 6)])
+    own = Plan(teacher=case.files.class_name, blocks=8, units=units, variants={"published": ("own 2",)})
+    own.save(tmp_path / "plan.yaml")
+    section = PlanSection(rule="given", given=tmp_path / "plan.yaml", variants={"half": 0.5})
+    plan = plan_of(section, report_of(case, 0), case)
+    assert plan.units == units
+    assert plan.variants == {"published": ("own 2",), "half": ("own 0", "own 2", "own 5")}
+
+
+@pytest.mark.parametrize("changes", [{"rule": "given"}, {"candidates": ["given"]}, {"variants": {}}])
+def test_a_section_that_says_too_little_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"missing|empty"):
+        PlanSection(**{"variants": {"v": 0.5}} | changes)
+
+
+def test_memory_counts_bytes_and_latency_seconds(case_of: Callable[[str], Case]) -> None:
+    case = case_of("flux")
+    memory = PlanSection(variants={"v": 0.5}, budget="memory")
+    halves = block_sizes(memory, case.files, case.anatomy, torch.bfloat16)
+    assert (halves == 2 * case.parameters).all()
+    latency = PlanSection(variants={"v": 0.5}, budget="latency")
+    seconds = [0.1 * block for block in range(8)]
+    assert block_sizes(latency, case.files, case.anatomy, torch.bfloat16, seconds).tolist() == seconds
+    assert (block_sizes(latency, case.files, case.anatomy, torch.bfloat16) == case.parameters).all()
+
+
+def measured_library(case: Case, errors: dict[Span, float], sets: dict[tuple[Span, ...], float]) -> Swaps:
+    units = tuple(UnitPlan(name=str(span), span=span, streams=("image",)) for span in errors)
+    measured = [MeasuredSet(units=tuple(map(str, spans)), error=error) for spans, error in sets.items()]
+    products = np.diag(list(errors.values())).tolist()
+    return Swaps(checkpoint="", units=units, products=products, sets=measured, seconds=[1.0, *[0.1] * 7])
+
+
+def test_variants_are_chosen_anew_by_what_units_cost(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    swaps = measured_library(case, {(0, 1): 0.9, (2, 4): 0.1, (5, 6): 0.2, (5, 7): 0.8}, {})
+    library = Plan(teacher=case.files.class_name, blocks=8, units=swaps.units, variants={})
+    sizes = block_sizes(PlanSection(variants={"v": 0.4}), case.files, case.anatomy, torch.float32)
+    plan = choose_again(PlanSection(variants={"v": 3 / 8, "w": 2 / 8}), swaps, library, sizes)
+    assert chosen(plan, "v") == [(2, 4), (5, 6)]
+    assert chosen(plan, "w") == [(2, 4)]
+    assert [unit.span for unit in plan.units] == [(2, 4), (5, 6)]  # no variant wants the others
+
+
+def test_a_set_that_was_measured_to_be_better_is_preferred(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    errors = {(0, 1): 0.3, (2, 4): 0.1, (5, 6): 0.2}
+    swaps = measured_library(case, errors, {((2, 4), (5, 6)): 0.5, ((0, 1), (2, 4)): 0.35})
+    sizes = block_sizes(PlanSection(variants={"v": 3 / 8}), case.files, case.anatomy, torch.float32)
+    names = choose_sets(PlanSection(variants={"v": 3 / 8}), swaps, sizes)["v"]
+    assert set(names) == {"(0, 1)", "(2, 4)"}
+
+
+def test_a_budget_of_time_spends_seconds(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    swaps = measured_library(case, {(0, 1): 0.01, (2, 3): 0.5, (6, 7): 0.3}, {})
+    swaps = swaps.model_copy(update={"seconds": [0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1, 0.1]})
+    section = PlanSection(variants={"v": 0.6}, budget="latency")
+    sizes = block_sizes(section, case.files, case.anatomy, torch.float32, swaps.seconds)
+    assert choose_sets(section, swaps, sizes)["v"] == ("(2, 3)",)  # block 3 takes ten times as long as the others

@@ -1,0 +1,121 @@
+"""Libraries of units for the demo's digits teacher, trained and judged: what the programs on quality share."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.errors import UserError
+from ppcl_ds.evaluate.measure import Bench, ModelFigures
+from ppcl_ds.export.consolidate import assembled, unit_state
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.reader import DTYPES, open_teacher
+from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.sections import shipped
+
+SIZES = {"-33 %": 0.33, "-50 %": 0.5, "-75 %": 0.75}
+"""Variants by the share of block parameters that they give up."""
+
+BATCH = 64
+"""Samples in an optimizer step."""
+
+
+def write_recipe(run: Path, seed: int, steps: int, **plan: Any) -> Path:
+    """A recipe for the demo's teacher and shards that trains one library in one process; returns its file.
+
+    Args:
+        plan: what section `plan` says beside the variants.
+
+    Raises:
+        UserError: the demo has not been made.
+    """
+    recipe = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
+    demo = Path(recipe["run"])
+    for needed in (demo / "teacher" / "config.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
+        if not needed.exists():
+            raise UserError(f"{needed} is missing; run `make demo` first")
+    recipe |= {"run": str(run), "seed": seed, "demo": None, "topology": {"stages": 1}}
+    recipe["teacher"]["path"] = str(demo / "teacher")
+    recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
+    recipe["plan"] = {"variants": SIZES, **plan}
+    recipe["distill"] |= {"steps": steps, "micro_batch": BATCH, "micro_batches_per_step": 1, "sample_every": 0}
+    recipe["distill"] |= {"log_every": 50, "checkpoint_every": 10**6}
+    (run / "probe").mkdir(parents=True, exist_ok=True)
+    shutil.copy(demo / "probe" / "report.json", run / "probe" / "report.json")
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def ppcl(*arguments: str | Path) -> None:
+    """Run a `ppcl` command in a process of its own, on one CPU thread.
+
+    Raises:
+        RuntimeError: it failed; the message is what it printed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "ppcl_ds.cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    if done.returncode:
+        raise RuntimeError(f"ppcl {' '.join(map(str, arguments))}:\n{done.stdout}")
+
+
+class Library:
+    """A library of units: its plan, and once it is trained, variants of it as stock models."""
+
+    def __init__(self, path: Path) -> None:
+        self.recipe: Recipe = load_recipe(path)
+        self.files, self.anatomy = open_teacher(self.recipe)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan as it is now."""
+        return load_plan(self.recipe.plan_file, self.files, self.anatomy)
+
+    @property
+    def trained(self) -> Plan:
+        """The plan that training began with."""
+        return load_plan(self.recipe.trained_plan, self.files, self.anatomy)
+
+    def model(self, names: tuple[str, ...]) -> nn.Module:
+        """The teacher with these units plugged in, without retraining."""
+        plan = self.trained.model_copy(update={"variants": {"set": names}})
+        state = partial(unit_state, newest_checkpoint(self.recipe.checkpoints), self.trained)
+        return assembled(self.files, self.anatomy, plan, "set", state)
+
+
+class Judge:
+    """The demo's own figures, on the same samples and noise for every model, whatever it was trained on."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        recipe = recipe.model_copy(update={"seed": 0})
+        files, _ = open_teacher(recipe)
+        self.dtype = DTYPES[recipe.teacher.precision]
+        self.bench = Bench(recipe, caller_for(files.class_name), torch.device("cpu"))
+        self.decode = image_encoder(recipe.data, torch.device("cpu")).decode
+        assert files.model_class is not None
+        self.teacher = self.of(files.model_class.from_pretrained(files.folder))
+
+    def of(self, model: nn.Module) -> ModelFigures:
+        """All figures of a model."""
+        return self.bench.measure("", model, self.decode)[0]
+
+    def velocity_mse(self, model: nn.Module) -> float:
+        """The velocity error alone, which is quicker."""
+        return self.bench.velocity_mse(model)

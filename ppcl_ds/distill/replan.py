@@ -1,0 +1,78 @@
+"""`ppcl plan --from-run`: units that were trained a little are measured, and variants are chosen anew among them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ppcl_ds import launch
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.planning.choose import choose_again, choose_sets
+from ppcl_ds.planning.forecast import fitted
+from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.planning.run import sizes_of, write
+from ppcl_ds.planning.swaps import Swaps, load_swaps
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.whole import write_whole
+
+
+class Replan:
+    """A recipe's variants and the run whose library they are chosen from, checked before a process starts.
+
+    Args:
+        run: folder of the run that has trained the library; the recipe's own, or another one of the same teacher.
+
+    Attributes:
+        library: the units of the run's newest checkpoint.
+
+    Raises:
+        UserError: one line that says what is wrong.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        self.recipe = recipe
+        self.files, self.anatomy = open_teacher(recipe)
+        other = recipe.model_copy(update={"run": run})
+        self.checkpoint: Checkpoint = newest_checkpoint(other.checkpoints)
+        trained = load_plan(other.trained_plan, self.files, self.anatomy)
+        units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
+        self.library = trained.model_copy(update={"units": units, "variants": {}})
+        launch.check_world(recipe.topology.world)
+        split_entries(recipe.data, "heldout")
+        empty_prompt(recipe.data)
+        read_deepspeed_file(recipe.deepspeed.teacher)
+
+    @property
+    def measured(self) -> Swaps | None:
+        """What was measured of this very checkpoint before."""
+        swaps = load_swaps(self.recipe.swaps_file)
+        return swaps if swaps and swaps.checkpoint == self._name else None
+
+    @property
+    def _name(self) -> str:
+        return str(self.checkpoint.folder.resolve())
+
+    def measure(self) -> None:
+        """Measure the library; every rank must call this, rank 0 then chooses."""
+        device = launch.join()
+        from ppcl_ds.distill.swaps import SwapBench, measure_swaps
+
+        bench = SwapBench(self.recipe, self.files, self.anatomy, self.library, self.checkpoint, device)
+        swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
+        if dist.get_rank() == 0:
+            write_whole(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
+            self.write(swaps)
+        launch.leave()
+
+    def write(self, swaps: Swaps) -> None:
+        """Choose every variant and write the plan."""
+        sizes = sizes_of(self.recipe, self.files, self.anatomy, swaps)
+        plan = choose_again(self.recipe.plan, swaps, self.library, sizes)
+        write(self.recipe, plan, self.anatomy, fitted(swaps), sizes)
+
+    def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
+        return choose_sets(self.recipe.plan, swaps, sizes_of(self.recipe, self.files, self.anatomy, swaps))

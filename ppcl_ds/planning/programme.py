@@ -1,0 +1,105 @@
+"""The integer programme: of all units that might be plugged, those that give up a budget at the least error."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+Array = NDArray[np.float64]
+
+_SECONDS = 60.0
+"""Longest search; what is found by then is within a fraction of a percent of the best."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """K units that a variant may plug.
+
+    Attributes:
+        footprints: for each, the parts of the teacher that it takes the place of; no part may be replaced twice.
+        saved: (K,) what each gives up, in the budget's unit.
+        errors: (K,) what each costs alone.
+        pairs: (K, K) symmetric, what two cost together beyond both alone; zero where that is not known.
+    """
+
+    footprints: Sequence[frozenset[Hashable]]
+    saved: Array
+    errors: Array
+    pairs: Array
+
+    def conflicts(self) -> Array:
+        """(parts, K): 1 where a unit takes the place of a part."""
+        parts = sorted({part for footprint in self.footprints for part in footprint}, key=repr)
+        return np.array([[part in footprint for footprint in self.footprints] for part in parts], dtype=float)
+
+
+def cheapest(candidates: Candidates, least: float, most: float) -> list[int] | None:
+    """The units of least total error among those sets that give up between `least` and `most`.
+
+    Minimises `sum_i e_i x_i + sum_{i<j} p_ij x_i x_j` over binary x. Each product is a variable of its own, held to
+    `x_i + x_j - 1 <= y_ij <= x_i, x_j` (McCormick's envelope), so that scipy's HiGHS can solve it as a linear programme
+    over integers.
+
+    Returns:
+        Their places among the candidates; None where no set will do. Never the empty set: that is the teacher.
+    """
+    count = len(candidates.errors)
+    if not count:
+        return None
+    conflicts = candidates.conflicts()
+    apart = conflicts.T @ conflicts == 0
+    first, second = np.nonzero(np.triu((candidates.pairs != 0) & apart, k=1))
+    costs = np.concatenate([candidates.errors, candidates.pairs[first, second]])
+    # The solver's tolerances are absolute: errors become large numbers, and what is given up about a unit each.
+    size = np.abs(candidates.saved).max() or 1.0
+    units = np.ones((1, count))
+    constraints = [
+        LinearConstraint(_wide(conflicts, len(costs)), -np.inf, 1),
+        LinearConstraint(_wide(units, len(costs)), 1, np.inf),
+        LinearConstraint(_wide(candidates.saved[None] / size, len(costs)), least / size, most / size),
+        *_products(first, second, count, candidates.pairs[first, second]),
+    ]
+    solution = milp(
+        c=costs * (1e4 / (np.abs(costs).max() or 1.0)),
+        integrality=np.concatenate([np.ones(count), np.zeros(len(first))]),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-9 if not len(first) else 1e-4, "time_limit": _SECONDS},
+        constraints=constraints,
+    )
+    if solution.x is None:
+        return None
+    return [index for index in range(count) if solution.x[index] > 0.5]
+
+
+def _wide(matrix: Array, width: int) -> csr_array:
+    """A constraint on the units alone, as one on all variables."""
+    return csr_array(np.pad(matrix, ((0, 0), (0, width - matrix.shape[1]))))
+
+
+def _products(first: NDArray, second: NDArray, count: int, costs: Array) -> list[LinearConstraint]:
+    """What ties each product to its factors: only the side that the costs push against is needed."""
+    places = np.arange(len(first)) + count
+    width = count + len(first)
+    held_up, held_down = np.nonzero(costs > 0)[0], np.nonzero(costs < 0)[0]
+    made = []
+    if len(held_up):
+        rows = _rows([(first[held_up], 1.0), (second[held_up], 1.0), (places[held_up], -1.0)], width)
+        made.append(LinearConstraint(rows, -np.inf, 1))
+    for factor in (first, second):
+        if len(held_down):
+            rows = _rows([(places[held_down], 1.0), (factor[held_down], -1.0)], width)
+            made.append(LinearConstraint(rows, -np.inf, 0))
+    return made
+
+
+def _rows(entries: Sequence[tuple[NDArray, float]], width: int) -> csr_array:
+    """A sparse matrix with, in row r, each value at the r-th of its columns."""
+    height = len(entries[0][0])
+    values = np.concatenate([np.full(height, value) for _, value in entries])
+    columns = np.concatenate([columns for columns, _ in entries])
+    return csr_array((values, (np.tile(np.arange(height), len(entries)), columns)), shape=(height, width))

@@ -1,0 +1,148 @@
+"""Span rules: each cuts spans out of the block lists until a variant gives up its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+
+from ppcl_ds.planning.programme import Candidates, cheapest
+from ppcl_ds.probing.report import MEAN, ProbeReport
+from ppcl_ds.sections import Rule
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What every rule chooses on.
+
+    Attributes:
+        report: what the probe found.
+        sizes: (M,) what each block weighs in the budget.
+        lists: block numbers of each block list.
+        allowed: the spans that a unit can take the place of.
+        max_span: longest span, in blocks, of rule `error`.
+        seed: of rule `random`.
+        given: the spans of rule `given`.
+    """
+
+    report: ProbeReport
+    sizes: np.ndarray
+    lists: Sequence[Sequence[int]]
+    allowed: Set[Span]
+    max_span: int
+    seed: int
+    given: Sequence[Span]
+
+    @property
+    def slack(self) -> float:
+        """Half a block: blocks cannot be split, so a goal is met no better than that."""
+        return 0.501 * float(self.sizes.max())
+
+    def saved(self, spans: Iterable[Span]) -> float:
+        """What spans give up: all their blocks but the first, which the unit is as large as."""
+        return float(sum(self.sizes[u + 1 : v + 1].sum() for u, v in spans))
+
+
+def spans_by(rule: Rule, ground: Ground, share: float) -> list[Span] | None:
+    """The spans that a rule chooses for a variant that gives up `share`; None where it cannot."""
+    return _RULES[rule](ground, share)
+
+
+def least_error(ground: Ground, spans: Iterable[Span], share: float) -> list[Span] | None:
+    """Of the given spans, those of least total `error(u, v)` that give up `share`."""
+    errors = {(u, v): ground.report.error[u][v] for u, v in sorted(spans)}
+    known = {span: error for span, error in errors.items() if error is not None}
+    candidates = Candidates(
+        footprints=[frozenset(range(u, v + 1)) for u, v in known],
+        saved=np.array([ground.saved([span]) for span in known]),
+        errors=np.array(list(known.values())),
+        pairs=np.zeros((len(known), len(known))),
+    )
+    goal = share * float(ground.sizes.sum())
+    chosen = cheapest(candidates, goal - ground.slack, goal + ground.slack)
+    return None if chosen is None else [list(known)[index] for index in chosen]
+
+
+def _error(ground: Ground, share: float) -> list[Span] | None:
+    """Any spans up to the longest: the least total error."""
+    return least_error(ground, [(u, v) for u, v in ground.allowed if v - u < ground.max_span], share)
+
+
+def _ppcl(ground: Ground, share: float) -> list[Span] | None:
+    """The paper's spans, those of least total error (the paper does not say how to choose among them).
+
+    Where all of them together do not give up the share, neighbours may become one.
+    """
+    spans = [span for span in ground.report.spans if span in ground.allowed]
+    if ground.saved(spans) < share * ground.sizes.sum() - ground.slack:
+        runs = [(first[0], last[1]) for at, first in enumerate(spans) for last in _neighbours(spans[at:])]
+        spans = [span for span in runs if span in ground.allowed]
+    return least_error(ground, spans, share)
+
+
+def _neighbours(spans: Sequence[Span]) -> list[Span]:
+    """The first span and those that follow without a gap."""
+    gaps = [place for place, (a, b) in enumerate(pairwise(spans), 1) if b[0] > a[1] + 1]
+    return list(spans[: min(gaps, default=len(spans))])
+
+
+def _given(ground: Ground, share: float) -> list[Span] | None:
+    """The spans of a plan file: the least total error."""
+    return least_error(ground, ground.given, share)
+
+
+def _influence(ground: Ground, share: float) -> list[Span] | None:
+    """Blocks of least influence go first (Block Influence, arXiv 2403.03853); the block before them takes over."""
+    influence = ground.report.figures[MEAN]["influence"].value[0]
+    return _by_order(ground, share, sorted(range(len(influence)), key=lambda block: influence[block] or 0.0))
+
+
+def _random(ground: Ground, share: float) -> list[Span] | None:
+    """Blocks go in random order; what any rule has to beat."""
+    return _by_order(ground, share, np.random.default_rng(ground.seed).permutation(len(ground.sizes)).tolist())
+
+
+def _by_order(ground: Ground, share: float, order: Iterable[int]) -> list[Span] | None:
+    """Blocks go one after another until the share is reached; each run of them falls to the block before it."""
+    goal = share * float(ground.sizes.sum())
+    gone: set[int] = set()
+    for block in order:
+        spans = _spans_without(gone | {block})
+        if set(spans) <= ground.allowed and ground.saved(spans) <= goal + ground.slack:
+            gone.add(block)
+            if ground.saved(spans) >= goal - ground.slack:
+                return spans
+    return None
+
+
+def _spans_without(gone: set[int]) -> list[Span]:
+    """Spans whose first block stays and whose others are the blocks of `gone`."""
+    runs = [[block for _, block in run] for _, run in groupby(enumerate(sorted(gone)), lambda item: item[1] - item[0])]
+    return [(run[0] - 1, run[-1]) for run in runs]
+
+
+def _uniform(ground: Ground, share: float) -> list[Span]:
+    """Each list keeps its share of blocks, spread evenly; spans are as equal in length as can be."""
+    spans = []
+    for blocks in ground.lists:
+        # Where no unit can close the list, its last block stays by itself.
+        closes = len(blocks) < 2 or (blocks[-2], blocks[-1]) in ground.allowed
+        body = blocks if closes else blocks[:-1]
+        kept = max(1, round(len(blocks) * (1 - share)) - (not closes))
+        edges = [round(group * len(body) / kept) for group in range(kept + 1)]
+        spans += [(body[a], body[b - 1]) for a, b in pairwise(edges) if b - a > 1]
+    return spans
+
+
+_RULES: dict[Rule, Callable[[Ground, float], list[Span] | None]] = {
+    "error": _error,
+    "ppcl": _ppcl,
+    "influence": _influence,
+    "uniform": _uniform,
+    "random": _random,
+    "given": _given,
+}

@@ -1,0 +1,152 @@
+"""A plan for people: its variants as a table, and where they lie on the front of error over size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from numpy.typing import NDArray
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from ppcl_ds.console import track
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.planning.forecast import Forecast
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.programme import cheapest
+from ppcl_ds.probing.pictures import as_png, inline
+from ppcl_ds.whole import write_whole
+
+_LEVELS = 24
+"""Most points of the front."""
+
+
+class Point(NamedTuple):
+    """A set of units: the share of the budget that is left, its error, and what it is called."""
+
+    left: float
+    error: float
+    name: str
+
+
+class Line(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        blocks: that are left.
+        units: that are plugged, as a person reads them.
+        parameters: in the blocks that are left.
+        left: share of the budget that is left.
+        error: expected; None where the forecast does not know one of the units.
+    """
+
+    name: str
+    blocks: int
+    units: str
+    parameters: int
+    left: float
+    error: float | None
+
+
+def lines_of(plan: Plan, anatomy: Anatomy, forecast: Forecast, sizes: NDArray[np.float64]) -> list[Line]:
+    """The variants of a plan.
+
+    Args:
+        sizes: (M,) what each block weighs in the budget.
+    """
+    lines = []
+    for name in plan.variants:
+        units, places = plan.units_of(name), plan.places(name)
+        kept = [origin for origin, _ in places]
+        parameters = sum(anatomy.blocks[origin].parameters for origin in kept)
+        left = float(sizes[kept].sum() / sizes.sum())
+        lines.append(Line(name, len(places), _spans(units), parameters, left, forecast.of(units)))
+    return lines
+
+
+def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> None:
+    """Print the variants."""
+    table = Table("variant", "blocks", "block parameters", "units", forecast.title, box=SIMPLE, pad_edge=False)
+    for line in lines:
+        change = f"{line.parameters:,} ({line.parameters / anatomy.block_parameters - 1:+.0%})"
+        error = "not known" if line.error is None else f"{line.error:.4g}"
+        table.add_row(line.name, f"{line.blocks} of {len(anatomy)}", change, line.units.replace("[", r"\["), error)
+    Console().print(table)
+
+
+def front(forecast: Forecast, sizes: NDArray[np.float64]) -> list[Point]:
+    """The least error at each size: sets of units that no smaller set of the forecast beats.
+
+    Args:
+        sizes: (M,) what each block weighs in the budget.
+    """
+    candidates, total = forecast.candidates(sizes), float(sizes.sum())
+    step = max(float(sizes.max()), total / _LEVELS)
+    points: list[Point] = []
+    for level in track(range(1, int(total / step) + 1), "front", int(total / step)):
+        chosen = cheapest(candidates, (level - 0.5) * step, (level + 0.5) * step)
+        if chosen is None:
+            continue
+        units = [forecast.units[index] for index in chosen]
+        error = forecast.of(units)
+        assert error is not None, "the forecast knows its own units"
+        points.append(Point(1 - float(candidates.saved[chosen].sum()) / total, error, _spans(units)))
+    best = np.inf
+    kept = []
+    for point in sorted(points):  # the smallest model first: a larger one has to be better
+        if point.error < best:
+            kept.append(point)
+            best = point.error
+    return kept[::-1]
+
+
+def draw(
+    folder: Path,
+    lines: Sequence[Line],
+    points: Sequence[Point],
+    measured: Sequence[Point],
+    forecast: Forecast,
+    budget: str,
+    teacher: str,
+) -> None:
+    """Write `pareto.png` and `report.html` into `folder`.
+
+    Args:
+        points: the front.
+        measured: sets of units whose error was measured.
+        budget: what size is counted in.
+    """
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
+    axis.plot([p.left for p in points], [p.error for p in points], ".-", color="0.6", label="least expected error")
+    if measured:
+        axis.plot([p.left for p in measured], [p.error for p in measured], "x", ms=5, label="measured sets of units")
+    for line in lines:
+        if line.error is not None:
+            axis.plot(line.left, line.error, "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
+    axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=forecast.title, yscale="log")
+    axis.legend(fontsize=8)
+    picture = as_png(figure)
+    write_whole(folder / "pareto.png", picture)
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.planning", "."), autoescape=True)
+    page = environment.get_template("report.html.jinja").render(
+        lines=lines,
+        points=points,
+        measured=measured,
+        title=forecast.title,
+        teacher=teacher,
+        budget=budget,
+        picture=inline(picture),
+    )
+    write_whole(folder / "report.html", page)
+
+
+def _spans(units: Sequence[UnitPlan]) -> str:
+    return " ".join(f"[{unit.span[0]},{unit.span[1]}]" for unit in sorted(units, key=lambda unit: unit.span))
