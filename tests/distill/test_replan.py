@@ -90,13 +90,13 @@ def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..
 
     LIBRARY.save(recipe.plan_file)
     dropped = next(unit.name for unit in UNITS if unit not in plan.units)
-    assert f"lacks '{dropped}'" in command("distill", path, code=1)
+    assert f"lacks '{dropped}'" in command("distill", path, code=2)
 
 
 def test_a_run_that_was_not_trained_is_refused(new_run: Callable[..., Path]) -> None:
     path = new_run("qwen")
     run = yaml.safe_load(path.read_text())["run"]
-    printed = command("plan", path, "--from-run", run, code=1)
+    printed = command("plan", path, "--from-run", run, code=2)
     assert "run `ppcl distill` first" in printed
     assert len(printed.strip().splitlines()) == 1
-    assert "one of them" in command("plan", path, "--from-run", run, "--check", code=1)
+    assert "one of them" in command("plan", path, "--from-run", run, "--check", code=2)
