@@ -23,7 +23,7 @@ from benchmarks.digits import Judge, Library, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row, show
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.measure import ModelFigures
-from ppcl_ds.planning.choose import block_sizes
+from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.forecast import Forecast, fitted
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.swaps import draw_sets, load_swaps
@@ -63,8 +63,8 @@ def foretold(library: Library, judge: Judge, forecast: Forecast, count: int) -> 
 
 def curve(library: Library, judge: Judge, forecast: Forecast) -> list[ModelFigures]:
     """Figures of the planner's set at every number of blocks."""
-    sizes = block_sizes(library.recipe.plan, library.files, library.anatomy, judge.dtype)
-    candidates, block = forecast.candidates(sizes), float(sizes.max())
+    budget = budget_of(library.recipe.plan, library.files, library.anatomy, judge.dtype)
+    candidates, block, sizes = forecast.candidates(budget), float(budget.blocks.max()), budget.blocks
     found = []
     for gone in track(range(1, len(sizes)), "sizes", len(sizes) - 1):
         chosen = cheapest(candidates, (gone - 0.5) * block, (gone + 0.5) * block)

@@ -27,7 +27,7 @@ from ppcl_ds.distill.engine import LibraryEngine, LocalEngine, TrainUnits
 from ppcl_ds.distill.library import Inbox, Library
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 
 STAGES = 4
 Parcels = Sequence[Mapping[str, Parcel]]
@@ -74,11 +74,12 @@ def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
     """An engine of this kind with a library of its own, fed with these parcels; all ranks together."""
     from ppcl_ds.distill.run import check
 
-    files, _, plan = check(recipe)
+    files, anatomy, plan = check(recipe)
     inbox = Inbox()
     library = Library(
         plan,
         files,
+        anatomy,
         costs={unit.name: 1 for unit in plan.units},
         stages=recipe.topology.stages,
         dtype=DTYPES[recipe.teacher.precision],

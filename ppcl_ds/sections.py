@@ -191,6 +191,12 @@ class Plan(Section):
     """A plan file for rule `given`, such as `plans/qwen_image_published.yaml`."""
     max_span: int = Field(default=6, ge=2)
     """Longest span, in blocks, that rule `error` considers."""
+    width: tuple[Literal["text", "ffn", "narrow"], ...] = ()
+    """Width units that join the library as candidates, for every block that has what they need. `text`: the text stream
+    of two neighbours becomes linear; `ffn`: a feed-forward becomes one linear; `narrow`: it keeps its most important
+    hidden channels. Needs `ppcl plan --from-run`, which then chooses between them and spans under one budget."""
+    narrow_keep: float = Field(default=0.25, gt=0, lt=1)
+    """Share of hidden channels that `narrow` keeps."""
 
     @model_validator(mode="after")
     def _has_what_its_rules_need(self) -> Plan:
@@ -245,6 +251,9 @@ class Distill(Section):
     micro_batches_per_step: int = Field(gt=0)
     """Micro-batches in one optimizer step, over all processes: a multiple of stages x replicas.
     The global batch is `micro_batch * micro_batches_per_step`, whatever the topology."""
+    calibration_steps: int = Field(default=8, gt=0)
+    """Width units start from least squares on the samples of so many steps; there should be several times more tokens
+    than a linear has inputs."""
     magnitude_weight: float = Field(default=1.0, ge=0)
     """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
     activation_checkpointing: bool = False

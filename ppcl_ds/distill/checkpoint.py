@@ -33,7 +33,7 @@ class SavedUnit(BaseModel):
     """One unit of a checkpoint."""
 
     parameters: dict[str, list[int]]
-    """Name in the teacher's block class -> shape, in the order of the flat vector."""
+    """Name inside the unit -> shape, in the order of the flat vector. A depth unit's names are its block class's."""
     pieces: list[Piece]
     skipped: int
     """Steps that the unit has skipped because its gradient was not finite."""
@@ -65,7 +65,7 @@ class Checkpoint:
             ) from None
 
     def unit(self, name: str) -> dict[str, Tensor]:
-        """A trained unit's float32 masters: name in the teacher's block class -> tensor.
+        """A trained unit's float32 masters: name inside the unit -> tensor.
 
         Raises:
             UserError: the unit is not in the checkpoint, or its file cannot be read.

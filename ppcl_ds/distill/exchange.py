@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 
 _ALIGNMENT = 16
 """Bytes; every tensor starts at a multiple, so that it can be viewed in place as its own type."""

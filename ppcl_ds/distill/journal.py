@@ -40,7 +40,7 @@ class Journal:
         """Write what was measured over the last `steps` steps.
 
         Args:
-            own: this rank's values, `unit/loss/stream` and so on; where several ranks have one, their mean counts.
+            own: this rank's values, `unit/loss/output` and so on; where several ranks have one, their mean counts.
             seconds: by phase, over those steps.
 
         Returns:
@@ -91,13 +91,13 @@ class Journal:
             return
         table = Table(title="units")
         table.add_column("unit", overflow="fold")
-        for column in ("blocks", "stream", "loss", "norm ratio", "gradient", "skipped"):
+        for column in ("blocks", "output", "loss", "norm ratio", "gradient", "skipped"):
             table.add_column(column, justify="right")
         for unit in self.plan.units:
-            for stream in unit.streams:
-                numbers = (f"loss/{stream}", f"norm_ratio/{stream}", "gradient_norm", "skipped_steps")
+            for output in unit.outputs:
+                numbers = (f"loss/{output}", f"norm_ratio/{output}", "gradient_norm", "skipped_steps")
                 loss, ratio, gradient, skipped = (self.newest[f"{unit.name}/{number}"] for number in numbers)
                 blocks = f"{unit.span[0]}-{unit.span[1]}"
                 cells = (f"{loss:.4f}", f"{ratio:.3f}", f"{gradient:.2g}", f"{skipped:.0f}")
-                table.add_row(unit.name, blocks, stream, *cells)
+                table.add_row(unit.name, blocks, output, *cells)
         Console().print(table)

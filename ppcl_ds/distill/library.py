@@ -11,10 +11,13 @@ import torch
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
+from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.building import build_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.units.depth import DepthUnit, Parcel, recompute_parts
+from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
+from ppcl_ds.units.unit import Parcel
 
 
 class Inbox:
@@ -32,7 +35,7 @@ class UnitLayer(nn.Module):
     """One unit as a layer of the pipeline: adds its own loss to the running loss.
 
     Args:
-        plan: which span, which streams.
+        plan: what it takes the place of.
         inbox: where the unit's parcel lies when `forward` runs.
         checkpointing: recompute activations in the backward pass, see `recompute_parts`.
     """
@@ -41,6 +44,7 @@ class UnitLayer(nn.Module):
         self,
         plan: UnitPlan,
         files: ModelFiles,
+        anatomy: Anatomy,
         dtype: torch.dtype,
         inbox: Inbox,
         magnitude_weight: float,
@@ -48,9 +52,9 @@ class UnitLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.inbox, self.magnitude_weight = plan, inbox, magnitude_weight
-        self.unit = DepthUnit(files, plan.span[0], dtype)
-        if checkpointing:
-            recompute_parts(self.unit.block)
+        self.unit = build_unit(plan, files, anatomy, dtype).requires_grad_(True)
+        if checkpointing and isinstance(self.unit, DepthUnit):
+            recompute_parts(self.unit.core)
         self._sums: dict[str, Tensor] = {}
         self._count = 0
 
@@ -59,10 +63,10 @@ class UnitLayer(nn.Module):
         parcel = self.inbox.parcels[self.plan.name]
         outputs = self.unit(parcel.inputs, parcel.conditioning)
         measured: dict[str, Tensor] = {}
-        for stream in self.plan.streams:
-            student, teacher, mask = outputs[stream], parcel.targets[stream], parcel.mask_of(stream)
-            measured[f"loss/{stream}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
-            measured[f"norm_ratio/{stream}"] = norm_ratio(student.detach(), teacher, mask)
+        for name in self.plan.outputs:
+            student, teacher, mask = outputs[name], parcel.targets[name], parcel.mask_of(name)
+            measured[f"loss/{name}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
+            measured[f"norm_ratio/{name}"] = norm_ratio(student.detach(), teacher, mask)
         self._note(measured)
         losses = [value for name, value in measured.items() if name.startswith("loss/")]
         return running + torch.stack(losses).sum()
@@ -73,7 +77,7 @@ class UnitLayer(nn.Module):
         self._count += 1
 
     def drain(self) -> dict[str, float]:
-        """Means of loss and norm ratio by stream since the last call; `unit/loss/stream` -> value."""
+        """Means of loss and norm ratio by output since the last call; `unit/loss/output` -> value."""
         means = {f"{self.plan.name}/{name}": float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means
@@ -92,6 +96,7 @@ class Library(PipelineModule):
         self,
         plan: Plan,
         files: ModelFiles,
+        anatomy: Anatomy,
         *,
         costs: Mapping[str, float],
         stages: int,
@@ -101,7 +106,8 @@ class Library(PipelineModule):
         checkpointing: bool,
     ) -> None:
         self.costs = [int(costs[unit.name]) for unit in plan.units]
-        specs = [LayerSpec(UnitLayer, u, files, dtype, inbox, magnitude_weight, checkpointing) for u in plan.units]
+        shared = (files, anatomy, dtype, inbox, magnitude_weight, checkpointing)
+        specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
         with redirect_stdout(StringIO()):  # it prints its layout line by line
             super().__init__(specs, num_stages=stages)
         names = [unit.name for unit in plan.units]

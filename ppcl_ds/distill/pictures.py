@@ -20,7 +20,7 @@ from ppcl_ds.families.sampling import draw
 from ppcl_ds.families.sharded import forget_order
 from ppcl_ds.planning.plan import Plan
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.units.depth import DepthUnit
+from ppcl_ds.units.unit import Unit
 
 _PICTURES = 8
 """Pictures of each model."""
@@ -32,7 +32,7 @@ def look(
     anatomy: Anatomy,
     caller: Caller,
     teacher: deepspeed.DeepSpeedEngine,
-    units: Mapping[str, DepthUnit],
+    units: Mapping[str, Unit],
     owner: Mapping[str, int],
     group: dist.ProcessGroup,
     device: torch.device,

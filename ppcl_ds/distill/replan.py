@@ -11,10 +11,11 @@ from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.stream import empty_prompt
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.choose import choose_again, choose_sets
 from ppcl_ds.planning.forecast import fitted
 from ppcl_ds.planning.plan import load_plan
-from ppcl_ds.planning.run import sizes_of, write
+from ppcl_ds.planning.run import budget_for, write
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.whole import write_whole
@@ -70,9 +71,12 @@ class Replan:
 
     def write(self, swaps: Swaps) -> None:
         """Choose every variant and write the plan."""
-        sizes = sizes_of(self.recipe, self.files, self.anatomy, swaps)
-        plan = choose_again(self.recipe.plan, swaps, self.library, sizes)
-        write(self.recipe, plan, self.anatomy, fitted(swaps), sizes)
+        budget = self._budget(swaps)
+        plan = choose_again(self.recipe.plan, swaps, self.library, budget)
+        write(self.recipe, plan, self.files, self.anatomy, fitted(swaps), budget)
 
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
-        return choose_sets(self.recipe.plan, swaps, sizes_of(self.recipe, self.files, self.anatomy, swaps))
+        return choose_sets(self.recipe.plan, swaps, self._budget(swaps))
+
+    def _budget(self, swaps: Swaps) -> Budget:
+        return budget_for(self.recipe, self.library, self.files, self.anatomy, swaps)

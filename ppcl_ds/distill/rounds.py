@@ -10,7 +10,7 @@ from torch import Tensor
 from ppcl_ds.distill.exchange import Exchange
 from ppcl_ds.distill.library import Inbox
 from ppcl_ds.families.reader import NoisyBatch
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 from ppcl_ds.watch.clock import Clock
 
 

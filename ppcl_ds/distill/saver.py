@@ -105,7 +105,7 @@ class Saver:
         skipped = self.engine.optimizer.skipped
         own = {}
         for layer, (name, _, start, stop) in zip(self.engine.module.layers, self._shares(), strict=True):
-            shapes = {key: list(parameter.shape) for key, parameter in layer.unit.block.named_parameters()}
+            shapes = {key: list(parameter.shape) for key, parameter in layer.unit.core.named_parameters()}
             piece = Piece(file=self.file, start=start, stop=stop)
             own[name] = SavedUnit(parameters=shapes, pieces=[piece], skipped=skipped[name])
         units: dict[str, SavedUnit] = {}

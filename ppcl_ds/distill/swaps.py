@@ -15,18 +15,19 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ppcl_ds.console import track
+from ppcl_ds.console import progress, track
 from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.distill.plugged import plugged
-from ppcl_ds.families.anatomy import Anatomy, Wanted
+from ppcl_ds.families.anatomy import Anatomy, Block, Capture, Wanted
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream, read_teacher
 from ppcl_ds.families.sharded import forget_order, load_teacher
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.planning.building import build_unit, narrow_block
+from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.units.depth import DepthUnit
+from ppcl_ds.units.depth import depth_unit
 
 _ROUNDS = 6
 """Most times that the planner may choose anew."""
@@ -57,10 +58,9 @@ class SwapBench:
         self.dtype, self.caller = DTYPES[recipe.teacher.precision], caller_for(files.class_name)
         config = read_deepspeed_file(recipe.deepspeed.teacher)
         self.teacher = load_teacher(files, config, self.dtype, recipe.teacher.ranks_per_copy)
-        self.units: dict[str, DepthUnit] = {}
-        for unit in library.units:
-            self.units[unit.name] = DepthUnit(files, unit.span[0], self.dtype)
-            self.units[unit.name].block.load_state_dict(checkpoint.unit(unit.name))
+        self.units = {unit.name: build_unit(unit, files, anatomy, self.dtype) for unit in library.units}
+        for name, unit in self.units.items():
+            unit.core.load_state_dict(checkpoint.unit(name))
         self.alone, _ = dist.new_subgroups(1)
 
     def products(self) -> Tensor:
@@ -122,30 +122,47 @@ class SwapBench:
             unit.cpu()
         return velocity.float().cpu().flatten()
 
-    def seconds(self) -> list[float]:
-        """How long each of the teacher's blocks takes for one sample, on rank 0's device; empty on the other ranks.
+    def seconds(self) -> tuple[list[float], dict[str, float]]:
+        """How long each of the teacher's blocks takes for one sample, and what each width unit saves of that.
 
-        Each block is built by itself and called as the teacher calls it.
+        On rank 0's device; nothing on the other ranks. Each block is built by itself and called as the teacher calls
+        it.
         """
         [(_, batch)] = islice(NoisyStream(self.recipe, "heldout", 1, self.device).take(0, 1), 1)
         calls = Wanted(frozenset(range(len(self.anatomy))), frozenset())
         capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, calls)
         forget_order(self.teacher)
         if dist.get_rank():
-            return []
-        found = []
-        for block in track(self.anatomy.blocks, "time blocks", len(self.anatomy)):
-            unit = DepthUnit(self.files, block.index, self.dtype).to(self.device)
-            times = []
-            for _ in range(_REPEATS):
-                get_accelerator().synchronize()
-                began = time.perf_counter()
-                with torch.no_grad():
-                    unit(capture.streams[block.entering], capture.conditioning[block.index])
-                get_accelerator().synchronize()
-                times.append(time.perf_counter() - began)
-            found.append(median(times[_REPEATS // 4 :]))
-        return found
+            return [], {}
+        narrowed = [unit for unit in self.library.units if unit.kind != "depth"]
+        with progress("time blocks", len(self.anatomy) + len(narrowed)) as advance:
+            blocks = []
+            for block in self.anatomy.blocks:
+                blocks.append(self._time(block, capture, None))
+                advance(1)
+            saved = {}
+            for unit in narrowed:
+                changed = unit.members if unit.kind == "text" else [unit.span[0]]
+                left = [self._time(self.anatomy.blocks[index], capture, unit) for index in changed]
+                saved[unit.name] = sum(blocks[index] for index in changed) - sum(left)
+                advance(1)
+        return blocks, saved
+
+    def _time(self, block: Block, capture: Capture, unit: UnitPlan | None) -> float:
+        """Seconds of a block's forward, as it is or with a width unit in it."""
+        module = depth_unit(self.files, block.index, self.dtype)
+        if unit is not None:
+            narrow_block(module.core, block, unit, capture.streams[block.entering])
+        module.to(self.device)
+        times = []
+        for _ in range(_REPEATS):
+            get_accelerator().synchronize()
+            began = time.perf_counter()
+            with torch.no_grad():
+                module(capture.streams[block.entering], capture.conditioning[block.index])
+            get_accelerator().synchronize()
+            times.append(time.perf_counter() - began)
+        return median(times[_REPEATS // 4 :])
 
 
 def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], Iterable[tuple[str, ...]]]) -> Swaps:
@@ -158,13 +175,18 @@ def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], I
         choose: the sets that the planner would plug, from what is known so far.
     """
     sets = draw_sets(bench.library, bench.recipe.seed)
-    products, seconds = bench.products().tolist(), bench.seconds()
+    products, (seconds, saved) = bench.products().tolist(), bench.seconds()
     measured: list[MeasuredSet] = []
     for _ in range(_ROUNDS):
         errors = bench.errors(sets)
         measured += [MeasuredSet(units=names, error=error) for names, error in zip(sets, errors, strict=True)]
         swaps = Swaps(
-            checkpoint=checkpoint, units=bench.library.units, products=products, sets=measured, seconds=seconds
+            checkpoint=checkpoint,
+            units=bench.library.units,
+            products=products,
+            sets=measured,
+            seconds=seconds,
+            saved=saved,
         )
         # Rank 0 decides for all: times of blocks, and what a solver makes of them, are its own.
         chosen = [list(choose(swaps)) if dist.get_rank() == 0 else None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ppcl_ds import launch
-from ppcl_ds.console import progress
+from ppcl_ds.console import progress, track
+from ppcl_ds.distill.calibrate import calibrate
 from ppcl_ds.distill.engine import LocalEngine
 from ppcl_ds.distill.exchange import Exchange
 from ppcl_ds.distill.journal import Journal
@@ -28,7 +30,7 @@ from ppcl_ds.families.sharded import load_teacher
 from ppcl_ds.planning.parcels import parcels_of, wanted_by
 from ppcl_ds.planning.plan import Plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 from ppcl_ds.watch.board import gather, peak_memory_gib
 from ppcl_ds.watch.clock import Clock, matrix_rate
 from ppcl_ds.watch.stall import StallWatch
@@ -50,13 +52,14 @@ class Trainer:
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
         config = read_deepspeed_file(recipe.deepspeed.teacher)
         self.teacher = load_teacher(files, config, dtype, recipe.teacher.ranks_per_copy)
-        self.wanted = wanted_by(plan)
+        self.wanted = wanted_by(plan, anatomy)
         self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device)
         self.inbox = Inbox()
         self.work = self._work()
         self.library = Library(
             plan,
             files,
+            anatomy,
             costs=self.work.units,
             stages=recipe.topology.stages,
             dtype=dtype,
@@ -102,6 +105,8 @@ class Trainer:
         settings = self.recipe.distill
         last = min(until or settings.steps, settings.steps)
         done = self._resume()
+        if not done:
+            self._calibrate()
         journal = self._journal()
         rounds = self.rounds(done)
 
@@ -133,6 +138,25 @@ class Trainer:
         if dist.get_rank() == 0:
             write_start(self.recipe, self.plan)
         return 0
+
+    def _calibrate(self) -> None:
+        """Start the width units from least squares on the first steps' samples."""
+        width = [unit for unit in self.plan.units if unit.kind != "depth"]
+        if not width:
+            return
+        count = self.recipe.distill.calibration_steps * self.engine.micro_batches
+
+        def pull() -> Iterator[None]:
+            rounds = self.rounds(0)
+            for _ in track(range(count), "least squares", count):
+                next(rounds)
+                yield
+
+        narrows = any(unit.keep for unit in width)
+        calibrate(
+            self.library.layers, pull, self.engine.grid.get_data_parallel_group(), self.recipe.probe.ridge, narrows
+        )
+        self.engine.optimizer.refresh_fp32_params()
 
     def _work(self) -> Work:
         """What a sample takes, from the shapes of the first one that is stored."""

@@ -6,7 +6,6 @@ its square. What kernels allocate inside for themselves is not seen.
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -21,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ppcl_ds.families.anatomy import Block, Streams
-from ppcl_ds.units.depth import Parcel, recompute_parts
+from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.loss import boundary_loss
+from ppcl_ds.units.unit import Parcel, Unit
 
 
 class LiveBytes(TorchDispatchMode):
@@ -65,8 +65,8 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def unit_activations(block: Block, module: nn.Module, parcel: Parcel, checkpointing: bool) -> int:
-    """Most bytes alive at once in the forward, loss and backward of a depth unit.
+def unit_activations(unit: Unit, parcel: Parcel, checkpointing: bool) -> int:
+    """Most bytes alive at once in the forward, loss and backward of a unit on the meta device.
 
     Beside parameters, gradients and what the unit reads, which do not count.
 
@@ -74,22 +74,19 @@ def unit_activations(block: Block, module: nn.Module, parcel: Parcel, checkpoint
     they are from the second micro-batch on.
 
     Args:
-        block: the span's first block.
-        module: its module.
+        unit: is changed.
         parcel: what the unit reads and is judged by.
         checkpointing: recompute activations in the backward pass.
     """
-
-    module = copy.deepcopy(module)
-    for part in module.children():
+    for part in unit.core.children():
         part.forward = partial(_with_fused_attention, part.forward)
-    if checkpointing:
-        recompute_parts(module)
-    module.requires_grad_(True)
-    for parameter in module.parameters():
+    if checkpointing and isinstance(unit, DepthUnit):
+        recompute_parts(unit.core)
+    unit.requires_grad_(True)
+    for parameter in unit.parameters():
         parameter.grad = torch.empty_like(parameter)
     with torch.enable_grad(), LiveBytes() as live:
-        outputs = block.call(module, parcel.inputs, parcel.conditioning)
+        outputs = unit(parcel.inputs, parcel.conditioning)
         losses = [boundary_loss(outputs[s], target, None, 1.0) for s, target in parcel.targets.items()]
         del outputs
         torch.stack(losses).sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +15,10 @@ from ppcl_ds.estimate.work import Work, work_of
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.surgery import block_shapes
+from ppcl_ds.planning.building import rehearse_unit
 from ppcl_ds.planning.parcels import parcels_of, wanted_by
 from ppcl_ds.planning.plan import Plan
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel, Unit
 
 
 @dataclass(frozen=True)
@@ -91,30 +92,26 @@ def measure(
         UserError: the teacher cannot read samples of this shape.
     """
     rehearsal = rehearse(files, anatomy, latents, text_tokens, micro_batch, dtype)
-    last = wanted_by(plan).last
+    last = wanted_by(plan, anatomy).last
     unused = tuple(f"{block.key}." for block in anatomy.blocks[last + 1 :])
     named = {name: (p.numel(), p.itemsize) for name, p in rehearsal.model.named_parameters()}
     parcels = parcels_of(rehearsal.capture, rehearsal.text_mask, plan, anatomy)
+    units = {unit.name: rehearse_unit(unit, rehearsal.model, anatomy, dtype) for unit in plan.units}
+    sizes = {name: [parameter.numel() for parameter in unit.parameters()] for name, unit in units.items()}
     return Measured(
         parameters=tuple(named.values()),
         used=tuple(size for name, size in named.items() if not name.startswith(unused)),
         buffers=sum(buffer.numel() * buffer.itemsize for buffer in rehearsal.model.buffers()),
         largest_block=max(block.parameters for block in anatomy.blocks[: last + 1]),
-        largest_parameter=max(_sizes_of_units(rehearsal, anatomy, plan)),
+        largest_parameter=max(map(max, sizes.values())),
         element=dtype.itemsize,
-        unit_parameters={unit.name: anatomy.blocks[unit.span[0]].parameters for unit in plan.units},
+        unit_parameters={name: sum(each) for name, each in sizes.items()},
         parcels=parcels,
-        activations=_unit_activations(rehearsal, anatomy, plan, parcels, checkpointing),
+        activations=_unit_activations(rehearsal, anatomy, plan, units, parcels, checkpointing),
         teacher_activations=_teacher_activations(rehearsal, anatomy, last),
         work=work_of(rehearsal, plan, micro_batch),
         micro_batch=micro_batch,
     )
-
-
-def _sizes_of_units(rehearsal: Rehearsal, anatomy: Anatomy, plan: Plan) -> Iterator[int]:
-    for unit in plan.units:
-        module = anatomy.module(rehearsal.model, anatomy.blocks[unit.span[0]])
-        yield from (parameter.numel() for parameter in module.parameters())
 
 
 def _kind(rehearsal: Rehearsal, anatomy: Anatomy, index: int) -> Hashable:
@@ -126,16 +123,19 @@ def _kind(rehearsal: Rehearsal, anatomy: Anatomy, index: int) -> Hashable:
 
 
 def _unit_activations(
-    rehearsal: Rehearsal, anatomy: Anatomy, plan: Plan, parcels: dict[str, Parcel], checkpointing: bool
+    rehearsal: Rehearsal,
+    anatomy: Anatomy,
+    plan: Plan,
+    units: Mapping[str, Unit],
+    parcels: Mapping[str, Parcel],
+    checkpointing: bool,
 ) -> dict[str, int]:
     known: dict[Hashable, int] = {}
     found = {}
     for unit in plan.units:
-        kind = (_kind(rehearsal, anatomy, unit.span[0]), unit.streams)
+        kind = (_kind(rehearsal, anatomy, unit.span[0]), unit.kind, unit.streams, unit.keep, len(unit.outputs))
         if kind not in known:
-            block = anatomy.blocks[unit.span[0]]
-            module = anatomy.module(rehearsal.model, block)
-            known[kind] = unit_activations(block, module, parcels[unit.name], checkpointing)
+            known[kind] = unit_activations(units[unit.name], parcels[unit.name], checkpointing)
         found[unit.name] = known[kind]
     return found
 

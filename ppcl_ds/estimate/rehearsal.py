@@ -28,13 +28,15 @@ class Rehearsal:
 
     Attributes:
         model: the teacher on the meta device, in the number formats that it runs in.
-        capture: every boundary and every block's arguments, meta tensors.
+        anatomy: its blocks.
+        capture: every boundary, every block's arguments and what passes through its parts, meta tensors.
         text_mask: (B, S) bool.
         block_flops: FLOPs of each block's forward, all B samples.
         flops_until: FLOPs from the beginning of the forward until each block has ended, all B samples.
     """
 
     model: nn.Module
+    anatomy: Anatomy
     capture: Capture
     text_mask: Tensor
     block_flops: tuple[int, ...]
@@ -89,6 +91,7 @@ def rehearse(
             stack.callback(module.register_forward_pre_hook(partial(_note, counter, began, block.index)).remove)
             stack.callback(module.register_forward_hook(partial(_note, counter, ended, block.index)).remove)
         capture = stack.enter_context(anatomy.record(model))
+        stack.enter_context(anatomy.tap(model, capture, anatomy.parts))
         stack.enter_context(counter)
         try:
             caller(model, noisy, prompts, torch.ones(batch, device="meta"))
@@ -99,6 +102,7 @@ def rehearse(
     order = range(len(anatomy))
     return Rehearsal(
         model,
+        anatomy,
         capture,
         prompts.mask,
         block_flops=tuple(ended[index] - began[index] for index in order),

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from ppcl_ds.estimate.rehearsal import Rehearsal, rehearse
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.parcels import wanted_by
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.planning.building import rehearse_unit
+from ppcl_ds.planning.parcels import parcels_of, wanted_by
+from ppcl_ds.planning.plan import Plan, UnitPlan
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,22 @@ def measure_work(
 
 
 def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
-    """The work of one sample, from a rehearsal with `batch` of them. A unit is a copy of its span's first block."""
-    last = wanted_by(plan).last
+    """The work of one sample, from a rehearsal with `batch` of them. Depth units are copies of blocks."""
+    last = wanted_by(plan, rehearsal.anatomy).last
     return Work(
         teacher=rehearsal.flops_until[last] / batch,
-        units={unit.name: rehearsal.block_flops[unit.span[0]] / batch for unit in plan.units},
+        units={unit.name: _unit_flops(unit, rehearsal) / batch for unit in plan.units},
     )
+
+
+def _unit_flops(unit: UnitPlan, rehearsal: Rehearsal) -> float:
+    """FLOPs of a unit's forward, all samples of the rehearsal."""
+    if unit.kind == "depth":
+        return rehearsal.block_flops[unit.span[0]]
+    plan = Plan(teacher="", blocks=len(rehearsal.anatomy), units=(unit,), variants={})
+    [parcel] = parcels_of(rehearsal.capture, None, plan, rehearsal.anatomy).values()
+    module = rehearse_unit(unit, rehearsal.model, rehearsal.anatomy, torch.float32)
+    inputs = {name: tensor.float() for name, tensor in parcel.inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        module(inputs, parcel.conditioning)
+    return counter.get_total_flops()

@@ -7,7 +7,7 @@ Shapes: B batch, S tokens of a stream, C channels, M blocks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +15,16 @@ from typing import Any
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+
+ATTENTION = "attn"
+"""Name of the part of a block in which image and text attend to each other, in every family that has text parts."""
+
+ATTENDED_TEXT = "encoder_hidden_states"
+"""Its argument that is the text, normed and modulated."""
 
 Streams = dict[str, Tensor]
 """Stream name (`image`, `text`) -> (B, S, C)."""
@@ -40,6 +47,10 @@ class Block:
         reads: stream -> name of the argument that carries it.
         returns: stream -> place in the returned tuple.
         parameters: number of parameters.
+        ffn: stream -> name of the feed-forward part that serves it; a block that fuses it with attention has none.
+        text_only: names of the parts that serve the text stream alone, and so are idle once attention is handed the
+            text ready modulated. Empty where the text is not a stream of its own inside the block.
+        text_channels: of the text that attention reads; 0 where it is not a stream of its own.
     """
 
     index: int
@@ -51,6 +62,9 @@ class Block:
     reads: Mapping[str, str]
     returns: Mapping[str, int]
     parameters: int
+    ffn: Mapping[str, str]
+    text_only: Sequence[str]
+    text_channels: int
 
     @property
     def key(self) -> str:
@@ -92,10 +106,12 @@ class Capture:
     Attributes:
         streams: boundary -> its streams.
         conditioning: block index -> its arguments other than the streams (tensors shared between blocks stay shared).
+        parts: block index and name of a part -> what it read and what it returned, each (B, S, C).
     """
 
     streams: dict[int, Streams] = field(default_factory=dict)
     conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,15 +121,17 @@ class Wanted:
     Attributes:
         calls: blocks whose arguments are wanted, the streams that enter them included.
         exits: blocks whose leaving streams are wanted.
+        parts: block index and name of parts whose input and output are wanted; of `attn`, the text that it reads.
     """
 
     calls: frozenset[int]
     exits: frozenset[int]
+    parts: frozenset[tuple[int, str]] = frozenset()
 
     @property
     def last(self) -> int:
         """The last block that has to run."""
-        return max(self.calls | self.exits)
+        return max(self.calls | self.exits | {block for block, _ in self.parts})
 
 
 class Anatomy:
@@ -131,6 +149,7 @@ class Anatomy:
         for list_name, modules in _block_lists(model):
             for position, module in enumerate(modules):
                 reads, returns = self._streams_of(module)
+                text_only, channels = _text_of(module) if "text" in reads else ((), 0)
                 blocks.append(
                     Block(
                         index=len(blocks),
@@ -142,6 +161,9 @@ class Anatomy:
                         reads=reads,
                         returns=returns,
                         parameters=sum(p.numel() for p in module.parameters()),
+                        ffn=_ffn_of(module, reads),
+                        text_only=text_only,
+                        text_channels=channels,
                     )
                 )
                 boundary += 1
@@ -189,6 +211,7 @@ class Anatomy:
         everything = range(len(self))
         calls, exits = (wanted.calls, wanted.exits) if wanted else (everything, everything)
         with ExitStack() as stack:
+            stack.enter_context(self.tap(model, capture, wanted.parts if wanted else ()))
             for block in self.blocks:
                 module = self.module(model, block)
                 if block.index in calls:
@@ -204,6 +227,22 @@ class Anatomy:
                 stack.callback(delattr, model, "forward")
             yield capture
 
+    @contextmanager
+    def tap(self, model: nn.Module, capture: Capture, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
+        """Record, into `capture`, what parts of blocks read and return in the forwards run inside."""
+        with ExitStack() as stack:
+            for index, name in parts:
+                part = self.module(model, self.blocks[index]).get_submodule(name)
+                hook = partial(_record_part, capture, (index, name))
+                stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @property
+    def parts(self) -> frozenset[tuple[int, str]]:
+        """Block index and name of every part that can be tapped."""
+        attended = {(block.index, ATTENTION) for block in self.blocks if block.text_only}
+        return frozenset(attended | {(block.index, name) for block in self.blocks for name in block.ffn.values()})
+
 
 def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
     capture.streams[block.entering], capture.conditioning[block.index] = block.split_call(module, args, kwargs)
@@ -211,6 +250,15 @@ def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[
 
 def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     capture.streams[block.leaving] = block.read_output(output)
+
+
+def _record_part(
+    capture: Capture, key: tuple[int, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict, output: Any
+) -> None:
+    if key[1] == ATTENTION:
+        capture.parts[key] = kwargs[ATTENDED_TEXT], output[-1]
+    else:
+        capture.parts[key] = args[0], output
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -227,6 +275,28 @@ def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return forward(*args, **kwargs)
     except _Stopped:
         return (torch.empty(0),)
+
+
+def _ffn_of(module: nn.Module, reads: Mapping[str, str]) -> dict[str, str]:
+    parts = {name: child for name, child in module.named_children() if isinstance(child, FeedForward)}
+    streams = {name: "text" if _of_text(name) else "image" for name in parts}
+    return {stream: name for name, stream in streams.items() if stream in reads}
+
+
+def _text_of(module: Any) -> tuple[tuple[str, ...], int]:
+    """The parts that serve the text alone, and its channels; none where attention has no weights of its own for it."""
+    attention: Any = getattr(module, ATTENTION, None)
+    if getattr(attention, "add_k_proj", None) is None:
+        return (), 0
+    parts = [name for name, _ in module.named_children() if _of_text(name)]
+    parts += [f"{ATTENTION}.to_add_out"] if getattr(attention, "to_add_out", None) is not None else []
+    with_weights = [name for name in parts if next(module.get_submodule(name).parameters(), None) is not None]
+    return tuple(with_weights), attention.add_k_proj.in_features
+
+
+def _of_text(name: str) -> bool:
+    """Whether a part of a block serves its text stream, as diffusers names such parts."""
+    return "txt" in name or "context" in name
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -89,6 +89,23 @@ class ModelFiles:
         with safe_open(self._file_of[key], framework="pt") as opened:
             return opened.get_tensor(key)
 
+    def block_part(self, block: str, part: str) -> nn.Module:
+        """A part of a block with its stored weights, on the CPU.
+
+        Args:
+            block: key of the block, such as `transformer_blocks.7`.
+            part: name inside it, such as `img_mlp`.
+        """
+        key = f"{block}.{part}"
+        module = self.empty_model().get_submodule(key)
+        self.fill(module, key)
+        return module
+
+    def fill(self, module: nn.Module, key: str) -> None:
+        """Give an empty part of the model its stored weights."""
+        names = {name: f"{key}.{name}" for name in module.state_dict()}
+        module.load_state_dict({name: self.tensor(stored) for name, stored in names.items()}, assign=True)
+
     def flat_range(self, key: str, start: int, stop: int) -> Tensor:
         """Elements `start:stop` of a stored tensor laid flat; reads only the rows that hold them."""
         with safe_open(self._file_of[key], framework="pt") as opened:

@@ -4,49 +4,21 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.forecast import fitted
-from ppcl_ds.planning.plan import Plan, UnitPlan, allowed_spans, load_plan
+from ppcl_ds.planning.plan import Plan, Stream, UnitPlan, allowed_spans, load_plan
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.rules import Ground, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
 
-Sizes = NDArray[np.float64]
-"""(M,) what each block weighs in the budget."""
-
-
-def block_sizes(
-    section: PlanSection, files: ModelFiles, anatomy: Anatomy, dtype: torch.dtype, seconds: list[float] | None = None
-) -> Sizes:
-    """What each block weighs in the recipe's budget, (M,): parameters, bytes or seconds.
-
-    Args:
-        dtype: number format of the run.
-        seconds: of each block, once that is measured; until then parameters stand for it.
-    """
-    if section.budget == "latency" and seconds:
-        return np.array(seconds)
-    weights = dict(files.empty_model().named_parameters())
-    size_of = {
-        key: weight.numel() * (files.runs_as(key, dtype).itemsize if section.budget == "memory" else 1)
-        for key, weight in weights.items()
-    }
-    return np.array(
-        [sum(size for key, size in size_of.items() if key.startswith(f"{block.key}.")) for block in anatomy.blocks],
-        dtype=float,
-    )
-
 
 def make_plan(
-    section: PlanSection, seed: int, report: ProbeReport, files: ModelFiles, anatomy: Anatomy, sizes: Sizes
+    section: PlanSection, seed: int, report: ProbeReport, files: ModelFiles, anatomy: Anatomy, budget: Budget
 ) -> Plan:
     """Choose spans for every variant by the recipe's rule, and gather them, with all candidates, into one library.
 
@@ -57,18 +29,22 @@ def make_plan(
         UserError: no set of spans reaches a variant's share.
     """
     given = load_plan(section.given, files, anatomy) if section.given else None
-    ground = _ground(section, seed, report, files, anatomy, sizes, given)
+    ground = _ground(section, seed, report, files, anatomy, budget, given)
     rules = dict.fromkeys((section.rule, *section.candidates))
     found = {rule: {name: spans_by(rule, ground, share) for name, share in section.variants.items()} for rule in rules}
     for name, spans in found[section.rule].items():
         if not spans:
             _refuse(name, section)
-    units = {unit.span: unit for unit in given.units} if given and "given" in rules else {}
+    own = given.units if given and "given" in rules else ()
+    units = {unit.span: unit for unit in own if unit.kind == "depth"}
     for span in sorted({span for sets in found.values() for spans in sets.values() for span in spans or ()}):
         units.setdefault(span, _unit(span, report, anatomy))
+    width = [unit for unit in own if unit.kind != "depth"]
+    known = {unit.replaces for unit in width}
+    width += [unit for unit in width_candidates(section, anatomy) if unit.replaces not in known]
     variants = dict(given.variants) if given and section.rule == "given" else {}
     variants |= {name: tuple(units[s].name for s in spans or ()) for name, spans in found[section.rule].items()}
-    library = tuple(units[span] for span in sorted(units))
+    library = (*(units[span] for span in sorted(units)), *width)
     return Plan(teacher=files.class_name, blocks=len(anatomy), units=library, variants=variants)
 
 
@@ -78,7 +54,7 @@ def _ground(
     report: ProbeReport,
     files: ModelFiles,
     anatomy: Anatomy,
-    sizes: Sizes,
+    budget: Budget,
     given: Plan | None,
 ) -> Ground:
     lists: dict[str, list[int]] = {}
@@ -86,12 +62,12 @@ def _ground(
         lists.setdefault(block.list_name, []).append(block.index)
     return Ground(
         report=report,
-        sizes=sizes,
+        budget=budget,
         lists=list(lists.values()),
         allowed=allowed_spans(files, anatomy),
         max_span=section.max_span,
         seed=seed,
-        given=[unit.span for unit in given.units] if given else [],
+        given=[unit.span for unit in given.units if unit.kind == "depth"] if given else [],
     )
 
 
@@ -100,19 +76,43 @@ def _unit(span: Span, report: ProbeReport, anatomy: Anatomy) -> UnitPlan:
     return UnitPlan(name=name, span=span, streams=report.used_streams(anatomy.blocks[span[1]]))
 
 
-def choose_sets(section: PlanSection, swaps: Swaps, sizes: Sizes) -> dict[str, tuple[str, ...]]:
+def width_candidates(section: PlanSection, anatomy: Anatomy) -> list[UnitPlan]:
+    """The width units that the recipe would have in the library, wherever a block has what they need."""
+    units = []
+    for block in anatomy.blocks:
+        closes = block.index == len(anatomy) - 1
+        read: tuple[Stream, ...] = ("image",) if closes else ("image", "text")
+        streams = tuple(stream for stream in read if stream in block.ffn)
+        if "ffn" in section.width:
+            units += [_ffn(block.index, (stream,), 0.0) for stream in streams]
+        if "narrow" in section.width and streams:
+            units.append(_ffn(block.index, streams, section.narrow_keep))
+        follows = anatomy.blocks[block.index + 1] if not closes else block
+        if "text" in section.width and not block.last and block.text_only and follows.text_only:
+            name, span = f"text_{block.index:02d}_{follows.index:02d}", (block.index, follows.index)
+            behind: tuple[Stream, ...] = () if follows.index == len(anatomy) - 1 else ("text",)
+            units.append(UnitPlan(name=name, kind="text", span=span, streams=behind))
+    return units
+
+
+def _ffn(block: int, streams: tuple[Stream, ...], keep: float) -> UnitPlan:
+    name = f"narrow_{block:02d}" if keep else f"{streams[0]}_ffn_{block:02d}"
+    return UnitPlan(name=name, kind="ffn", span=(block, block), streams=streams, keep=keep)
+
+
+def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str, tuple[str, ...]]:
     """The units of every variant: the best of the sets that were measured and the one that the forecast likes best.
 
     Raises:
         UserError: no set of units reaches a variant's share.
     """
     forecast = fitted(swaps)
-    candidates = forecast.candidates(sizes)
+    candidates = forecast.candidates(budget)
     saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
-    slack, chosen = 0.501 * sizes.max(), {}
+    chosen = {}
     for name, share in section.variants.items():
-        goal = share * sizes.sum()
-        places = cheapest(candidates, goal - slack, goal + slack)
+        goal = share * budget.total
+        places = cheapest(candidates, goal - budget.slack, goal + budget.slack)
         if places is None:
             _refuse(name, section)
         units = [swaps.units[place] for place in places]
@@ -120,15 +120,15 @@ def choose_sets(section: PlanSection, swaps: Swaps, sizes: Sizes) -> dict[str, t
         measured = swaps.error_of(names)
         error = forecast.of(units) if measured is None else measured
         assert error is not None, "the forecast knows its own units"
-        rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= slack]
+        rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= budget.slack]
         best = min(rivals, key=lambda each: each.error, default=None)
         chosen[name] = best.units if best and best.error < error else names
     return chosen
 
 
-def choose_again(section: PlanSection, swaps: Swaps, library: Plan, sizes: Sizes) -> Plan:
+def choose_again(section: PlanSection, swaps: Swaps, library: Plan, budget: Budget) -> Plan:
     """The plan of every variant's units in a measured library; units that no variant plugs are left out."""
-    variants = choose_sets(section, swaps, sizes)
+    variants = choose_sets(section, swaps, budget)
     used = {name for names in variants.values() for name in names}
     units = tuple(unit for unit in library.units if unit.name in used)
     return library.model_copy(update={"units": units, "variants": variants})

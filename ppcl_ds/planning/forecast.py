@@ -1,6 +1,6 @@
 """What a set of units is expected to cost: the probe's errors added up, or a model fitted to a measured library.
 
-K units that may be plugged, M blocks.
+K units that may be plugged.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.plan import UnitPlan, allowed_spans
 from ppcl_ds.planning.programme import Candidates
 from ppcl_ds.planning.swaps import Swaps
@@ -42,22 +43,18 @@ class Forecast:
 
     def of(self, units: Iterable[UnitPlan]) -> float | None:
         """The expected error of a set of units; None where one of them is not known."""
-        places = {unit.span: place for place, unit in enumerate(self.units)}
+        places = {unit.replaces: place for place, unit in enumerate(self.units)}
         try:
-            chosen = [places[unit.span] for unit in units]
+            chosen = [places[unit.replaces] for unit in units]
         except KeyError:
             return None
         return float(self.alone[chosen].sum() + self.pairs[np.ix_(chosen, chosen)].sum() / 2)
 
-    def candidates(self, sizes: Array) -> Candidates:
-        """The units as the integer programme takes them.
-
-        Args:
-            sizes: (M,) what each block weighs in the budget.
-        """
+    def candidates(self, budget: Budget) -> Candidates:
+        """The units as the integer programme takes them."""
         return Candidates(
-            footprints=[frozenset(range(unit.span[0], unit.span[1] + 1)) for unit in self.units],
-            saved=np.array([sizes[unit.span[0] + 1 : unit.span[1] + 1].sum() for unit in self.units]),
+            footprints=[unit.footprint for unit in self.units],
+            saved=np.array([budget.saved([unit]) for unit in self.units]),
             errors=self.alone,
             pairs=self.pairs,
         )

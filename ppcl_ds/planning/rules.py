@@ -8,6 +8,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.programme import Candidates, cheapest
 from ppcl_ds.probing.report import MEAN, ProbeReport
 from ppcl_ds.sections import Rule
@@ -21,7 +22,7 @@ class Ground:
 
     Attributes:
         report: what the probe found.
-        sizes: (M,) what each block weighs in the budget.
+        budget: what blocks weigh.
         lists: block numbers of each block list.
         allowed: the spans that a unit can take the place of.
         max_span: longest span, in blocks, of rule `error`.
@@ -30,21 +31,16 @@ class Ground:
     """
 
     report: ProbeReport
-    sizes: np.ndarray
+    budget: Budget
     lists: Sequence[Sequence[int]]
     allowed: Set[Span]
     max_span: int
     seed: int
     given: Sequence[Span]
 
-    @property
-    def slack(self) -> float:
-        """Half a block: blocks cannot be split, so a goal is met no better than that."""
-        return 0.501 * float(self.sizes.max())
-
     def saved(self, spans: Iterable[Span]) -> float:
         """What spans give up: all their blocks but the first, which the unit is as large as."""
-        return float(sum(self.sizes[u + 1 : v + 1].sum() for u, v in spans))
+        return float(sum(self.budget.blocks[u + 1 : v + 1].sum() for u, v in spans))
 
 
 def spans_by(rule: Rule, ground: Ground, share: float) -> list[Span] | None:
@@ -62,8 +58,8 @@ def least_error(ground: Ground, spans: Iterable[Span], share: float) -> list[Spa
         errors=np.array(list(known.values())),
         pairs=np.zeros((len(known), len(known))),
     )
-    goal = share * float(ground.sizes.sum())
-    chosen = cheapest(candidates, goal - ground.slack, goal + ground.slack)
+    goal = share * ground.budget.total
+    chosen = cheapest(candidates, goal - ground.budget.slack, goal + ground.budget.slack)
     return None if chosen is None else [list(known)[index] for index in chosen]
 
 
@@ -78,7 +74,7 @@ def _ppcl(ground: Ground, share: float) -> list[Span] | None:
     Where all of them together do not give up the share, neighbours may become one.
     """
     spans = [span for span in ground.report.spans if span in ground.allowed]
-    if ground.saved(spans) < share * ground.sizes.sum() - ground.slack:
+    if ground.saved(spans) < share * ground.budget.total - ground.budget.slack:
         runs = [(first[0], last[1]) for at, first in enumerate(spans) for last in _neighbours(spans[at:])]
         spans = [span for span in runs if span in ground.allowed]
     return least_error(ground, spans, share)
@@ -103,18 +99,18 @@ def _influence(ground: Ground, share: float) -> list[Span] | None:
 
 def _random(ground: Ground, share: float) -> list[Span] | None:
     """Blocks go in random order; what any rule has to beat."""
-    return _by_order(ground, share, np.random.default_rng(ground.seed).permutation(len(ground.sizes)).tolist())
+    return _by_order(ground, share, np.random.default_rng(ground.seed).permutation(len(ground.budget.blocks)).tolist())
 
 
 def _by_order(ground: Ground, share: float, order: Iterable[int]) -> list[Span] | None:
     """Blocks go one after another until the share is reached; each run of them falls to the block before it."""
-    goal = share * float(ground.sizes.sum())
+    goal = share * ground.budget.total
     gone: set[int] = set()
     for block in order:
         spans = _spans_without(gone | {block})
-        if set(spans) <= ground.allowed and ground.saved(spans) <= goal + ground.slack:
+        if set(spans) <= ground.allowed and ground.saved(spans) <= goal + ground.budget.slack:
             gone.add(block)
-            if ground.saved(spans) >= goal - ground.slack:
+            if ground.saved(spans) >= goal - ground.budget.slack:
                 return spans
     return None
 

@@ -8,7 +8,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, open_teacher
-from ppcl_ds.planning.choose import Sizes, block_sizes, make_plan
+from ppcl_ds.planning.budget import Budget, budget_of
+from ppcl_ds.planning.choose import make_plan
 from ppcl_ds.planning.forecast import Forecast, fitted, probed
 from ppcl_ds.planning.plan import Plan, check_plan, load_plan
 from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
@@ -23,21 +24,21 @@ def plan(recipe: Recipe) -> None:
     report = load_report(recipe.probe_folder)
     if recipe.plan.budget == "latency":
         print("plan.budget: how long blocks take is measured by --from-run; until then parameters stand for it")
-    sizes = sizes_of(recipe, files, anatomy, None)
-    chosen = make_plan(recipe.plan, recipe.seed, report, files, anatomy, sizes)
-    write(recipe, chosen, anatomy, probed(report, files, anatomy), sizes)
+    dtype = DTYPES[recipe.teacher.precision]
+    chosen = make_plan(recipe.plan, recipe.seed, report, files, anatomy, budget_of(recipe.plan, files, anatomy, dtype))
+    write(recipe, chosen, files, anatomy, probed(report, files, anatomy), budget_for(recipe, chosen, files, anatomy))
 
 
-def sizes_of(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, swaps: Swaps | None) -> Sizes:
-    """What each block weighs in the recipe's budget, (M,)."""
-    seconds = swaps.seconds if swaps else None
-    return block_sizes(recipe.plan, files, anatomy, DTYPES[recipe.teacher.precision], seconds)
+def budget_for(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, swaps: Swaps | None = None) -> Budget:
+    """The recipe's budget for the units of a plan."""
+    dtype = DTYPES[recipe.teacher.precision]
+    return budget_of(recipe.plan, files, anatomy, dtype, plan.units, swaps)
 
 
-def write(recipe: Recipe, plan: Plan, anatomy: Anatomy, forecast: Forecast, sizes: Sizes) -> None:
+def write(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, forecast: Forecast, budget: Budget) -> None:
     """Write `plan.yaml` and print its variants."""
     plan.save(recipe.plan_file)
-    print_table(lines_of(plan, anatomy, forecast, sizes), anatomy, forecast)
+    print_table(lines_of(plan, files, anatomy, forecast, budget), anatomy, forecast)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
 
 
@@ -68,18 +69,19 @@ def show(recipe: Recipe) -> None:
         forecast = fitted(swaps)
     else:
         swaps, forecast = None, probed(load_report(recipe.probe_folder), files, anatomy)
-    sizes = sizes_of(recipe, files, anatomy, swaps)
-    lines = lines_of(plan, anatomy, forecast, sizes)
+    known = plan if swaps is None else plan.model_copy(update={"units": swaps.units})
+    budget = budget_for(recipe, known, files, anatomy, swaps)
+    lines = lines_of(plan, files, anatomy, forecast, budget)
     print_table(lines, anatomy, forecast)
     folder = recipe.swaps_file.parent
-    measured = _measured(swaps, forecast, sizes) if swaps else []
-    draw(folder, lines, front(forecast, sizes), measured, forecast, recipe.plan.budget, plan.teacher)
+    measured = _measured(swaps, budget) if swaps else []
+    draw(folder, lines, front(forecast, budget), measured, forecast, budget.title, plan.teacher)
     print(f"wrote pareto.png and report.html into {folder}")
 
 
-def _measured(swaps: Swaps, forecast: Forecast, sizes: Sizes) -> list[Point]:
-    saved = dict(zip((unit.name for unit in swaps.units), forecast.candidates(sizes).saved, strict=True))
+def _measured(swaps: Swaps, budget: Budget) -> list[Point]:
+    units = {unit.name: unit for unit in swaps.units}
     return [
-        Point(1 - sum(saved[name] for name in each.units) / float(sizes.sum()), each.error, " ".join(each.units))
+        Point(1 - budget.saved(units[name] for name in each.units) / budget.total, each.error, " ".join(each.units))
         for each in swaps.sets
     ]

@@ -12,13 +12,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from numpy.typing import NDArray
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from ppcl_ds.console import track
 from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.budget import Budget, parameters_saved
 from ppcl_ds.planning.forecast import Forecast
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.planning.programme import cheapest
@@ -56,19 +57,14 @@ class Line(NamedTuple):
     error: float | None
 
 
-def lines_of(plan: Plan, anatomy: Anatomy, forecast: Forecast, sizes: NDArray[np.float64]) -> list[Line]:
-    """The variants of a plan.
-
-    Args:
-        sizes: (M,) what each block weighs in the budget.
-    """
+def lines_of(plan: Plan, files: ModelFiles, anatomy: Anatomy, forecast: Forecast, budget: Budget) -> list[Line]:
+    """The variants of a plan."""
     lines = []
     for name in plan.variants:
-        units, places = plan.units_of(name), plan.places(name)
-        kept = [origin for origin, _ in places]
-        parameters = sum(anatomy.blocks[origin].parameters for origin in kept)
-        left = float(sizes[kept].sum() / sizes.sum())
-        lines.append(Line(name, len(places), _spans(units), parameters, left, forecast.of(units)))
+        units = plan.units_of(name)
+        parameters = anatomy.block_parameters - sum(parameters_saved(unit, files, anatomy) for unit in units)
+        left = 1 - budget.saved(units) / budget.total
+        lines.append(Line(name, len(plan.places(name)), _words(units), parameters, left, forecast.of(units)))
     return lines
 
 
@@ -82,14 +78,10 @@ def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> 
     Console().print(table)
 
 
-def front(forecast: Forecast, sizes: NDArray[np.float64]) -> list[Point]:
-    """The least error at each size: sets of units that no smaller set of the forecast beats.
-
-    Args:
-        sizes: (M,) what each block weighs in the budget.
-    """
-    candidates, total = forecast.candidates(sizes), float(sizes.sum())
-    step = max(float(sizes.max()), total / _LEVELS)
+def front(forecast: Forecast, budget: Budget) -> list[Point]:
+    """The least error at each size: sets of units that no smaller set of the forecast beats."""
+    candidates, total = forecast.candidates(budget), budget.total
+    step = max(float(budget.blocks.max()), total / _LEVELS)
     points: list[Point] = []
     for level in track(range(1, int(total / step) + 1), "front", int(total / step)):
         chosen = cheapest(candidates, (level - 0.5) * step, (level + 0.5) * step)
@@ -98,7 +90,7 @@ def front(forecast: Forecast, sizes: NDArray[np.float64]) -> list[Point]:
         units = [forecast.units[index] for index in chosen]
         error = forecast.of(units)
         assert error is not None, "the forecast knows its own units"
-        points.append(Point(1 - float(candidates.saved[chosen].sum()) / total, error, _spans(units)))
+        points.append(Point(1 - float(candidates.saved[chosen].sum()) / total, error, _words(units)))
     best = np.inf
     kept = []
     for point in sorted(points):  # the smallest model first: a larger one has to be better
@@ -148,5 +140,15 @@ def draw(
     write_whole(folder / "report.html", page)
 
 
-def _spans(units: Sequence[UnitPlan]) -> str:
-    return " ".join(f"[{unit.span[0]},{unit.span[1]}]" for unit in sorted(units, key=lambda unit: unit.span))
+def _words(units: Sequence[UnitPlan]) -> str:
+    """Units as a person reads them: [3,5] for a span, text[6,7], ffn[8] for parts of blocks."""
+    return " ".join(_word(unit) for unit in sorted(units, key=lambda unit: unit.span))
+
+
+def _word(unit: UnitPlan) -> str:
+    if unit.kind == "depth":
+        return f"[{unit.span[0]},{unit.span[1]}]"
+    if unit.kind == "text":
+        return f"text[{unit.span[0]},{unit.span[1]}]"
+    kept = f" at {unit.keep:.0%}" if unit.keep else ""
+    return f"{'+'.join(unit.streams)} ffn[{unit.span[0]}]{kept}"

@@ -35,6 +35,7 @@ class Swaps(BaseModel):
             diagonal each one's mean squared error.
         sets: sets of two and more units plugged in together.
         seconds: of each of the teacher's blocks, for one sample.
+        saved: seconds that each width unit saves, by name.
     """
 
     checkpoint: str
@@ -42,6 +43,7 @@ class Swaps(BaseModel):
     products: list[list[float]]
     sets: list[MeasuredSet]
     seconds: list[float]
+    saved: dict[str, float] = {}
 
     def error_of(self, names: Iterable[str]) -> float | None:
         """The measured error of a set of units; None where it was not measured."""
@@ -78,7 +80,7 @@ def draw_sets(library: Plan, seed: int, count: int = _SETS) -> list[tuple[str, .
         taken: list[UnitPlan] = []
         for place in random.permutation(len(library.units)):
             unit = library.units[place]
-            if all(unit.span[0] > other.span[1] or unit.span[1] < other.span[0] for other in taken):
+            if not any(unit.footprint & other.footprint for other in taken):
                 taken.append(unit)
         if len(taken) > 1:
             size = 2 + attempt % (len(taken) - 1)

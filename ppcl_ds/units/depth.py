@@ -2,63 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_ds.families.anatomy import Anatomy, Block, Streams
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.units.unit import Unit
 
 
-@dataclass(frozen=True)
-class Parcel:
-    """Everything a unit needs from one teacher forward.
-
-    Attributes:
-        inputs: streams entering the span, stream -> (B, S, C).
-        conditioning: the other arguments of the span's first block.
-        targets: streams leaving the span that the unit is trained on.
-        text_mask: (B, S_txt) bool, or None when every text token counts.
-    """
-
-    inputs: Streams
-    conditioning: dict[str, Any]
-    targets: Streams
-    text_mask: Tensor | None
-
-    def mask_of(self, stream: str) -> Tensor | None:
-        """The token mask of a stream (image tokens all count)."""
-        return self.text_mask if stream == "text" else None
-
-
-class DepthUnit(nn.Module):
+class DepthUnit(Unit):
     """One block of the teacher's own class, initialised from the first block of its span.
 
     It is called with the very arguments the teacher's block was called with.
+
+    Args:
+        shape: the span's first block.
+        module: a copy of its module.
     """
 
-    def __init__(self, files: ModelFiles, first: int, dtype: torch.dtype) -> None:
+    def __init__(self, shape: Block, module: nn.Module) -> None:
         super().__init__()
-        model = files.empty_model()
-        anatomy = Anatomy(model)
-        self.shape: Block = anatomy.blocks[first]
-        self.block = anatomy.module(model, self.shape)
-        prefix = f"{self.shape.key}."
-        state = {k.removeprefix(prefix): files.tensor(k) for k in sorted(files.keys) if k.startswith(prefix)}
-        self.block.load_state_dict(state, assign=True)
-        self.block.to(dtype).requires_grad_(True)
+        self.shape, self.core = shape, module
 
-    def train(self, mode: bool = True) -> DepthUnit:
-        """Stay as in inference, as the teacher does: no dropout, so that nothing about training is left to chance."""
-        return super().train(False)
-
-    def forward(self, streams: Streams, conditioning: dict[str, Any]) -> Streams:
+    def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
         """Streams entering the span -> streams leaving it."""
-        return self.shape.call(self.block, streams, conditioning)
+        return self.shape.call(self.core, inputs, conditioning)
+
+
+def depth_unit(files: ModelFiles, first: int, dtype: torch.dtype) -> DepthUnit:
+    """A depth unit as it is before training, on the CPU: the teacher's block `first`."""
+    model = files.empty_model()
+    block = Anatomy(model).blocks[first]
+    module = model.get_submodule(block.key)
+    files.fill(module, block.key)
+    return DepthUnit(block, module.to(dtype).requires_grad_(True))
 
 
 def recompute_parts(block: nn.Module) -> None:

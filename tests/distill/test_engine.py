@@ -22,7 +22,7 @@ from ppcl_ds import launch
 from ppcl_ds.distill.run import check
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 from tests.conftest import make_recipe, run_ranks
 
 STEPS = 4
@@ -70,7 +70,7 @@ def be_a_rank(path: Path) -> None:
         history: list[Weights] = []
         for _ in range(STEPS):
             engine.train_batch()
-            state = {layer.plan.name: layer.unit.block.state_dict() for layer in engine.module.layers}
+            state = {layer.plan.name: layer.unit.core.state_dict() for layer in engine.module.layers}
             history.append({unit: {key: t.clone() for key, t in tensors.items()} for unit, tensors in state.items()})
         return history, engine.optimizer.skipped
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ppcl_ds.distill.exchange import Exchange
-from ppcl_ds.units.depth import Parcel
+from ppcl_ds.units.unit import Parcel
 from tests.conftest import run_ranks
 
 UNITS = [["first", "second"], ["third"]]

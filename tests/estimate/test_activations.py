@@ -19,8 +19,9 @@ from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.families.anatomy import Anatomy, Block
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.units.depth import Parcel, recompute_parts
+from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
+from ppcl_ds.units.unit import Parcel
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured
 

@@ -26,7 +26,7 @@ from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
-from ppcl_ds.units.depth import DepthUnit
+from ppcl_ds.units.depth import depth_unit
 from tests.conftest import TEACHERS, WAN, run_ranks
 
 RANKS = 2
@@ -85,7 +85,7 @@ def be_a_rank(folder: Path) -> None:
             found[f"{family} {name} dtypes"] = {key: p.dtype for key, p in engine.module.named_parameters()}
             if family in SPANS and name == "fp32":
                 plan, anatomy = plan_of(family), Anatomy(files.empty_model())
-                units = {f"unit {rank}": DepthUnit(files, SPANS[family][rank][0], dtype)}
+                units = {f"unit {rank}": depth_unit(files, SPANS[family][rank][0], dtype)}
                 for variant in plan.variants:
                     with plugged(engine.module, anatomy, plan, variant, units, group, owner={"unit 0": 0, "unit 1": 1}):
                         found[f"{family} {variant}"] = velocity(family, engine, dtype, seed=7)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.choose import block_sizes, choose_again, choose_sets, make_plan
+from ppcl_ds.planning.budget import Budget, budget_of
+from ppcl_ds.planning.choose import choose_again, choose_sets, make_plan
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
@@ -107,8 +108,12 @@ def total(report: ProbeReport, spans: Sequence[Span]) -> float:
 
 
 def plan_of(section: PlanSection, report: ProbeReport, case: Case, seed: int = 0) -> Plan:
-    sizes = block_sizes(section, case.files, case.anatomy, torch.float32)
-    return make_plan(section, seed, report, case.files, case.anatomy, sizes)
+    return make_plan(section, seed, report, case.files, case.anatomy, budget_of_case(section, case))
+
+
+def budget_of_case(section: PlanSection, case: Case, swaps: Swaps | None = None) -> Budget:
+    units = swaps.units if swaps else ()
+    return budget_of(section, case.files, case.anatomy, torch.float32, units, swaps)
 
 
 def chosen(plan: Plan, variant: str) -> list[Span]:
@@ -225,12 +230,13 @@ def test_a_section_that_says_too_little_is_refused(changes: dict[str, Any]) -> N
 def test_memory_counts_bytes_and_latency_seconds(case_of: Callable[[str], Case]) -> None:
     case = case_of("flux")
     memory = PlanSection(variants={"v": 0.5}, budget="memory")
-    halves = block_sizes(memory, case.files, case.anatomy, torch.bfloat16)
-    assert (halves == 2 * case.parameters).all()
+    halves = budget_of(memory, case.files, case.anatomy, torch.bfloat16)
+    assert (halves.blocks == 2 * case.parameters).all()
     latency = PlanSection(variants={"v": 0.5}, budget="latency")
     seconds = [0.1 * block for block in range(8)]
-    assert block_sizes(latency, case.files, case.anatomy, torch.bfloat16, seconds).tolist() == seconds
-    assert (block_sizes(latency, case.files, case.anatomy, torch.bfloat16) == case.parameters).all()
+    swaps = Swaps(checkpoint="", units=(), products=[], sets=[], seconds=seconds)
+    assert budget_of_case(latency, case, swaps).blocks.tolist() == seconds
+    assert (budget_of_case(latency, case).blocks == case.parameters).all()
 
 
 def measured_library(case: Case, errors: dict[Span, float], sets: dict[tuple[Span, ...], float]) -> Swaps:
@@ -244,8 +250,8 @@ def test_variants_are_chosen_anew_by_what_units_cost(case_of: Callable[[str], Ca
     case = case_of("qwen")
     swaps = measured_library(case, {(0, 1): 0.9, (2, 4): 0.1, (5, 6): 0.2, (5, 7): 0.8}, {})
     library = Plan(teacher=case.files.class_name, blocks=8, units=swaps.units, variants={})
-    sizes = block_sizes(PlanSection(variants={"v": 0.4}), case.files, case.anatomy, torch.float32)
-    plan = choose_again(PlanSection(variants={"v": 3 / 8, "w": 2 / 8}), swaps, library, sizes)
+    section = PlanSection(variants={"v": 3 / 8, "w": 2 / 8})
+    plan = choose_again(section, swaps, library, budget_of_case(section, case, swaps))
     assert chosen(plan, "v") == [(2, 4), (5, 6)]
     assert chosen(plan, "w") == [(2, 4)]
     assert [unit.span for unit in plan.units] == [(2, 4), (5, 6)]  # no variant wants the others
@@ -255,8 +261,8 @@ def test_a_set_that_was_measured_to_be_better_is_preferred(case_of: Callable[[st
     case = case_of("qwen")
     errors = {(0, 1): 0.3, (2, 4): 0.1, (5, 6): 0.2}
     swaps = measured_library(case, errors, {((2, 4), (5, 6)): 0.5, ((0, 1), (2, 4)): 0.35})
-    sizes = block_sizes(PlanSection(variants={"v": 3 / 8}), case.files, case.anatomy, torch.float32)
-    names = choose_sets(PlanSection(variants={"v": 3 / 8}), swaps, sizes)["v"]
+    section = PlanSection(variants={"v": 3 / 8})
+    names = choose_sets(section, swaps, budget_of_case(section, case, swaps))["v"]
     assert set(names) == {"(0, 1)", "(2, 4)"}
 
 
@@ -265,5 +271,4 @@ def test_a_budget_of_time_spends_seconds(case_of: Callable[[str], Case]) -> None
     swaps = measured_library(case, {(0, 1): 0.01, (2, 3): 0.5, (6, 7): 0.3}, {})
     swaps = swaps.model_copy(update={"seconds": [0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1, 0.1]})
     section = PlanSection(variants={"v": 0.6}, budget="latency")
-    sizes = block_sizes(section, case.files, case.anatomy, torch.float32, swaps.seconds)
-    assert choose_sets(section, swaps, sizes)["v"] == ("(2, 3)",)  # block 3 takes ten times as long as the others
+    assert choose_sets(section, swaps, budget_of_case(section, case, swaps))["v"] == ("(2, 3)",)

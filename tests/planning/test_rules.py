@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.rules import Ground, Span, spans_by
 from ppcl_ds.probing.report import MEAN, Figure, Matrix, ProbeReport
 from ppcl_ds.sections import Rule
@@ -48,7 +49,9 @@ def ground_of(
         figures={MEAN: {"influence": Figure(value=[row], spread=[row])}},
     )
     sizes = np.concatenate([np.full(len(blocks), 3.0 - place) for place, blocks in enumerate(lists)])
-    return Ground(report, sizes, lists, allowed, max_span=6, seed=seed, given=[(0, 1), (2, 4), (6, 8)])
+    return Ground(
+        report, Budget("parameters", sizes, {}), lists, allowed, max_span=6, seed=seed, given=[(0, 1), (2, 4), (6, 8)]
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -68,7 +71,7 @@ def test_a_rule_gives_up_the_share_in_spans_that_fit(
     assert set(spans) <= ground.allowed
     assert all(a[1] < b[0] for a, b in pairwise(sorted(spans)))
     lists = len(ground.lists) if rule == "uniform" else 1  # each list meets the share by itself
-    assert ground.saved(spans) == pytest.approx(share * ground.sizes.sum(), abs=lists * ground.slack)
+    assert ground.saved(spans) == pytest.approx(share * ground.budget.total, abs=lists * ground.budget.slack)
 
 
 def test_influence_removes_the_blocks_that_change_least() -> None:

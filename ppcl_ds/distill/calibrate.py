@@ -1,0 +1,91 @@
+"""Where width units start: least squares on the teacher's activations, before the first training step.
+
+Shapes: N tokens that count, C_in and C_out channels of a linear, H hidden channels of a feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppcl_ds.distill.library import UnitLayer
+from ppcl_ds.probing.linear import Moments, fit_linear
+from ppcl_ds.units.loss import counted
+from ppcl_ds.units.width import FFNUnit, Regression, WidthUnit
+
+Pull = Callable[[], Iterable[None]]
+"""Lays one micro-batch after another into the inbox, from the beginning each time it is called."""
+
+
+@torch.no_grad()
+def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup, ridge: float, narrows: bool) -> None:
+    """Choose hidden channels and solve every linear of the width units of this stage.
+
+    Every rank must call it, as pulling runs the teacher; afterwards all replicas of a stage hold the same weights. What
+    is summed does not depend on the topology, up to rounding in float64.
+
+    Args:
+        layers: of this stage.
+        group: the replicas of this stage.
+        ridge: relative to the mean diagonal of the Gram matrix.
+        narrows: whether any unit of the plan, on whichever stage, keeps some hidden channels; they are chosen in a pass
+            of its own.
+    """
+    own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
+    if narrows:
+        _choose_channels([layer for layer in own if isinstance(layer.unit, FFNUnit)], pull, group)
+    sums: dict[tuple[str, str], Moments] = {}
+    linears = {}
+    for layer, regression in _over_micro_batches(own, pull):
+        key, mask = (layer.plan.name, regression.name), layer.inbox.parcels[layer.plan.name].mask_of(regression.name)
+        sums[key] = _add(sums.get(key), counted(regression.x, mask), counted(regression.y, mask))
+        linears[key] = regression.linear
+    for key, linear in linears.items():
+        moments = Moments(*(_total(part, group) for part in sums[key]))
+        solution = fit_linear(moments, ridge)
+        linear.weight.copy_(solution.weight.T)
+        linear.bias.copy_(solution.bias)
+
+
+def _over_micro_batches(layers: list[UnitLayer], pull: Pull) -> Iterator[tuple[UnitLayer, Regression]]:
+    for _ in pull():
+        for layer in layers:
+            parcel = layer.inbox.parcels[layer.plan.name]
+            assert isinstance(layer.unit, WidthUnit)
+            for regression in layer.unit.regressions(parcel.inputs, parcel.targets):
+                yield layer, regression
+
+
+def _choose_channels(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGroup) -> None:
+    scores: dict[tuple[str, str], Tensor] = {}
+    choosers = {}
+    for _ in pull():
+        for layer in layers:
+            assert isinstance(layer.unit, FFNUnit)
+            parcel = layer.inbox.parcels[layer.plan.name]
+            for stream in layer.unit.whole:
+                key, tokens = (layer.plan.name, stream), counted(parcel.inputs[stream], parcel.mask_of(stream))
+                scores[key] = scores.get(key, 0) + layer.unit.importance(stream, tokens)
+                choosers[key] = partial(layer.unit.choose, stream), layer.unit.parts[stream].net[2].in_features
+    for key, (choose, count) in choosers.items():
+        choose(_total(scores[key], group).topk(count).indices.sort().values)
+    for layer in layers:
+        layer.unit.whole = {}  # type: ignore[assignment]
+
+
+def _add(sums: Moments | None, x: Tensor, y: Tensor) -> Moments:
+    """Sums with another N tokens in them: x (N, C_in), y (N, C_out)."""
+    x, y = x.double(), y.double()
+    tokens = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
+    own = Moments(x.T @ x, x.T @ y, x.sum(0), y.sum(0), tokens)
+    return own if sums is None else Moments(*(a + b for a, b in zip(sums, own, strict=True)))
+
+
+def _total(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    part = part.contiguous()
+    dist.all_reduce(part, group=group)
+    return part

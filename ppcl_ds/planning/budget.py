@@ -1,0 +1,105 @@
+"""What blocks weigh and what units save: in parameters, in bytes, or in seconds on the device at hand.
+
+M blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.modeling_pruned import ResidualLinear, narrow_ffn
+from ppcl_ds.planning.plan import UnitPlan
+from ppcl_ds.planning.swaps import Swaps
+from ppcl_ds.sections import Plan as PlanSection
+from ppcl_ds.units.width import hidden_channels
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The scale that variants are weighed on.
+
+    Attributes:
+        title: what is counted.
+        blocks: (M,) what each block weighs.
+        parts: what each width unit saves, by name.
+    """
+
+    title: str
+    blocks: NDArray[np.float64]
+    parts: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        """What all blocks weigh together."""
+        return float(self.blocks.sum())
+
+    @property
+    def slack(self) -> float:
+        """Half a block: blocks cannot be split, so a goal is met no better than that."""
+        return 0.501 * float(self.blocks.max())
+
+    def saved(self, units: Iterable[UnitPlan]) -> float:
+        """What units save together. A depth unit is as large as its first block."""
+        return sum(
+            float(self.blocks[list(unit.members)].sum()) if unit.kind == "depth" else self.parts[unit.name]
+            for unit in units
+        )
+
+
+def budget_of(
+    section: PlanSection,
+    files: ModelFiles,
+    anatomy: Anatomy,
+    dtype: torch.dtype,
+    units: Iterable[UnitPlan] = (),
+    swaps: Swaps | None = None,
+) -> Budget:
+    """The recipe's budget.
+
+    Args:
+        dtype: number format of the run.
+        units: those that will be asked about.
+        swaps: what was measured; without it, parameters stand for seconds.
+    """
+    if section.budget == "latency" and swaps is not None:
+        return Budget("latency", np.array(swaps.seconds), swaps.saved)
+    itemsize = {name: files.runs_as(name, dtype).itemsize for name, _ in files.empty_model().named_parameters()}
+
+    def weigh(name: str, parameter: nn.Parameter) -> int:
+        return parameter.numel() * (itemsize[name] if section.budget == "memory" else 1)
+
+    weights = {name: weigh(name, parameter) for name, parameter in files.empty_model().named_parameters()}
+    blocks = [sum(size for name, size in weights.items() if name.startswith(f"{b.key}.")) for b in anatomy.blocks]
+    scale = dtype.itemsize if section.budget == "memory" else 1
+    parts = {unit.name: float(scale * parameters_saved(unit, files, anatomy)) for unit in units if unit.kind != "depth"}
+    return Budget("memory" if section.budget == "memory" else "parameters", np.array(blocks, dtype=float), parts)
+
+
+def parameters_saved(unit: UnitPlan, files: ModelFiles, anatomy: Anatomy) -> int:
+    """Parameters that a unit gives up, less its own."""
+    model = files.empty_model()
+    first = anatomy.blocks[unit.span[0]]
+    if unit.kind == "depth":
+        return sum(anatomy.blocks[block].parameters for block in unit.members)
+    if unit.kind == "ffn":
+        parts = [anatomy.module(model, first).get_submodule(first.ffn[stream]) for stream in unit.streams]
+        before = sum(map(_parameters, parts))
+        return before - sum(_parameters(narrow_ffn(part, hidden_channels(part, unit.keep))) for part in parts)
+    gone = [
+        _parameters(anatomy.module(model, anatomy.blocks[block]).get_submodule(part))
+        for block in unit.members
+        for part in anatomy.blocks[block].text_only
+    ]
+    return sum(gone) - len(unit.outputs) * _parameters(ResidualLinear(first.text_channels, device="meta"))
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,200 @@
+"""Width units in a run: they start from least squares, and are trained beside depth units like a plain loop trains."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.reader import NoisyBatch, NoisyStream, open_teacher
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.recipe import load_recipe
+from tests.conftest import TEACHERS, command, make_recipe
+
+FFN = {"qwen": ("img_mlp", "txt_mlp"), "flux": ("ff", "ff_context"), "sd3": ("ff", "ff_context")}
+"""The feed-forward of the image and of the text stream."""
+
+
+def plan_of(family: str) -> Plan:
+    """A plan with units of every kind; the last block of a single list closes a text group where there is one list."""
+    blocks = {"qwen": 6, "flux": 9, "sd3": 6}[family]
+    units = [
+        UnitPlan(name="span", span=(0, 1), streams=("image", "text")),
+        UnitPlan(name="group", kind="text", span=(1, 3), streams=("text",)),
+        UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",)),
+        UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25),
+    ]
+    variants = {"group": ["group"], "ffn": ["line", "thin"], "mixed": ["group", "line", "thin"]}
+    if family == "flux":
+        variants["deep"] = ["span", "line", "single"]
+        units.append(UnitPlan(name="single", span=(5, 7), streams=("image", "text")))
+    else:
+        variants["deep"] = ["span", "line", "end"]
+        units.append(UnitPlan(name="end", kind="text", span=(4, 5), streams=()))
+    named = {name: tuple(members) for name, members in variants.items()}
+    return Plan(teacher=TEACHERS[family][0], blocks=blocks, units=tuple(units), variants=named)
+
+
+STEPS, CALIBRATION_STEPS, PER_STEP = 3, 3, 4
+
+
+@pytest.fixture(scope="module", params=["qwen", "flux", "sd3"])
+def trained(request: Any, prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two stages with units of every kind; its recipe file."""
+    run = tmp_path_factory.mktemp("width") / "run"
+    shutil.copytree(prepared(request.param), run)
+    recipe = make_recipe(request.param, run)
+    recipe["distill"] |= {"steps": STEPS, "calibration_steps": CALIBRATION_STEPS, "micro_batches_per_step": PER_STEP}
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    plan_of(request.param).save(load_recipe(path).plan_file)
+    command("distill", path)
+    return path
+
+
+Seen = dict[str, tuple[Tensor, Tensor]]
+"""Output of a unit -> what it is computed from and what it should be, tokens that count only, (N, C) each."""
+
+
+class Teacher:
+    """The stock model, read by plain hooks: an independent account of what width units see."""
+
+    def __init__(self, family: str, path: Path) -> None:
+        self.recipe = load_recipe(path)
+        self.model = getattr(diffusers, TEACHERS[family][0]).from_pretrained(self.recipe.teacher.path)
+        self.model.eval().requires_grad_(False)
+        self.ffn = FFN[family]
+
+    def see(self, count: int) -> list[dict[str, Seen]]:
+        """What the units `group`, `line` and `thin` see of the run's first micro-batches."""
+        stream = NoisyStream(self.recipe, "train", self.recipe.distill.micro_batch, torch.device("cpu"))
+        return [self._see_one(batch) for _, batch in islice(stream.take(0, 1), count)]
+
+    @torch.no_grad()
+    def _see_one(self, batch: NoisyBatch) -> dict[str, Seen]:
+        modulated: dict[int, Tensor] = {}
+        behind: dict[int, Tensor] = {}
+        parts: dict[str, tuple[Tensor, Tensor]] = {}
+        handles = []
+        for number, block in enumerate(self.model.transformer_blocks):
+
+            def note_text(module: Any, args: Any, kwargs: Any, number: int = number) -> None:
+                modulated[number] = kwargs["encoder_hidden_states"]
+
+            def note_output(module: Any, args: Any, output: Any, number: int = number) -> None:
+                behind[number] = output[0]
+
+            handles.append(block.attn.register_forward_pre_hook(note_text, with_kwargs=True))
+            handles.append(block.register_forward_hook(note_output))
+            for name in self.ffn:
+
+                def note_part(module: Any, args: Any, output: Any, key: str = f"{number} {name}") -> None:
+                    parts[key] = args[0], output
+
+                part = getattr(block, name)
+                if part is not None:
+                    handles.append(part.register_forward_hook(note_part))
+        caller_for(type(self.model).__name__)(self.model, batch.latents, batch.prompts, batch.sigmas)
+        for handle in handles:
+            handle.remove()
+        mask = batch.prompts.mask
+
+        def tokens(x: Tensor, text: bool) -> Tensor:
+            return x[mask] if text and mask is not None else x.flatten(0, 1)
+
+        image, text = self.ffn
+        group = {f"modulated_{k}": (modulated[1], modulated[k]) for k in (2, 3)} | {"text": (behind[1], behind[3])}
+        return {
+            "group": {name: (tokens(x, True), tokens(y, True)) for name, (x, y) in group.items()},
+            "line": {"image": tuple(tokens(each, False) for each in parts[f"2 {image}"])},  # type: ignore[dict-item]
+            "thin": {
+                "image": tuple(tokens(each, False) for each in parts[f"0 {image}"]),  # type: ignore[dict-item]
+                "text": tuple(tokens(each, True) for each in parts[f"0 {text}"]),  # type: ignore[dict-item]
+            },
+        }
+
+
+class Reference(nn.Module):
+    """A width unit in plain torch and numpy: least squares first, then AdamW."""
+
+    def __init__(self, name: str, family: str, teacher: Any, seen: list[Seen], ridge: float) -> None:
+        super().__init__()
+        self.outputs = nn.ModuleDict()
+        for output in seen[0]:
+            x, y = (torch.cat([batch[output][side] for batch in seen]).double() for side in (0, 1))
+            if name == "thin":
+                whole = getattr(teacher.transformer_blocks[0], FFN[family][output == "text"])
+                hidden = whole.net[0](x.float())
+                score = hidden.double().square().sum(0) * whole.net[2].weight.double().square().sum(0)
+                kept = np.sort(np.argsort(-score.numpy())[: len(score) // 4])
+                inner = nn.Linear(x.shape[1], len(kept))
+                inner.load_state_dict({"weight": whole.net[0].proj.weight[kept], "bias": whole.net[0].proj.bias[kept]})
+                self.outputs[output] = nn.Sequential(inner, nn.GELU("tanh"), least_squares(hidden[:, kept], y, ridge))
+            else:
+                self.outputs[output] = least_squares(x, y - x if name == "group" else y, ridge)
+        self.residual = name == "group"
+
+    def loss(self, seen: Seen) -> Tensor:
+        total = torch.zeros(())
+        for output, module in self.outputs.items():
+            x, target = seen[output]
+            own = module(x) + (x if self.residual else 0)
+            angle = (F.normalize(own, dim=-1) - F.normalize(target, dim=-1)).square().sum(-1).mean()
+            total = total + angle + (own.norm(dim=-1).log() - target.norm(dim=-1).log()).square().mean()
+        return total
+
+    def train_on(self, seen: list[Seen]) -> None:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.02)
+        schedule = get_cosine_schedule_with_warmup(optimizer, 1, STEPS)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            for batch in seen[step * PER_STEP : (step + 1) * PER_STEP]:
+                (self.loss(batch) / PER_STEP).backward()
+            nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+
+
+def least_squares(x: Tensor, y: Tensor, ridge: float) -> nn.Linear:
+    """`y ~ x W + b` by numpy's lstsq; the ridge as rows of its own, so that it is the same problem."""
+    x, y = x.double().detach(), y.double().detach()
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    penalty = np.sqrt(ridge * float(x.square().sum(0).mean())) * np.eye(x.shape[1])
+    rows = np.concatenate([(x - x_mean).numpy(), penalty])
+    sides = np.concatenate([(y - y_mean).numpy(), np.zeros((x.shape[1], y.shape[1]))])
+    weight = torch.from_numpy(np.linalg.lstsq(rows, sides, rcond=None)[0])
+    linear = nn.Linear(x.shape[1], y.shape[1])
+    linear.load_state_dict({"weight": weight.T.float(), "bias": (y_mean - x_mean @ weight).float()})
+    return linear
+
+
+def test_width_units_start_from_least_squares_and_are_trained_like_a_plain_loop(trained: Path) -> None:
+    recipe = load_recipe(trained)
+    family = next(name for name, (cls, _) in TEACHERS.items() if cls == open_teacher(recipe)[0].class_name)
+    teacher = Teacher(family, trained)
+    seen = teacher.see(max(STEPS, CALIBRATION_STEPS) * PER_STEP)
+    checkpoint = newest_checkpoint(recipe.checkpoints)
+    for name in ("group", "line", "thin"):
+        own = [batch[name] for batch in seen]
+        reference = Reference(name, family, teacher.model, own[: CALIBRATION_STEPS * PER_STEP], recipe.probe.ridge)
+        start = [parameter.detach().clone() for parameter in reference.parameters()]
+        reference.train_on(own)
+        ends = list(reference.parameters())
+        found = list(checkpoint.unit(name).values())
+        assert [tensor.shape for tensor in found] == [parameter.shape for parameter in ends]
+        for mine, end, begin in zip(found, ends, start, strict=True):
+            torch.testing.assert_close(mine, end.detach(), rtol=0, atol=2e-5)
+            assert (end - begin).abs().max() > 1e-4, "it has been trained"
