@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["fp32", "bf16"]
 
@@ -188,7 +188,8 @@ class Plan(Section):
     """Rules whose spans join the library, though no variant plugs them yet: `ppcl plan --from-run` chooses anew among
     all units, once they have been trained a little."""
     given: Path | None = None
-    """A plan file for rule `given`, such as `plans/qwen_image_published.yaml`."""
+    """A plan file for rule `given`. `plans/qwen_image_published.yaml` ships with the package: what the authors of PPCL
+    chose for Qwen-Image."""
     max_span: int = Field(default=6, ge=2)
     """Longest span, in blocks, that rule `error` considers."""
     width: tuple[Literal["text", "ffn", "narrow"], ...] = ()
@@ -197,6 +198,11 @@ class Plan(Section):
     hidden channels. Needs `ppcl plan --from-run`, which then chooses between them and spans under one budget."""
     narrow_keep: float = Field(default=0.25, gt=0, lt=1)
     """Share of hidden channels that `narrow` keeps."""
+
+    @field_validator("given")
+    @classmethod
+    def _may_be_shipped(cls, given: Path | None) -> Path | None:
+        return shipped(str(given)) if given and not given.exists() and shipped(str(given)).exists() else given
 
     @model_validator(mode="after")
     def _has_what_its_rules_need(self) -> Plan:

@@ -15,29 +15,36 @@ from ppcl_ds.planning.rules import Ground, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
+from ppcl_ds.sections import Rule
 
 
 def make_plan(
-    section: PlanSection, seed: int, report: ProbeReport, files: ModelFiles, anatomy: Anatomy, budget: Budget
+    section: PlanSection, seed: int, report: ProbeReport | None, files: ModelFiles, anatomy: Anatomy, budget: Budget
 ) -> Plan:
     """Choose spans for every variant by the recipe's rule, and gather them, with all candidates, into one library.
 
     Args:
         seed: of rule `random`.
+        report: None where a plan is given and nothing is chosen.
 
     Raises:
         UserError: no set of spans reaches a variant's share.
     """
     given = load_plan(section.given, files, anatomy) if section.given else None
-    ground = _ground(section, seed, report, files, anatomy, budget, given)
     rules = dict.fromkeys((section.rule, *section.candidates))
-    found = {rule: {name: spans_by(rule, ground, share) for name, share in section.variants.items()} for rule in rules}
-    for name, spans in found[section.rule].items():
-        if not spans:
+    found: dict[Rule, dict[str, list[Span] | None]] = {section.rule: {}}
+    if report is not None:
+        ground = _ground(section, seed, report, files, anatomy, budget, given)
+        found = {
+            rule: {name: spans_by(rule, ground, share) for name, share in section.variants.items()} for rule in rules
+        }
+    for name, chosen in found[section.rule].items():
+        if not chosen:
             _refuse(name, section)
     own = given.units if given and "given" in rules else ()
     units = {unit.span: unit for unit in own if unit.kind == "depth"}
     for span in sorted({span for sets in found.values() for spans in sets.values() for span in spans or ()}):
+        assert report is not None, "spans were chosen by it"
         units.setdefault(span, _unit(span, report, anatomy))
     width = [unit for unit in own if unit.kind != "depth"]
     known = {unit.replaces for unit in width}

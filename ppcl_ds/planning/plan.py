@@ -31,6 +31,9 @@ Stream = Literal["image", "text"]
 Part = tuple[int, str]
 """Something that one unit alone can take the place of: a block's number and the name of a part of it."""
 
+_WIDTH = 118
+"""Longest line of a plan file, where names allow."""
+
 _BLOCK = ("rest", "text", "image ffn", "text ffn")
 """The parts of a block."""
 
@@ -147,8 +150,19 @@ class Plan(BaseModel):
         lines += ["units:" if self.units else "units: []"]
         lines += [f"  - {unit.as_yaml()}" for unit in self.units]
         lines += ["variants:" if self.variants else "variants: {}"]
-        lines += [f"  {_quoted(v)}: [{', '.join(map(_quoted, names))}]" for v, names in self.variants.items()]
+        lines += [_wrapped(f"  {_quoted(variant)}: [", names) for variant, names in self.variants.items()]
         write_whole(path, "\n".join(lines) + "\n")
+
+
+def _wrapped(start: str, names: Sequence[str]) -> str:
+    """A list in YAML, on as many lines as it takes."""
+    lines = [start]
+    for place, name in enumerate(names, 1):
+        item = _quoted(name) + (", " if place < len(names) else "")
+        if len(lines[-1]) + len(item) > _WIDTH:
+            lines.append("    ")
+        lines[-1] += item
+    return "\n".join(line.rstrip() for line in lines) + "]"
 
 
 def _quoted(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 from rich.console import Console
 
 from ppcl_ds.errors import UserError
@@ -21,12 +22,20 @@ from ppcl_ds.recipe import Recipe
 def plan(recipe: Recipe) -> None:
     """Choose by what the probe found, write `plan.yaml`, print the variants."""
     files, anatomy = open_teacher(recipe)
-    report = load_report(recipe.probe_folder)
+    as_given = recipe.plan.rule == "given" and not recipe.plan.variants and not recipe.plan.candidates
+    report = None if as_given else load_report(recipe.probe_folder)
     if recipe.plan.budget == "latency":
         print("plan.budget: how long blocks take is measured by --from-run; until then parameters stand for it")
     dtype = DTYPES[recipe.teacher.precision]
     chosen = make_plan(recipe.plan, recipe.seed, report, files, anatomy, budget_of(recipe.plan, files, anatomy, dtype))
-    write(recipe, chosen, files, anatomy, probed(report, files, anatomy), budget_for(recipe, chosen, files, anatomy))
+    write(recipe, chosen, files, anatomy, _probed(recipe, files, anatomy), budget_for(recipe, chosen, files, anatomy))
+
+
+def _probed(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Forecast:
+    """What the probe expects; it knows nothing where it has not run, as a plan that is given needs none."""
+    if not (recipe.probe_folder / "report.json").exists():
+        return Forecast("probed error", (), np.zeros(0), np.zeros((0, 0)))
+    return probed(load_report(recipe.probe_folder), files, anatomy)
 
 
 def budget_for(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, swaps: Swaps | None = None) -> Budget:
@@ -68,7 +77,7 @@ def show(recipe: Recipe) -> None:
     if swaps is not None and set(plan.units) <= set(swaps.units):
         forecast = fitted(swaps)
     else:
-        swaps, forecast = None, probed(load_report(recipe.probe_folder), files, anatomy)
+        swaps, forecast = None, _probed(recipe, files, anatomy)
     known = plan if swaps is None else plan.model_copy(update={"units": swaps.units})
     budget = budget_for(recipe, known, files, anatomy, swaps)
     lines = lines_of(plan, files, anatomy, forecast, budget)

@@ -1,0 +1,70 @@
+"""The published choice for Qwen-Image loads for that teacher, and gives up what it is said to give up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+from accelerate import init_empty_weights
+
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.modeling_pruned import PrunedQwenImageTransformer2DModel
+from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.sections import shipped
+from tests.conftest import command
+
+PUBLISHED = shipped("plans/qwen_image_published.yaml")
+
+
+@pytest.fixture(scope="module")
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    """Qwen-Image by its configuration, which is the class's default."""
+    folder = tmp_path_factory.mktemp("qwen-image")
+    with init_empty_weights():
+        config = diffusers.QwenImageTransformer2DModel().config
+    (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **config}))
+    return ModelFiles(folder, weights=False)
+
+
+def test_it_fits_qwen_image_and_takes_25_of_60_blocks_out(qwen_image: ModelFiles) -> None:
+    anatomy = Anatomy(qwen_image.empty_model())
+    plan = load_plan(PUBLISHED, qwen_image, anatomy)
+    assert len(anatomy) == 60
+    assert {variant: len(plan.places(variant)) for variant in plan.variants} == {"depth": 35, "depth-and-width": 35}
+    assert [unit.span for unit in plan.units if unit.kind == "depth"][4] == (15, 24)
+    whole = sum(p.numel() for p in qwen_image.empty_model().parameters())
+    left = {v: whole - sum(parameters_saved(u, qwen_image, anatomy) for u in plan.units_of(v)) for v in plan.variants}
+    assert whole == 20_430_401_088
+    assert left["depth"] == whole - 25 * anatomy.blocks[0].parameters
+
+    renumbered = {origin: place for place, (origin, _) in enumerate(plan.places("depth-and-width"))}
+    block = "transformer_blocks.{}".format
+    config = qwen_image.empty_model().config | {"num_layers": 35}
+    with init_empty_weights():
+        model = PrunedQwenImageTransformer2DModel(
+            **config,
+            linear_text=[block(renumbered[k]) for k in (37, 41, 51, 59)],
+            text_jumps=[block(renumbered[k]) for k in (37, 41, 51)],
+            narrow_ffn={f"{block(renumbered[k])}.img_mlp": 0 for k in (2, 58, 59)}
+            | {f"{block(renumbered[k])}.txt_mlp": 0 for k in (2, 58)},
+        )
+    assert left["depth-and-width"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_plan_that_is_given_needs_no_probe(new_run: Callable[..., Path], tmp_path: Path) -> None:
+    given = tmp_path / "given.yaml"
+    given.write_text(
+        "teacher: QwenImageTransformer2DModel\nblocks: 6\nunits:\n  - {name: a, span: [1, 2], streams: [image, text]}\n"
+        "variants:\n  only: [a]\n"
+    )
+    path = new_run("qwen", plan={"rule": "given", "given": str(given), "variants": {}, "width": ["text", "ffn"]})
+    printed = command("plan", path)
+    assert "only" in printed
+    assert "not known" in printed, "nobody has probed"
+    assert "17 units for 1 variants" in printed  # the span, 5 text groups, 6 image and 5 text feed-forwards
+    assert "is in order" in command("plan", path, "--check")
