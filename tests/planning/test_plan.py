@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -108,7 +109,11 @@ def test_an_unknown_variant_is_answered_with_the_known_ones() -> None:
         PLAN.units_of("9B")
 
 
-COMPLAINTS = {
+def width(kind: str, span: list[int], streams: list[str]) -> dict[str, Any]:
+    return {"units": [{"name": "it", "kind": kind, "span": span, "streams": streams}]}
+
+
+COMPLAINTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "overlap": ({"variants": {"8B": ["early", "middle"]}}, ["8B", "early", "middle"]),
     "the same unit twice": ({"variants": {"8B": ["early", "early"]}}, ["8B", "early"]),
     "span across lists": ({"units": [{"name": "wide", "span": [3, 4], "streams": ["image"]}]}, ["wide", "[3, 4]"]),
@@ -140,6 +145,14 @@ COMPLAINTS = {
         {"units": [{"name": "early", "span": [0, 2], "streams": ["image"], "width": 3}]},
         ["width"],
     ),
+    "text of fused blocks": (width("text", [5, 6], ["text"]), ["block 5", "no text stream of its own"]),
+    "text of one block": (width("text", [1, 1], ["text"]), ["[1, 1]", "two blocks"]),
+    "text across lists": (width("text", [3, 4], ["text"]), ["[3, 4]", "one list"]),
+    "text that stops in the middle": (width("text", [1, 3], []), ["block 4", "[text]"]),
+    "feed-forward of a fused block": (width("ffn", [6, 6], ["image"]), ["block 6", "fused"]),
+    "feed-forward of two blocks": (width("ffn", [1, 2], ["image"]), ["[1, 2]", "[1, 1]"]),
+    "feed-forward of no stream": (width("ffn", [1, 1], []), ["streams", "block 1"]),
+    "keep of a span": ({"units": [{"name": "it", "span": [1, 2], "streams": ["image"], "keep": 0.5}]}, ["keep", "ffn"]),
     "missing key": ({"units": [{"span": [0, 2], "streams": ["image"]}]}, ["name"]),
 }
 
@@ -172,6 +185,46 @@ def complaint(path: Path, teacher: tuple[ModelFiles, Anatomy]) -> str:
     assert str(path) in message
     assert "\n" not in message
     return message
+
+
+DEEP = UnitPlan(name="deep", span=(1, 2), streams=("image", "text"))
+GROUP = UnitPlan(name="group", kind="text", span=(0, 1), streams=("text",))
+NEXT_GROUP = UnitPlan(name="next group", kind="text", span=(1, 3), streams=("text",))
+IMAGE_FFN = UnitPlan(name="image ffn", kind="ffn", span=(1, 1), streams=("image",))
+BOTH_FFNS = UnitPlan(name="both ffns", kind="ffn", span=(1, 1), streams=("image", "text"))
+
+
+@pytest.mark.parametrize(
+    ("together", "reasons"),
+    [
+        ((DEEP, IMAGE_FFN), ["'image ffn' needs block 1", "'deep' replaces"]),
+        ((DEEP, GROUP), ["'group' needs block 1", "'deep' replaces"]),
+        ((GROUP, NEXT_GROUP), ["'group' and 'next group'", "text of block 1"]),  # its first block's text is no real one
+        ((GROUP, BOTH_FFNS), ["'group' and 'both ffns'", "text ffn of block 1"]),
+        ((IMAGE_FFN, BOTH_FFNS), ["'image ffn' and 'both ffns'", "image ffn of block 1"]),
+        ((GROUP, IMAGE_FFN), None),
+        ((NEXT_GROUP, BOTH_FFNS), None),  # what the group reads comes before its first block's feed-forward
+    ],
+)
+def test_units_that_need_the_same_thing_are_refused_with_the_reason(
+    teachers: Teachers, tmp_path: Path, together: tuple[UnitPlan, ...], reasons: list[str] | None
+) -> None:
+    names = tuple(unit.name for unit in together)
+    plan = PLAN.model_copy(update={"units": together, "variants": {"v": names}})
+    path = tmp_path / "plan.yaml"
+    plan.save(path)
+    if reasons is None:
+        assert load_plan(path, *teachers["flux"]) == plan
+        return
+    message = complaint(path, teachers["flux"])
+    assert all(reason in message for reason in reasons), message
+
+
+def test_behind_the_last_block_nobody_reads_the_text(teachers: Teachers, tmp_path: Path) -> None:
+    group = UnitPlan(name="end", kind="text", span=(4, 5), streams=("text",))
+    plan = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=(group,), variants={})
+    plan.save(tmp_path / "plan.yaml")
+    assert "nobody reads" in complaint(tmp_path / "plan.yaml", teachers["qwen"])
 
 
 def test_a_span_may_close_a_list_only_where_the_stock_class_can_build_it(teachers: Teachers, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_it_fits_qwen_image_and_takes_25_of_60_blocks_out(qwen_image: ModelFiles
 
     renumbered = {origin: place for place, (origin, _) in enumerate(plan.places("depth-and-width"))}
     block = "transformer_blocks.{}".format
-    config = qwen_image.empty_model().config | {"num_layers": 35}
+    config = {key: value for key, value in qwen_image.config.items() if key != "_class_name"} | {"num_layers": 35}
     with init_empty_weights():
         model = PrunedQwenImageTransformer2DModel(
             **config,
