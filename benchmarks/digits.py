@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -27,6 +29,12 @@ from ppcl_ds.sections import shipped
 
 SIZES = {"-33 %": 0.33, "-50 %": 0.5, "-75 %": 0.75}
 """Variants by the share of block parameters that they give up."""
+
+COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
+"""Figures of a model that its tables show."""
+
+SCOUTED = 1 / 3
+"""Share of the unit-steps that a planned library spends on candidates."""
 
 BATCH = 64
 """Samples in an optimizer step."""
@@ -76,6 +84,34 @@ def ppcl(*arguments: str | Path) -> None:
         raise RuntimeError(f"ppcl {' '.join(map(str, arguments))}:\n{done.stdout}")
 
 
+def units_of(path: Path) -> int:
+    """Units of a plan; libraries are trained in threads, where no empty model may be built (it is done globally)."""
+    return len(yaml.safe_load(load_recipe(path).plan_file.read_text())["units"])
+
+
+def train_planned(run: Path, seed: int, unit_steps: int, **options: Any) -> Path:
+    """Train candidates a little, plan anew, train what is left; returns the recipe file.
+
+    Args:
+        unit_steps: a unit-step is one optimizer step of one unit.
+        options: what section `plan` of the recipe says.
+    """
+    path = write_recipe(run, seed, 1, **options)
+    ppcl("plan", path)
+    scouts = units_of(path)
+    scouted = round(unit_steps * SCOUTED / scouts)
+    # How many units will be left, and so how long they can be trained, is known only when the scouts are measured. The
+    # learning rate follows the last step, which is taken for that of a library a third as large.
+    steps = scouted + (unit_steps - scouted * scouts) * 3 // scouts
+    write_recipe(run, seed, steps, **options)
+    ppcl("distill", path, "--until", str(scouted))
+    ppcl("plan", path, "--from-run", run)
+    steps = scouted + (unit_steps - scouted * scouts) // units_of(path)
+    write_recipe(run, seed, steps, **options)
+    ppcl("distill", path)
+    return path
+
+
 class Library:
     """A library of units: its plan, and once it is trained, variants of it as stock models."""
 
@@ -119,3 +155,19 @@ class Judge:
     def velocity_mse(self, model: nn.Module) -> float:
         """The velocity error alone, which is quicker."""
         return self.bench.velocity_mse(model)
+
+
+def judged(path: Path, judge: Judge) -> dict[str, ModelFigures]:
+    """Figures of every size, from the run folder if they were taken before."""
+    file = path.with_name("figures.json")
+    if not file.exists():
+        library = Library(path)
+        models = {size: judge.of(library.model(names)) for size, names in library.plan.variants.items()}
+        file.write_text(json.dumps({size: figures.model_dump() for size, figures in models.items()}, indent=1))
+    return {size: ModelFigures.model_validate(each) for size, each in json.loads(file.read_text()).items()}
+
+
+def cell(values: list[float]) -> str:
+    """Mean and spread over seeds."""
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{mean(values):.3g}{spread}"

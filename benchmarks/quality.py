@@ -10,20 +10,18 @@ Needs the demo's teacher (`make demo`); what is already trained is not trained a
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import get_args
 
 import matplotlib
 import typer
-import yaml
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.digits import SIZES, Judge, Library, ppcl, write_recipe
+from benchmarks.digits import COLUMNS, SIZES, Judge, cell, judged, ppcl, train_planned, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, row_of_pairs, show
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.measure import ModelFigures
@@ -32,12 +30,8 @@ from ppcl_ds.sections import Rule
 
 RULES = tuple(rule for rule in get_args(Rule) if rule != "given")
 PLANNED = "planned"
-COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
 PROCESSES = 2
 """Libraries that are trained at a time, each on one CPU thread."""
-
-SCOUTED = 1 / 3
-"""Share of the unit-steps that `planned` spends on candidates."""
 
 Results = dict[tuple[str, str], list[ModelFigures]]
 """Rule and size -> figures of each seed."""
@@ -47,44 +41,10 @@ def train_rule(run: Path, rule: str, seed: int, unit_steps: int) -> Path:
     """Plan by a rule and train its library; returns the recipe file."""
     path = write_recipe(run, seed, 1, rule=rule)
     ppcl("plan", path)
-    steps = unit_steps // _units(path)
+    steps = unit_steps // units_of(path)
     write_recipe(run, seed, steps, rule=rule)
     ppcl("distill", path)
     return path
-
-
-def train_planned(run: Path, seed: int, unit_steps: int) -> Path:
-    """Train all rules' spans a little, plan anew, train what is left; returns the recipe file."""
-    options = {"rule": "error", "candidates": [rule for rule in RULES if rule != "random"]}
-    path = write_recipe(run, seed, 1, **options)
-    ppcl("plan", path)
-    scouts = _units(path)
-    scouted = round(unit_steps * SCOUTED / scouts)
-    # How many units will be left, and so how long they can be trained, is known only when the scouts are measured. The
-    # learning rate follows the last step, which is taken for that of a library a third as large.
-    steps = scouted + (unit_steps - scouted * scouts) * 3 // scouts
-    write_recipe(run, seed, steps, **options)
-    ppcl("distill", path, "--until", str(scouted))
-    ppcl("plan", path, "--from-run", run)
-    steps = scouted + (unit_steps - scouted * scouts) // _units(path)
-    write_recipe(run, seed, steps, **options)
-    ppcl("distill", path)
-    return path
-
-
-def _units(path: Path) -> int:
-    """Units of a plan; libraries are trained in threads, where no empty model may be built (it is done globally)."""
-    return len(yaml.safe_load(load_recipe(path).plan_file.read_text())["units"])
-
-
-def judged(path: Path, judge: Judge) -> dict[str, ModelFigures]:
-    """Figures of every size, from the run folder if they were taken before."""
-    file = path.with_name("figures.json")
-    if not file.exists():
-        library = Library(path)
-        models = {size: judge.of(library.model(names)) for size, names in library.plan.variants.items()}
-        file.write_text(json.dumps({size: figures.model_dump() for size, figures in models.items()}, indent=1))
-    return {size: ModelFigures.model_validate(each) for size, each in json.loads(file.read_text()).items()}
 
 
 def compare(folder: Path, seeds: int, unit_steps: int) -> tuple[Results, ModelFigures]:
@@ -98,7 +58,9 @@ def compare(folder: Path, seeds: int, unit_steps: int) -> tuple[Results, ModelFi
         run = folder / f"{rule}-{seed}"
         if (run / "figures.json").exists():
             return run / "recipe.yaml"
-        return train_planned(run, seed, unit_steps) if rule == PLANNED else train_rule(run, rule, seed, unit_steps)
+        if rule == PLANNED:
+            return train_planned(run, seed, unit_steps, rule="error", candidates=[r for r in RULES if r != "random"])
+        return train_rule(run, rule, seed, unit_steps)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         paths = zip(jobs, pool.map(train, jobs), strict=True)
@@ -114,13 +76,8 @@ def print_figures(results: Results, teacher: ModelFigures) -> None:
     print(f"| | teacher | 0 | {teacher.frechet:.3f} | {teacher.accuracy:.3f} | 0 |")
     for size in SIZES:
         for rule in (*RULES, PLANNED):
-            cells = [_cell([getattr(each, column) for each in results[rule, size]]) for column in COLUMNS]
+            cells = [cell([getattr(each, column) for each in results[rule, size]]) for column in COLUMNS]
             print(f"| {size} | {rule} | {' | '.join(cells)} |")
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{mean(values):.3g}{spread}"
 
 
 def draw(results: Results, path: Path) -> None:

@@ -99,7 +99,7 @@ class Bench:
             name=name,
             params=sum(p.numel() for p in model.parameters()),
             block_params_ratio=blocks / self.teacher_blocks,
-            latency_ms=self._latency(model),
+            latency_ms=self.latency(model),
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
             velocity_mse=self._error(velocities),
@@ -139,7 +139,7 @@ class Bench:
             drawn.append(latents.float().cpu())
         return torch.cat(drawn)
 
-    def _latency(self, model: nn.Module, repeats: int = 20) -> float:
+    def latency(self, model: nn.Module, repeats: int = 20) -> float:
         batch = self.batches[0]
         one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1])
         times = []
