@@ -3,8 +3,8 @@
     python -m benchmarks.width [--json FILE] [--quick]
 
 Both libraries of the digits teacher start with the spans of several rules; one also has every width unit: text groups,
-feed-forwards as linears or with a quarter of their channels. Each is trained with the same number of unit-steps, a third of them on
-candidates, planned anew from what these cost, and trained on. Needs the demo's teacher (`make demo`).
+feed-forwards as linears or with a quarter of their channels. Each is trained with the same number of unit-steps, a
+third of them on candidates, planned anew from what these cost, and trained on. Needs the demo's teacher (`make demo`).
 """
 
 from __future__ import annotations
