@@ -268,8 +268,7 @@ def remap(
 ) -> None:
     """Renumber the blocks of a LoRA for a variant, in the layout that the file has.
 
-    What belongs to blocks that a unit replaces, the first of its span included, is dropped and listed: the unit is
-    another function, which the LoRA was not trained on.
+    What belongs to the span of a unit is dropped and listed: the LoRA was not trained on the unit.
     """
     from ppcl_ds.export.lora import remap
 

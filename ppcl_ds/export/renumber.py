@@ -20,11 +20,10 @@ _NUMBERED = re.compile(r"(\w*?(?:block|layer)s?)[._]\d+(?=[._]|$)")
 """What looks like a block of some list."""
 
 _OTHER_NAMES = {
-    "double_blocks": "transformer_blocks",
-    "single_blocks": "single_transformer_blocks",
-    "joint_blocks": "transformer_blocks",
+    ("transformer_blocks", "single_transformer_blocks"): ("double_blocks", "single_blocks"),
+    ("transformer_blocks",): ("joint_blocks",),
 }
-"""Lists as FLUX's and SD3's own authors call them, and as diffusers does."""
+"""All lists of a model as diffusers calls them, and as the authors of FLUX and of SD3 do."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +64,9 @@ class Numbering:
             if unit is None:
                 self.new[name, position] = counts[name]
             counts[name] += 1
-        names = {name: name for name in lists} | {own: name for own, name in _OTHER_NAMES.items() if name in lists}
-        self.list_of = names
-        either = "|".join(sorted(names, key=len, reverse=True))
+        authors = _OTHER_NAMES.get(tuple(lists), ())
+        self.list_of = {name: name for name in lists} | dict(zip(authors, lists, strict=False))
+        either = "|".join(self.list_of)
         self.pattern = re.compile(rf"(?P<head>{_HEAD}(?P<list>{either})[._])(?P<number>\d+)(?P<tail>(?:[._].*)?)")
 
     def rename(self, key: str) -> Renamed:

@@ -50,7 +50,7 @@ def test_a_transformer_draws_by_its_recipe(new_run: Callable[..., Path], tmp_pat
     recipe, out = new_run("qwen"), tmp_path / "new" / "both.png"
     teacher = recipe.parent / "teacher"
     printed = command(
-        "sample", teacher, "--recipe", recipe, "--out", out, "--seed", 3, "--guidance", 2,
+        "sample", teacher, "--recipe", recipe, "--out", out, "--seed", "3", "--guidance", "2",
         "--prompt", "a tiny two", "--prompt", "one",
     )  # fmt: skip
     assert "forwards: 8 of 8" in printed

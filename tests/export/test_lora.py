@@ -242,6 +242,8 @@ def test_every_layout_of_names_is_renumbered_list_by_list() -> None:
     for key in ("lora_unet_down_blocks_0_attentions_1.alpha", "net.layers.1.lora_A.weight"):
         with pytest.raises(UserError, match=rf"'{key}' looks like one of '\w+', but"):
             numbering.rename(key)
+    with pytest.raises(UserError, match="looks like one of 'double_blocks', but the teacher's lists of blocks are: tr"):
+        Numbering({"transformer_blocks": 6}, [], plan_of("qwen"), "small").rename("double_blocks.0.img_mlp.0.lora_A")
 
 
 def test_the_run_of_a_plan_tells_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
