@@ -27,6 +27,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+lora_app = typer.Typer(help="LoRAs of the teacher, for its variants.", no_args_is_help=True)
+app.add_typer(lora_app, name="lora")
+
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
@@ -205,6 +208,74 @@ def evaluate(recipe: RecipeFile) -> None:
     from ppcl_ds.evaluate.run import evaluate
 
     evaluate(loaded)
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="MODEL", help="A diffusers pipeline folder, or a transformer folder, such as a variant's."
+        ),
+    ],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several pictures.")],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="RECIPE", help="How prompts are encoded and latents decoded, for a transformer folder."),
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the pictures.")] = Path("samples.png"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same for every prompt.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps.", show_default="evaluate.steps, or the pipeline's own")
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=1.0,
+            help="Guidance scale; Qwen-Image pipelines use none unless told (4 is usual).",
+            show_default="evaluate.guidance, or the pipeline's own",
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Height and width in pixels.", show_default="data.images.size, or the pipeline's own"),
+    ] = None,
+) -> None:
+    """Draw pictures with the teacher or with a variant, one column a prompt.
+
+    A pipeline folder is drawn with as diffusers does. A transformer folder needs the recipe that it was distilled by.
+    A GPU is used if there is one.
+    """
+    loaded = load_recipe(recipe) if recipe else None
+    from ppcl_ds.evaluate.sample import sample
+
+    sample(model, prompt, loaded, out, seed=seed, steps=steps, guidance=guidance, size=size)
+
+
+@lora_app.command()
+def remap(
+    lora: Annotated[Path, typer.Argument(metavar="LORA", help="A .safetensors file, trained on the teacher.")],
+    plan: Annotated[Path, typer.Option(metavar="PLAN", help="The plan.yaml that the variant was made by.")],
+    variant: Annotated[str, typer.Option(metavar="NAME", help="The variant that is to use the LoRA.")],
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Folder with the teacher's config.json; needed for families with several lists of blocks (FLUX).",
+            show_default="the run's own, if it is there",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What to write.", show_default="LORA-NAME.safetensors")
+    ] = None,
+) -> None:
+    """Renumber the blocks of a LoRA for a variant, in the layout that the file has.
+
+    What belongs to the span of a unit is dropped and listed: the LoRA was not trained on the unit.
+    """
+    from ppcl_ds.export.lora import remap
+
+    remap(lora, plan, variant, teacher, out)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.measure import Bench, ModelFigures
 from ppcl_ds.evaluate.report import draw_samples, write_report
 from ppcl_ds.export.consolidate import assembled
+from ppcl_ds.export.load import load_model
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
@@ -55,12 +56,10 @@ def _models(
     recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan
 ) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Name and loader of every model; each is loaded when its turn comes, so one at a time is in memory."""
-    model_class = files.model_class
-    assert model_class is not None
     dtype = DTYPES[recipe.teacher.precision]
-    yield "teacher", partial(model_class.from_pretrained, files.folder, torch_dtype=dtype)
+    yield "teacher", partial(load_model, files.folder, dtype)
     for variant in plan.variants:
-        yield variant, partial(model_class.from_pretrained, recipe.pruned(variant), torch_dtype=dtype)
+        yield variant, partial(load_model, recipe.pruned(variant), dtype)
         yield f"{variant}-undistilled", partial(_undistilled, files, anatomy, plan, variant, dtype)
 
 

@@ -22,7 +22,7 @@ from ppcl_ds.families.call import Caller, caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.noise import add_noise, draw_sigmas
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.sections import Noise
+from ppcl_ds.sections import CaptionEncoding, Noise
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -39,12 +39,23 @@ def open_teacher(recipe: Recipe) -> tuple[ModelFiles, Anatomy]:
     missing = sorted(name for name, _ in model.named_parameters() if name not in files.keys)
     if missing:
         raise UserError(f"teacher {files.folder}: tensor '{missing[0]}' is missing from the safetensors files")
-    captions = recipe.data.captions
+    check_captions(recipe.data.captions, model)
+    return files, Anatomy(model)
+
+
+def check_captions(captions: CaptionEncoding, model: Any) -> None:
+    """Refuse captions that are encoded for another model.
+
+    Args:
+        model: the teacher or a variant, empty or not.
+
+    Raises:
+        UserError: their embeddings are not as wide as those that the model reads.
+    """
     for key, own in (("joint_attention_dim", captions.width), ("pooled_projection_dim", captions.pooled_width)):
         wide = model.config.get(key, own)  # the model's: a file may have keys that its class does not know
         if wide != own:
             raise UserError(f"data.captions gives embeddings {own} channels wide, but the teacher's {key} is {wide}")
-    return files, Anatomy(model)
 
 
 @dataclass(frozen=True)

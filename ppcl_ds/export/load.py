@@ -1,0 +1,60 @@
+"""A teacher's or a variant's folder as a model that draws: the one place where folders are loaded for use."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from torch import nn
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.families.files import ModelFiles
+
+_FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError)
+"""What diffusers raises for folders that are incomplete, damaged or of a release that it does not know."""
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The transformer in a folder that `ppcl consolidate` or `save_pretrained` wrote, on the CPU, ready to draw.
+
+    Args:
+        folder: with `config.json` and safetensors, or a pipeline folder with `transformer/`.
+        dtype: number format; what a family keeps in float32 stays so.
+
+    Raises:
+        UserError: there is no such model, or its files cannot be read.
+    """
+    files = ModelFiles(folder)
+    assert files.model_class is not None
+    model_class: Any = files.model_class
+    try:
+        return model_class.from_pretrained(files.folder, torch_dtype=dtype)
+    except _FAULTS as fault:
+        raise UserError(f"model {folder}: cannot be loaded ({_line(fault)})") from None
+
+
+def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    """The pipeline in a diffusers folder, on the CPU; nothing is downloaded.
+
+    Args:
+        folder: with `model_index.json`.
+        dtype: number format of all its models.
+
+    Raises:
+        UserError: there is no such pipeline, or its files cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            # The older ones of the supported releases know no other name for it.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    except _FAULTS as fault:
+        raise UserError(f"pipeline {folder}: cannot be loaded ({_line(fault)})") from None
+
+
+def _line(fault: Exception) -> str:
+    return " ".join(str(fault).split())[:300]

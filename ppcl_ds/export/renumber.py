@@ -1,0 +1,139 @@
+"""The names inside a LoRA file, whatever tool wrote it: those of blocks get the variant's numbers.
+
+A name is `HEAD LIST NUMBER TAIL`, with dots (diffusers, PEFT, ComfyUI) or underscores (kohya, OneTrainer) between them.
+Only the number is changed, so the file stays in the layout that it came in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.planning.plan import Plan
+
+_HEAD = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.|lora_unet_|lora_transformer_)?"
+_TEXT_ENCODER = re.compile(r"lora_te\d*_|text_encoder")
+_NUMBERED = re.compile(r"(\w*?(?:block|layer)s?)[._]\d+(?=[._]|$)")
+"""What looks like a block of some list."""
+
+_OTHER_NAMES = {
+    ("transformer_blocks", "single_transformer_blocks"): ("double_blocks", "single_blocks"),
+    ("transformer_blocks",): ("joint_blocks",),
+}
+"""All lists of a model as diffusers calls them, and as the authors of FLUX and of SD3 do."""
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """What becomes of one name.
+
+    Attributes:
+        name: the new name; None where the block has gone.
+        block: list and number of the teacher's block; None outside the blocks.
+        tail: what stands behind the number, such as `attn.to_q.lora_A.weight`.
+    """
+
+    name: str | None
+    block: tuple[str, int] | None = None
+    tail: str = ""
+
+
+class Numbering:
+    """From the teacher's block numbers to a variant's.
+
+    Args:
+        lists: length of each of the teacher's block lists, in execution order.
+        others: names of the teacher's other modules.
+        plan: checked; its blocks are those of `lists`.
+        variant: one of the plan's.
+    """
+
+    def __init__(self, lists: Mapping[str, int], others: Collection[str], plan: Plan, variant: str) -> None:
+        self.lists, self.others = lists, tuple(others)
+        blocks = [(name, position) for name, length in lists.items() for position in range(length)]
+        self.unit_of = {blocks[i]: u.name for u in plan.units_of(variant) for i in range(u.span[0], u.span[1] + 1)}
+        """The unit that replaces a block; blocks that stay are left out."""
+        self.new: dict[tuple[str, int], int] = {}
+        counts = dict.fromkeys(lists, 0)
+        for origin, unit in plan.places(variant):
+            name, position = blocks[origin]
+            # A unit is another function than its span's first block, which a change to that block would not suit.
+            if unit is None:
+                self.new[name, position] = counts[name]
+            counts[name] += 1
+        authors = _OTHER_NAMES.get(tuple(lists), ())
+        self.list_of = {name: name for name in lists} | dict(zip(authors, lists, strict=False))
+        either = "|".join(self.list_of)
+        self.pattern = re.compile(rf"(?P<head>{_HEAD}(?P<list>{either})[._])(?P<number>\d+)(?P<tail>(?:[._].*)?)")
+
+    def rename(self, key: str) -> Renamed:
+        """The name of a tensor of the LoRA in the variant's LoRA.
+
+        Raises:
+            UserError: it is of a block that the teacher does not have.
+        """
+        found = self.pattern.fullmatch(key)
+        if found is None:
+            self._check_outside(key)
+            return Renamed(key)
+        block = self.list_of[found["list"]], int(found["number"])
+        if block[1] >= self.lists[block[0]]:
+            raise UserError(f"'{key}' is beyond the {self.lists[block[0]]} blocks of the teacher's {block[0]}")
+        tail = found["tail"][1:]
+        return Renamed(f"{found['head']}{self.new[block]}{found['tail']}" if block in self.new else None, block, tail)
+
+    def _check_outside(self, key: str) -> None:
+        """Refuse what may be a block under a name that is not known, rather than leave it with a wrong number."""
+        body = re.sub(f"^{_HEAD}", "", key)
+        if _TEXT_ENCODER.match(key) or body.startswith(tuple(f"{name}{mark}" for name in self.others for mark in "._")):
+            return
+        if found := _NUMBERED.search(body):
+            known = ", ".join(self.lists)
+            raise UserError(f"'{key}' looks like one of '{found[1]}', but the teacher's lists of blocks are: {known}")
+
+
+def renumber_metadata(text: str, renamed: Mapping[str, Renamed]) -> str:
+    """PEFT's own description of a LoRA (`lora_adapter_metadata`), for what is left of it.
+
+    Its names may be endings of names or regular expressions. They are read as PEFT reads them, against the old names,
+    and written as whole new names.
+
+    Args:
+        text: JSON; a pipeline's keys begin with the name of the component, such as `transformer.`.
+        renamed: every tensor of the file.
+
+    Raises:
+        ValueError: it is not JSON, or not such a description.
+    """
+    adapter = dict(json.loads(text))
+    for prefix in [key.removesuffix("target_modules") for key in adapter if key.endswith("target_modules")]:
+        if _TEXT_ENCODER.match(prefix):
+            continue
+        kept = {
+            _module(old, prefix): _module(new.name, prefix)
+            for old, new in renamed.items()
+            if new.name is not None and old.startswith(prefix) and ".lora_" in old
+        }
+        # An expression and no list, whose items PEFT takes for endings: `proj_out` is one of FLUX's blocks' names, too.
+        adapter[f"{prefix}target_modules"] = "|".join(re.escape(name) for name in sorted(set(kept.values())))
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+            if f"{prefix}{key}" in adapter:
+                adapter[f"{prefix}{key}"] = None
+        for key in ("rank_pattern", "alpha_pattern"):
+            values = dict(adapter.get(f"{prefix}{key}") or {})
+            adapter[f"{prefix}{key}"] = {
+                f"^{new}": value for old, new in kept.items() if (value := _of_pattern(values, old)) is not None
+            }
+    return json.dumps(adapter, indent=2, sort_keys=True)
+
+
+def _module(key: str, prefix: str) -> str:
+    return key.removeprefix(prefix).split(".lora_")[0]
+
+
+def _of_pattern(values: Mapping[str, float], module: str) -> float | None:
+    """The value for a module, as PEFT's `get_pattern_key` finds it."""
+    return next((value for key, value in values.items() if re.match(rf"(.*\.)?({key})$", module)), None)
