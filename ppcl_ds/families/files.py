@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.families.sources import Source
 
 
 class ModelFiles:
@@ -84,14 +87,36 @@ class ModelFiles:
         kept = set(getattr(self.model_class, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if kept & set(key.split(".")) else dtype
 
+    @contextmanager
+    def _open(self, key: str) -> Iterator[Any]:
+        """The file that holds a tensor.
+
+        Raises:
+            UserError: it cannot be read; the message names it.
+        """
+        file = self._file_of[key]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"teacher {self.folder}: {file.name} cannot be read ({fault}); copy it again") from None
+
     def tensor(self, key: str) -> Tensor:
         """One stored tensor, whole, on the CPU."""
-        with safe_open(self._file_of[key], framework="pt") as opened:
+        with self._open(key) as opened:
             return opened.get_tensor(key)
+
+    def source(self, key: str) -> Source:
+        """One stored tensor, looked at but not loaded."""
+        with self._open(key) as opened:
+            stored = opened.get_slice(key)
+            shape = torch.Size(stored.get_shape())
+            sample = stored[:0] if shape else opened.get_tensor(key)
+        return Source(shape, sample.dtype, partial(self.tensor, key))
 
     def flat_range(self, key: str, start: int, stop: int) -> Tensor:
         """Elements `start:stop` of a stored tensor laid flat; reads only the rows that hold them."""
-        with safe_open(self._file_of[key], framework="pt") as opened:
+        with self._open(key) as opened:
             stored = opened.get_slice(key)
             shape = stored.get_shape()
             if len(shape) == 0:
