@@ -13,7 +13,7 @@ import typer
 from ppcl_ds import console, launch
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.recipe import load_recipe
+from ppcl_ds.recipe import load_recipe, open_run
 from ppcl_ds.sections import shipped
 
 app = typer.Typer(
@@ -183,26 +183,61 @@ def distill(
 
 @app.command()
 def consolidate(
-    recipe: RecipeFile,
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A recipe, or a run folder: then its training's recipe.")
+    ],
     variant: Annotated[
-        list[str] | None, typer.Option(help="Variant to write; repeat for several. All by default.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Variant to write; repeat for several.", show_default="all"),
+    ] = None,
+    plug: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="UNIT=on|off",
+            help="Plug a unit of the library into the variant, or put the teacher's blocks back; repeat for several. "
+            "Needs one --variant, and --out.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the one variant into this folder.", show_default="pruned/VARIANT"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="fp32|bf16|fp16", help="Number format.", show_default="the teacher's files'")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")
+    ] = "5GB",
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="Also write VARIANT.safetensors, named as ComfyUI expects.")
+    ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8|fp8|nf4",
+            help="Quantise the weights of linear layers, with torchao or bitsandbytes, and measure what that costs. "
+            "Needs the whole model in memory.",
+        ),
     ] = None,
 ) -> None:
-    """Write trained variants as diffusers folders: pruned/VARIANT/transformer in the run folder.
+    """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
 
-    A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed.
+    Each folder has transformer/, a model card, checksums, and the rest of the pipeline if the teacher is a pipeline
+    folder. A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed. Weights are
+    streamed, a file at a time; a folder appears whole or not at all.
     """
-    loaded = load_recipe(recipe)
-    from ppcl_ds.export.run import consolidate
+    recipe = open_run(source)
+    from ppcl_ds.export.run import Form, consolidate
 
-    consolidate(loaded, variant or [])
+    form = Form.checked(dtype, max_shard_size, single_file, quantize)
+    consolidate(recipe, variant or [], form, plug or [], out)
 
 
 @app.command()
 def evaluate(recipe: RecipeFile) -> None:
     """Teacher, variants and undistilled variants side by side, on the same noise.
 
-    Writes samples.png, report.json and report.html into the run folder.
+    Writes samples.png, report.json and report.html into the run folder, and the figures into the models' cards.
     """
     loaded = load_recipe(recipe)
     from ppcl_ds.evaluate.run import evaluate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -30,8 +31,14 @@ LOG_SECONDS = 10.0
 """Least time between two progress lines where there is no terminal."""
 
 
+_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
+"""Loggers that complain, whenever diffusers is imported, that optional kernels of quantising packages do not load."""
+
+
 def run(app: typer.Typer) -> None:
     """Run a command line: a `UserError` is one line on stderr and exit code 2; SIGTERM unwinds like Ctrl-C."""
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()

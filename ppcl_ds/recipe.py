@@ -155,6 +155,24 @@ def load_recipe(path: Path) -> Recipe:
         raise UserError(f"recipe {path}: " + "; ".join(_explain(error) for error in fault.errors())) from None
 
 
+def open_run(path: Path) -> Recipe:
+    """A recipe file, or the recipe that a run folder was trained with.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    if not path.is_dir():
+        return load_recipe(path)
+    trained = path / "distill" / "recipe.json"
+    try:
+        # The folder may have been moved since: what lies in it is read from where it is now.
+        return Recipe.model_validate_json(trained.read_bytes()).model_copy(update={"run": path})
+    except OSError:
+        raise UserError(f"{path} is not the folder of a run that was trained: {trained} is missing") from None
+    except ValidationError as fault:
+        raise UserError(f"{trained} cannot be read ({str(fault).splitlines()[0]}); give the recipe file") from None
+
+
 def _fill_in_run(node: Any, run: str) -> Any:
     if isinstance(node, dict):
         return {key: _fill_in_run(value, run) for key, value in node.items()}

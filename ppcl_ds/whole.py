@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ppcl_ds.errors import UserError
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file; a kill in the middle leaves the old one, or none."""
@@ -30,10 +32,45 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; when the block ends well it takes the place of `path`, old content and all."""
-    partial = path.with_name(path.name + ".partial")
+    """Yield a folder to fill; when the block ends well it takes the place of `path`, old content and all.
+
+    When the block fails, what it wrote is removed and `path` stays as it was. Only a kill leaves `PATH.partial`, which
+    the next attempt replaces.
+    """
+    partial, old = (path.with_name(path.name + ending) for ending in (".partial", ".old"))
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            to_disk(file)
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    to_disk(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def need_space(path: Path, wanted: int) -> None:
+    """Refuse to begin what the disk under `path` cannot hold.
+
+    Args:
+        path: what is to be written; need not exist yet.
+        wanted: bytes.
+
+    Raises:
+        UserError: less is free.
+    """
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < wanted:
+        raise UserError(
+            f"{path} needs {wanted / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free on its disk; "
+            "make room, or choose another folder"
+        )

@@ -20,7 +20,8 @@ from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import Caller
-from ppcl_ds.families.reader import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.families.heldout import HeldOut, mean_squared
+from ppcl_ds.families.reader import DTYPES, NoisyBatch
 from ppcl_ds.families.sampling import draw
 from ppcl_ds.recipe import Recipe
 
@@ -40,6 +41,7 @@ class ModelFigures(BaseModel):
         frechet: Frechet distance of the pictures to real ones; None likewise.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
         sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
+        weights: which files were measured (`weights_digest` of the variant's folder); None for other models.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ModelFigures(BaseModel):
     frechet: float | None = None
     velocity_mse: float
     sample_mse: float
+    weights: str | None = None
 
 
 class Figures(BaseModel):
@@ -68,13 +71,12 @@ class Bench:
         self.recipe, self.caller, self.device = recipe, caller, device
         self.dtype = DTYPES[recipe.teacher.precision]
         settings = recipe.evaluate
-        heldout = NoisyStream(recipe, "heldout", settings.batch_size, device)
-        self.batches: list[NoisyBatch] = [b for _, b in islice(heldout.take(0, 1), settings.velocity_batches)]
+        self.heldout = HeldOut(recipe, caller, device)
         stored = MicroBatchStream(recipe.data, "heldout", 1, recipe.seed, recipe.bad_samples)
         samples = [batch for _, batch in islice(stored.take(0, 1), settings.samples)]
         self.captions = [batch.captions[0] for batch in samples]
         self.prompts = [batch.prompts for batch in samples]
-        shape = (settings.samples, *self.batches[0].latents.shape[1:])
+        shape = (settings.samples, *self.heldout.batches[0].latents.shape[1:])
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed))
         self.judge = load_judge(settings.judge) if settings.judge else None
         self.teacher_velocities: list[Tensor] = []
@@ -87,8 +89,7 @@ class Bench:
         Args:
             model: already in the recipe's number format.
         """
-        model.to(self.device)
-        velocities = [self._velocity(model, batch) for batch in self.batches]
+        velocities = self.heldout.velocities(model)
         latents = self._draw(model)
         blocks = Anatomy(model).block_parameters
         if self.teacher_latents is None:
@@ -102,23 +103,14 @@ class Bench:
             latency_ms=self.latency(model),
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
-            velocity_mse=self._error(velocities),
+            velocity_mse=mean_squared(velocities, self.teacher_velocities),
             sample_mse=float((latents - self.teacher_latents).square().mean()),
         )
         return figures, pictures
 
     def velocity_mse(self, model: nn.Module) -> float:
         """The velocity error alone, without drawing; of models behind the teacher."""
-        model.to(self.device)
-        return self._error([self._velocity(model, batch) for batch in self.batches])
-
-    def _error(self, velocities: Sequence[Tensor]) -> float:
-        pairs = zip(velocities, self.teacher_velocities, strict=True)
-        return float(torch.stack([(own - teachers).square().mean() for own, teachers in pairs]).mean())
-
-    @torch.no_grad()
-    def _velocity(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
-        return self.caller(model, batch.latents, batch.prompts, batch.sigmas).float().cpu()
+        return mean_squared(self.heldout.velocities(model), self.teacher_velocities)
 
     def _draw(self, model: nn.Module) -> Tensor:
         settings = self.recipe.evaluate
@@ -141,12 +133,12 @@ class Bench:
 
     def latency(self, model: nn.Module, repeats: int = 20) -> float:
         """Milliseconds of one forward of one sample, the median."""
-        batch = self.batches[0]
+        batch = self.heldout.batches[0]
         one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1])
         times = []
         for _ in range(repeats):
             began = time.perf_counter()
-            self._velocity(model, one)  # ends with a copy to the CPU, so the device has finished
+            self.heldout.velocity(model, one)  # ends with a copy to the CPU, so the device has finished
             times.append(time.perf_counter() - began)
         return 1000 * median(times[repeats // 4 :])
 

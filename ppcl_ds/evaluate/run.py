@@ -17,8 +17,10 @@ from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.measure import Bench, ModelFigures
 from ppcl_ds.evaluate.report import draw_samples, write_report
+from ppcl_ds.export.card import write_card
 from ppcl_ds.export.consolidate import assembled
 from ppcl_ds.export.load import load_model
+from ppcl_ds.export.shards import weights_digest
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
@@ -29,7 +31,7 @@ from ppcl_ds.watch.board import read_scalars, unit_losses
 
 
 def evaluate(recipe: Recipe) -> None:
-    """Measure, write `samples.png`, `report.json` and `report.html`, print the table."""
+    """Measure, write `samples.png`, `report.json`, `report.html` and the models' cards, print the table."""
     files, anatomy = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, files, anatomy)
     for variant in plan.variants:
@@ -42,12 +44,16 @@ def evaluate(recipe: Recipe) -> None:
     pictures: dict[str, Tensor] = {}
     for name, load in track(list(_models(recipe, files, anatomy, plan)), "evaluate", 1 + 2 * len(plan.variants)):
         figures, pictures[name] = bench.measure(name, load(), decode)
+        if name in plan.variants:
+            figures.weights = weights_digest(recipe.pruned(name).parent)
         rows.append(figures)
     draw_samples(pictures, bench.captions, recipe.run / "samples.png")
     scalars = read_scalars(recipe.board) if recipe.board.exists() else {}
     prefix = "heldout/velocity_mse/"
     heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
     write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, files, device))
+    for variant in plan.variants:
+        write_card(recipe.pruned(variant).parent, [row.model_dump() for row in rows])
     _show(rows)
     print(f"wrote samples.png, report.json and report.html into {recipe.run}")
 

@@ -1,11 +1,14 @@
-"""`ppcl consolidate`: from a run's checkpoint to a diffusers folder that stock tools load."""
+"""A variant as a model of the teacher's stock class: laid out to be streamed to disk, or assembled in memory."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -13,9 +16,33 @@ from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.surgery import assemble
+from ppcl_ds.families.sources import Source, Sources
+from ppcl_ds.families.surgery import assemble, lay_out
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.whole import whole_folder
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A whole model before any of its tensors is read; all that export needs to know of it.
+
+    Attributes:
+        config: the content of its `config.json`.
+        tensors: its state dict, in order.
+        parameters: how many it has; buffers do not count.
+    """
+
+    config: dict[str, Any]
+    tensors: Sources
+    parameters: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(source.bytes for source in self.tensors.values())
+
+
+Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
+"""Gives a unit's tensors, named as in the teacher's block class."""
 
 
 def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
@@ -27,18 +54,72 @@ def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[st
     Raises:
         UserError: the unit was not trained in that run, or its file cannot be read.
     """
-    if unit not in trained.units:
-        where = checkpoint.folder.parent.parent
-        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
+    _check_trained(checkpoint, trained, unit)
     return checkpoint.unit(unit.name)
 
 
-Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
-"""Gives a unit's tensors, named as in the teacher's block class."""
+def unit_sources(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Source]:
+    """The same, each tensor read when it is asked for.
+
+    Raises:
+        UserError: the unit was not trained in that run.
+    """
+    _check_trained(checkpoint, trained, unit)
+    sources: dict[str, Source] = {}
+    start = 0
+    for name, dimensions in checkpoint.contents.units[unit.name].parameters.items():
+        shape = torch.Size(dimensions)
+        sources[name] = Source(shape, torch.float32, partial(_read, checkpoint, unit.name, start, shape))
+        start += shape.numel()
+    return sources
+
+
+def _check_trained(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> None:
+    if unit not in trained.units or unit.name not in checkpoint.contents.units:
+        where = checkpoint.folder.parent.parent
+        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
+
+
+def _read(checkpoint: Checkpoint, unit: str, start: int, shape: torch.Size) -> Tensor:
+    return checkpoint.part(unit, "master", start, start + shape.numel()).view(shape)
+
+
+def layout(
+    files: ModelFiles,
+    anatomy: Anatomy,
+    plan: Plan,
+    variant: str,
+    units: Callable[[UnitPlan], Sources],
+    dtype: torch.dtype | None = None,
+) -> Layout:
+    """A variant as a model of the teacher's stock class.
+
+    Args:
+        units: gives a unit's tensors, named as in the teacher's block class.
+        dtype: number format, except where the family insists on float32; None: that of the teacher's files.
+
+    Raises:
+        UserError: a tensor of the stock class is missing or has another shape.
+    """
+    places = [(origin, None if unit is None else units(unit)) for origin, unit in plan.places(variant)]
+    config, found = lay_out(files, anatomy, places)
+    stock: Any = files.empty_model(config)
+    tensors: dict[str, Source] = {}
+    for name, tensor in stock.state_dict().items():
+        if name not in found or found[name].shape != tensor.shape:
+            has = f"has shape {list(found[name].shape)}" if name in found else "is missing"
+            raise UserError(
+                f"variant '{variant}': tensor '{name}' {has}, but {files.class_name} wants {list(tensor.shape)}"
+            )
+        tensors[name] = found[name]
+        if dtype is not None and found[name].dtype.is_floating_point:
+            tensors[name] = found[name].to(files.runs_as(name, dtype))
+    parameters = sum(parameter.numel() for parameter in stock.parameters())
+    return Layout(json.loads(stock.to_json_string()), tensors, parameters)
 
 
 def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:
-    """A variant as a model of the teacher's stock class.
+    """A variant in memory, as a model of the teacher's stock class.
 
     Args:
         trained: None leaves each unit as it was before training, a copy of its span's first block.
@@ -51,14 +132,3 @@ def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, tra
     model = files.empty_model(config)
     model.load_state_dict(tensors, assign=True)
     return model
-
-
-def consolidate(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained, out: Path) -> None:
-    """Write one variant as a diffusers transformer folder, in the number format of the teacher's files.
-
-    Args:
-        out: the folder to write; it appears whole, an older one is replaced.
-    """
-    model = assembled(files, anatomy, plan, variant, trained)
-    with whole_folder(out) as folder:
-        model.save_pretrained(folder)

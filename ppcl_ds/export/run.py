@@ -1,25 +1,203 @@
-"""`ppcl consolidate`: every variant of a run as a folder of its own."""
+"""`ppcl consolidate`: variants of a run as folders that diffusers, and with a single file ComfyUI, load."""
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
 
 from ppcl_ds.console import track
 from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.export.consolidate import consolidate as write_variant
-from ppcl_ds.export.consolidate import unit_state
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.errors import UserError
+from ppcl_ds.export import quantise
+from ppcl_ds.export.card import (
+    FACTS,
+    Facts,
+    Quantised,
+    UnitFacts,
+    read_figures,
+    teacher_license,
+    teacher_name,
+    write_card,
+)
+from ppcl_ds.export.consolidate import Layout, layout, unit_sources
+from ppcl_ds.export.pipeline import INDEX, copied_bytes, pipeline_class, pipeline_files, place
+from ppcl_ds.export.plug import read_switches, replug
+from ppcl_ds.export.shards import shard_bytes, write_file, write_model, write_sums
+from ppcl_ds.export.single import single_file_tensors
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.heldout import HeldOut, mean_squared
+from ppcl_ds.families.reader import DTYPES, open_teacher
+from ppcl_ds.planning.plan import Plan, load_plan
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.whole import need_space, whole_folder
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def consolidate(recipe: Recipe, variants: list[str]) -> None:
-    """Write the named variants, or all."""
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
-    names = variants or list(plan.variants)
+@dataclass(frozen=True)
+class Form:
+    """What an export looks like.
+
+    Attributes:
+        dtype: number format, a key of `FORMATS`; None: that of the teacher's files.
+        max_shard_size: bytes of a weights file.
+        single_file: whether to add one file for ComfyUI.
+        quantize: a key of `quantise.PACKAGES`, or None.
+    """
+
+    dtype: str | None = None
+    max_shard_size: int = 5 * 10**9
+    single_file: bool = False
+    quantize: str | None = None
+
+    @classmethod
+    def checked(cls, dtype: str | None, max_shard_size: str, single_file: bool, quantize: str | None) -> Form:
+        """A form from what the user wrote.
+
+        Raises:
+            UserError: one of them makes no sense, or this machine cannot quantise so.
+        """
+        for option, value, known in (("--dtype", dtype, FORMATS), ("--quantize", quantize, quantise.PACKAGES)):
+            if value is not None and value not in known:
+                raise UserError(f"{option}: '{value}' is not one of {', '.join(known)}")
+        if quantize is not None:
+            quantise.check_backend(quantize)
+            if single_file:
+                raise UserError("--single-file and --quantize: the single file holds plain weights; give one of them")
+        return cls(dtype, shard_bytes(max_shard_size), single_file, quantize)
+
+
+def consolidate(
+    recipe: Recipe, variants: list[str], form: Form, plug: Sequence[str] = (), out: Path | None = None
+) -> None:
+    """Write the named variants, or all; each folder appears whole or not at all.
+
+    Args:
+        plug: `UNIT=on` and `UNIT=off`, changes to the one variant.
+        out: where the one variant goes; None: into the run folder.
+
+    Raises:
+        UserError: one line that says what is wrong.
+    """
+    export = Export(recipe, form)
+    plan = export.plan
+    names = list(dict.fromkeys(variants)) or list(plan.variants)
     for name in names:
         plan.units_of(name)  # an unknown name is refused before anything is written
-    trained = partial(unit_state, newest_checkpoint(recipe.checkpoints), load_plan(recipe.trained_plan, files, anatomy))
+    if (plug or out) and len(names) != 1:
+        raise UserError(
+            f"--plug and --out: for one variant at a time; add --variant, one of {', '.join(plan.variants)}"
+        )
+    if plug and not out:
+        raise UserError("--plug: what it makes is no variant of the plan, so give it a folder of its own with --out")
+    if plug:
+        plan = replug(plan, export.trained, names[0], read_switches(plug))
+    if out:
+        _check_out(out)
     for name in track(names, "consolidate", len(names)):
-        write_variant(files, anatomy, plan, name, trained, recipe.pruned(name))
+        export.write(plan, name, out or recipe.pruned(name).parent)
+
+
+def _check_out(out: Path) -> None:
+    """An export replaces the folder it is given, so it must be empty or an older export."""
+    if out.exists() and not (out / FACTS).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something else already; give a new folder, or remove it yourself")
+
+
+class Export:
+    """A run's newest checkpoint, its teacher and the form in which variants are written.
+
+    Raises:
+        UserError: teacher, plan or checkpoint cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, form: Form) -> None:
+        self.recipe, self.form = recipe, form
+        self.files, self.anatomy = open_teacher(recipe)
+        self.plan = load_plan(recipe.plan_file, self.files, self.anatomy)
+        self.checkpoint = newest_checkpoint(recipe.checkpoints)
+        self.trained = load_plan(recipe.trained_plan, self.files, self.anatomy)
+        self.is_pipeline = (recipe.teacher.path / INDEX).exists()
+        self.around = pipeline_files(recipe.teacher.path) if self.is_pipeline else {}
+
+    def write(self, plan: Plan, variant: str, out: Path) -> None:
+        """Write one variant: its transformer, what is around it, card and checksums."""
+        form = self.form
+        units = partial(unit_sources, self.checkpoint, self.trained)
+        dtype = FORMATS[form.dtype] if form.dtype else None
+        model = layout(self.files, self.anatomy, plan, variant, units, dtype)
+        single = single_file_tensors(model) if form.single_file else None
+        # Quantising needs room for the plain weights and, at most, as much again for its own.
+        need_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
+        facts = self._facts(plan, variant, model)
+        with _one_line(out), whole_folder(out) as folder:
+            place(self.around, folder)
+            write_model(model, folder / "transformer", form.max_shard_size)
+            if single:
+                write_file(single, folder / str(facts.single_file))
+            if form.quantize:
+                facts.quantised = self._quantise(folder / "transformer", form.quantize)
+            (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
+            write_sums(folder)
+            write_card(folder, read_figures(self.recipe.run / "report.json"))
+
+    def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
+        places = plan.places(variant)
+        path, anatomy = self.recipe.teacher.path, self.anatomy
+        bytes_of: Counter[torch.dtype] = Counter()
+        for source in model.tensors.values():
+            bytes_of[source.dtype] += source.bytes
+        return Facts(
+            variant=variant,
+            teacher=teacher_name(path),
+            license=teacher_license(path),
+            model_class=model.config["_class_name"],
+            pipeline_class=pipeline_class(path) if self.is_pipeline else None,
+            dtype=str(bytes_of.most_common(1)[0][0]).removeprefix("torch."),
+            parameters=model.parameters,
+            block_share=sum(anatomy.blocks[block].parameters for block, _ in places) / anatomy.block_parameters,
+            blocks=len(places),
+            teacher_blocks=len(anatomy),
+            units=[UnitFacts(name=unit.name, span=unit.span) for unit in plan.units_of(variant)],
+            step=self.checkpoint.contents.step,
+            single_file=f"{variant}.safetensors" if self.form.single_file else None,
+        )
+
+    def _quantise(self, folder: Path, method: str) -> Quantised:
+        """Put quantised weights in the place of a folder's plain ones, and measure what that costs."""
+        plain = folder.with_name("plain")
+        folder.rename(plain)
+        recipe, files = self.recipe, self.files
+        dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
+        quantise.quantise(files.model_class, plain, folder, method, dtype, self.form.max_shard_size)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        heldout = HeldOut(recipe, caller_for(files.class_name), device)
+        running = DTYPES[recipe.teacher.precision]
+        found = [
+            heldout.velocities(files.model_class.from_pretrained(each, torch_dtype=running).eval())  # type: ignore[union-attr]
+            for each in (plain, folder)
+        ]
+        shutil.rmtree(plain)
+        return Quantised(
+            method=method,
+            package=quantise.PACKAGES[method],
+            velocity_mse=mean_squared(*found),
+            velocity_power=mean_squared(found[0], [torch.zeros(())] * len(found[0])),
+        )
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """What can go wrong on the way to the disk, as one line; the partial folder is gone by then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{out} cannot be written ({fault}); nothing is left of it") from None

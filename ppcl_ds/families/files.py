@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.families import modeling_pruned
+from ppcl_ds.families.sources import Source
+
+
+def find_class(name: str) -> Any:
+    """The model class that a `config.json` names: diffusers' own, or one of `modeling_pruned.py`; else None."""
+    found = getattr(diffusers, name, None) or getattr(modeling_pruned, name, None)
+    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 class ModelFiles:
@@ -37,8 +47,8 @@ class ModelFiles:
             raise UserError(
                 f"teacher {path}: no readable config.json; give a folder that save_pretrained wrote"
             ) from None
-        self.model_class = getattr(diffusers, self.class_name, None)
-        if not isinstance(self.model_class, type) or not issubclass(self.model_class, nn.Module):
+        self.model_class = find_class(self.class_name)
+        if self.model_class is None:
             raise UserError(
                 f"teacher {path}: config.json names class '{self.class_name}', which diffusers does not have"
             )
@@ -72,11 +82,12 @@ class ModelFiles:
         """The stock class with parameters on the meta device and everything else (RoPE tables) real.
 
         Args:
-            config: another configuration of the same class; None for the teacher's own.
+            config: another configuration, of the same class or another one; None for the teacher's own.
         """
-        assert self.model_class is not None
+        config = config or self.config
+        model_class: Any = find_class(str(config["_class_name"]))
         with init_empty_weights(include_buffers=False):
-            model = self.model_class.from_config(config or self.config)
+            model = model_class.from_config(config)
         return model.eval().requires_grad_(False)
 
     def runs_as(self, key: str, dtype: torch.dtype) -> torch.dtype:
@@ -84,9 +95,23 @@ class ModelFiles:
         kept = set(getattr(self.model_class, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if kept & set(key.split(".")) else dtype
 
+    @contextmanager
+    def _open(self, key: str) -> Iterator[Any]:
+        """The file that holds a tensor.
+
+        Raises:
+            UserError: it cannot be read; the message names it.
+        """
+        file = self._file_of[key]
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except (OSError, SafetensorError) as fault:
+            raise UserError(f"teacher {self.folder}: {file.name} cannot be read ({fault}); copy it again") from None
+
     def tensor(self, key: str) -> Tensor:
         """One stored tensor, whole, on the CPU."""
-        with safe_open(self._file_of[key], framework="pt") as opened:
+        with self._open(key) as opened:
             return opened.get_tensor(key)
 
     def block_part(self, block: str, part: str) -> nn.Module:
@@ -106,9 +131,17 @@ class ModelFiles:
         names = {name: f"{key}.{name}" for name in module.state_dict()}
         module.load_state_dict({name: self.tensor(stored) for name, stored in names.items()}, assign=True)
 
+    def source(self, key: str) -> Source:
+        """One stored tensor, looked at but not loaded."""
+        with self._open(key) as opened:
+            stored = opened.get_slice(key)
+            shape = torch.Size(stored.get_shape())
+            sample = stored[:0] if shape else opened.get_tensor(key)
+        return Source(shape, sample.dtype, partial(self.tensor, key))
+
     def flat_range(self, key: str, start: int, stop: int) -> Tensor:
         """Elements `start:stop` of a stored tensor laid flat; reads only the rows that hold them."""
-        with safe_open(self._file_of[key], framework="pt") as opened:
+        with self._open(key) as opened:
             stored = opened.get_slice(key)
             shape = stored.get_shape()
             if len(shape) == 0:

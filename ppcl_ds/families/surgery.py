@@ -16,6 +16,7 @@ from torch import nn
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.sources import Source, Sources, held
 
 Shapes = dict[str, torch.Size]
 
@@ -108,31 +109,52 @@ def _check(files: ModelFiles, anatomy: Anatomy, origins: Sequence[int], config: 
             )
 
 
+def lay_out(
+    files: ModelFiles, anatomy: Anatomy, places: Sequence[tuple[int, Sources | None]]
+) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Configuration and tensors of a smaller model, before any tensor is read.
+
+    Args:
+        places: for each of its blocks, in order: the teacher block whose shape it has, and a unit's tensors by their
+            name in the block, or None to take the teacher's.
+
+    Returns:
+        The configuration, and tensors by their name in the stock class, in no particular order.
+
+    Raises:
+        UserError: the stock class cannot be configured so, or a unit has a tensor that its block has not.
+    """
+    config = shrink_config(files, anatomy, [origin for origin, _ in places])
+    smaller = Anatomy(files.empty_model(config))
+    lists = {f"{block.list_name}." for block in anatomy.blocks}
+    tensors = {key: files.source(key) for key in sorted(files.keys) if not key.startswith(tuple(lists))}
+    for block, (origin, unit) in zip(smaller.blocks, places, strict=True):
+        old = anatomy.blocks[origin].key
+        if unit is None:
+            own = {key: files.source(key) for key in sorted(files.keys) if key.startswith(f"{old}.")}
+            tensors |= {key.replace(old, block.key, 1): source for key, source in own.items()}
+        else:
+            # Stored as the teacher stores the tensor that it replaces: some families keep a few in float32.
+            strange = [name for name in unit if f"{old}.{name}" not in files.keys]
+            if strange:
+                raise UserError(
+                    f"teacher {files.folder}: block {origin} has no tensor '{strange[0]}', but its unit has"
+                )
+            own = {name: source.to(files.source(f"{old}.{name}").dtype) for name, source in unit.items()}
+            tensors |= {f"{block.key}.{name}": source for name, source in own.items()}
+    return config, tensors
+
+
 def assemble(
     files: ModelFiles,
     anatomy: Anatomy,
     places: Sequence[tuple[int, Callable[[], Mapping[str, torch.Tensor]] | None]],
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and state dict of a smaller model.
+    """Configuration and state dict of a smaller model, in memory.
 
     Args:
-        places: for each of its blocks, in order: the teacher block whose shape it has, and a function that gives its
-            tensors (a unit's), or None to copy the teacher's.
-
-    Returns:
-        The configuration, and tensors by their name in the stock class.
+        places: as for `lay_out`, a unit as a function that gives its tensors.
     """
-    config = shrink_config(files, anatomy, [origin for origin, _ in places])
-    smaller = Anatomy(files.empty_model(config))
-    lists = {f"{block.list_name}." for block in anatomy.blocks}
-    tensors = {key: files.tensor(key) for key in sorted(files.keys) if not key.startswith(tuple(lists))}
-    for block, (origin, unit) in zip(smaller.blocks, places, strict=True):
-        old = anatomy.blocks[origin].key
-        if unit is None:
-            own = {key: files.tensor(key) for key in sorted(files.keys) if key.startswith(f"{old}.")}
-            tensors |= {key.replace(old, block.key, 1): tensor for key, tensor in own.items()}
-        else:
-            # Stored as the teacher stores the tensor that it replaces: some families keep a few in float32.
-            own = {name: tensor.to(files.tensor(f"{old}.{name}").dtype) for name, tensor in unit().items()}
-            tensors |= {f"{block.key}.{name}": tensor for name, tensor in own.items()}
-    return config, tensors
+    laid = [(origin, None if unit is None else held(unit())) for origin, unit in places]
+    config, sources = lay_out(files, anatomy, laid)
+    return config, {name: source.load() for name, source in sources.items()}

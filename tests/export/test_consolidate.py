@@ -10,60 +10,48 @@ import torch
 from safetensors.torch import save_file
 
 from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.planning.plan import UnitPlan
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.whole import whole_folder, write_whole
 from tests.conftest import command
-
-UNIT = UnitPlan(name="early", span=(0, 2), streams=("image", "text"))
-PLAN = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=(UNIT,), variants={"small": ("early",)})
+from tests.export.trained import plan_of, pretend_trained
 
 
 @pytest.fixture
 def trained(new_run: Callable[..., Path]) -> tuple[Path, Recipe]:
-    """A run with a plan and a checkpoint whose unit is the teacher's own first block."""
+    """A run with a plan and a checkpoint that three ranks have written."""
     path = new_run("qwen")
-    recipe = load_recipe(path)
-    PLAN.save(recipe.plan_file)
-    PLAN.save(recipe.trained_plan)
-    checkpoint = recipe.checkpoints / "step-000001"
-    checkpoint.mkdir(parents=True)
-    (recipe.checkpoints / "latest").write_text(checkpoint.name)
-    piece = Piece(file="rank-00000.safetensors", start=0, stop=6)
-    unit = SavedUnit(parameters={"weight": [2, 3]}, pieces=[piece], skipped=0)
-    (checkpoint / "checkpoint.json").write_text(Contents(step=1, units={"early": unit}).model_dump_json())
-    save_file({"early/master": torch.arange(6.0)}, checkpoint / piece.file)
-    return path, recipe
+    return path, pretend_trained(path, "qwen")
 
 
 def test_a_damaged_file_is_named_and_nothing_is_written(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
-    file = recipe.checkpoints / "step-000001" / "rank-00000.safetensors"
+    file = recipe.checkpoints / "step-000007" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     printed = command("consolidate", path, code=2)
-    assert "step-000001: rank-00000.safetensors cannot be read" in printed
+    assert "step-000007: rank-00001.safetensors cannot be read" in printed
     assert len(printed.strip().splitlines()) == 1
-    assert not recipe.pruned("small").exists()
+    assert not list(recipe.run.glob("pruned/*"))
 
 
 def test_a_checkpoint_without_its_list_is_named(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
-    (recipe.checkpoints / "step-000001" / "checkpoint.json").write_text('{"step": 1')
-    assert "step-000001: checkpoint.json cannot be read" in command("consolidate", path, code=2)
+    (recipe.checkpoints / "step-000007" / "checkpoint.json").write_text('{"step": 1')
+    assert "step-000007: checkpoint.json cannot be read" in command("consolidate", path, code=2)
     (recipe.checkpoints / "latest").write_text("step-000005")
     assert "step-000005: checkpoint.json cannot be read" in command("consolidate", path, code=2)
 
 
 def test_foreign_objects_in_a_checkpoint_are_never_unpickled(trained: tuple[Path, Recipe], tmp_path: Path) -> None:
     path, recipe = trained
-    torch.save({"weight": _Bomb(tmp_path / "ran")}, recipe.checkpoints / "step-000001" / "rank-00000.safetensors")
+    torch.save({"weight": _Bomb(tmp_path / "ran")}, recipe.checkpoints / "step-000007" / "rank-00000.safetensors")
     assert "rank-00000.safetensors cannot be read" in command("consolidate", path, code=2)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_unit_is_put_together_from_whatever_files_hold_its_parts(trained: tuple[Path, Recipe]) -> None:
     """As three replicas leave it: seven elements, the last part shorter, one file with another unit's part, too."""
-    folder = trained[1].checkpoints / "step-000001"
+    folder = trained[1].checkpoints / "step-000007"
     parts = {"rank-00000.safetensors": (0, 3), "rank-00002.safetensors": (3, 6), "rank-00007.safetensors": (6, 7)}
     flat = torch.arange(7.0)
     for file, (start, stop) in parts.items():
@@ -81,9 +69,9 @@ def test_a_unit_is_put_together_from_whatever_files_hold_its_parts(trained: tupl
 
 def test_a_unit_that_was_not_trained_is_refused(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
-    other = UnitPlan(name="late", span=(3, 4), streams=("image", "text"))
-    PLAN.model_copy(update={"units": (other,), "variants": {"small": ("late",)}}).save(recipe.plan_file)
-    assert "unit 'late' on blocks [3, 4] was not trained" in command("consolidate", path, code=2)
+    other = UnitPlan(name="late", span=(2, 4), streams=("image", "text"))
+    plan_of("qwen").model_copy(update={"units": (other,), "variants": {"small": ("late",)}}).save(recipe.plan_file)
+    assert "unit 'late' on blocks [2, 4] was not trained" in command("consolidate", path, code=2)
 
 
 def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path) -> None:
@@ -101,6 +89,7 @@ def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_whole(tmp_path / "file", 5)  # type: ignore[arg-type]
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "inside").read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 
 
 class _Bomb:

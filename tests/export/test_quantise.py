@@ -1,0 +1,74 @@
+"""Quantised exports load with stock diffusers, and say what quantising costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.export import quantise
+from ppcl_ds.export.run import Form, consolidate
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.heldout import HeldOut, mean_squared
+from tests.export.trained import pretend_trained
+
+
+@pytest.mark.parametrize("method", ["int8", "fp8"])
+def test_quantised_weights_load_as_they_are_and_the_card_says_what_they_cost(
+    new_run: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    pytest.importorskip("torchao")
+    recipe = pretend_trained(new_run("qwen"), "qwen")
+    consolidate(recipe, ["small"], Form.checked(None, "5GB", False, method), out=tmp_path / "small")
+    consolidate(recipe, ["small"], Form())
+    model_class = diffusers.QwenImageTransformer2DModel
+    quantised = model_class.from_pretrained(tmp_path / "small" / "transformer", torch_dtype=torch.float32)
+    plain = model_class.from_pretrained(recipe.pruned("small"))
+    assert (
+        type(quantised.transformer_blocks[0].attn.to_q.weight.data).__name__
+        == f"{method[:-1].replace('fp', 'Float').title()}8Tensor"
+    )
+    sizes = [
+        sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for folder in (recipe.pruned("small"), tmp_path / "small/transformer")
+    ]
+    assert sizes[1] < 0.5 * sizes[0]
+
+    heldout = HeldOut(recipe, caller_for("QwenImageTransformer2DModel"), torch.device("cpu"))
+    error = mean_squared(heldout.velocities(plain.eval()), heldout.velocities(quantised.eval()))
+    said = json.loads((tmp_path / "small" / "variant.json").read_text())["quantised"]
+    assert said["velocity_mse"] == pytest.approx(error)
+    assert 0 < error < 0.05 * said["velocity_power"]
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert f"is {error:.3g}," in card
+    assert f"- {method}" in card
+    assert not (tmp_path / "small" / "plain").exists()
+
+
+def test_what_this_machine_cannot_quantise_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else name)
+    for method, message in (("int8", "pip install torchao"), ("nf4", "nf4 needs a GPU")):
+        with pytest.raises(UserError, match=message):
+            quantise.check_backend(method)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "single_file", "method", "message"),
+    [
+        ("fp8", "5GB", False, None, "--dtype: 'fp8' is not one of fp32, bf16, fp16"),
+        (None, "5GiB", False, None, "--max-shard-size: '5GiB' is no size"),
+        (None, "-5GB", False, None, "--max-shard-size: '-5GB' is no size"),
+        (None, "5GB", False, "int4", "--quantize: 'int4' is not one of int8, fp8, nf4"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(
+    dtype: str | None, size: str, single_file: bool, method: str | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        Form.checked(dtype, size, single_file, method)

@@ -1,0 +1,67 @@
+"""Runs that look trained: a plan, and a checkpoint of random units that several ranks have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from ppcl_ds.distill.checkpoint import Contents, Piece, SavedUnit
+from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.families.surgery import block_shapes
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.whole import write_whole
+from tests.conftest import TEACHERS
+
+SPANS = {
+    "qwen": {"early": (0, 2), "inner": (1, 2), "late": (3, 4)},
+    "flux": {"early": (0, 1), "inner": (1, 2), "late": (5, 7)},
+    "sd3": {"early": (0, 2), "inner": (1, 2), "late": (3, 4)},
+}
+"""Family -> unit -> span; `early` and `inner` overlap."""
+BLOCKS = {"qwen": 6, "flux": 9, "sd3": 6}
+
+
+def plan_of(family: str) -> Plan:
+    """All units, and a variant `small` that plugs `early` and `late`."""
+    units = tuple(UnitPlan(name=name, span=span, streams=("image",)) for name, span in SPANS[family].items())
+    variants = {"small": ("early", "late"), "medium": ("inner",)}
+    return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=units, variants=variants)
+
+
+def pretend_trained(path: Path, family: str, ranks: int = 3) -> Recipe:
+    """Give a new run its plan and a checkpoint in the middle of training, each unit in pieces on all ranks."""
+    recipe = load_recipe(path)
+    plan = plan_of(family)
+    plan.save(recipe.plan_file)
+    plan.save(recipe.trained_plan)
+    write_whole(recipe.trained_recipe, recipe.model_dump_json())
+    write_checkpoint(recipe, plan, ranks)
+    return recipe
+
+
+def write_checkpoint(recipe: Recipe, plan: Plan, ranks: int, step: int = 7) -> None:
+    """Random units, their flat vectors cut into as many parts as there are ranks."""
+    files, anatomy = open_teacher(recipe)
+    model = files.empty_model()
+    generator = torch.Generator().manual_seed(step)
+    saved: dict[str, SavedUnit] = {}
+    held: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
+    for unit in plan.units:
+        shapes = block_shapes(anatomy.module(model, anatomy.blocks[unit.span[0]]))
+        flat = torch.randn(sum(shape.numel() for shape in shapes.values()), generator=generator) / 10
+        pieces, start = [], 0
+        for rank, part in enumerate(flat.chunk(ranks)):
+            held[rank][f"{unit.name}/master"] = part.clone()
+            pieces.append(Piece(file=f"rank-{rank:05d}.safetensors", start=start, stop=start + len(part)))
+            start += len(part)
+        parameters = {name: list(shape) for name, shape in shapes.items()}
+        saved[unit.name] = SavedUnit(parameters=parameters, pieces=pieces, skipped=0)
+    folder = recipe.checkpoints / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    for rank, tensors in enumerate(held):
+        save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
+    (folder / "checkpoint.json").write_text(Contents(step=step, units=saved).model_dump_json())
+    (recipe.checkpoints / "latest").write_text(folder.name)
