@@ -21,10 +21,11 @@ FACTS = "variant.json"
 
 
 class UnitFacts(BaseModel):
-    """A unit that the variant plugs, and the blocks it replaced."""
+    """A unit that the variant plugs: what it replaced, and by what, in words."""
 
     name: str
-    span: tuple[int, int]
+    replaced: str
+    by: str
 
 
 class Quantised(BaseModel):
@@ -50,6 +51,7 @@ class Facts(BaseModel):
         teacher: where the teacher came from, a path or the name of a repository.
         license: the teacher's, where its folder says so.
         model_class: class of the transformer.
+        own_code: the module in the transformer's folder that has the class, where diffusers does not have it.
         pipeline_class: class of the whole pipeline, where the folder is one.
         dtype: number format of most weights before quantising.
         block_share: parameters in the blocks over those in the teacher's.
@@ -62,6 +64,7 @@ class Facts(BaseModel):
     teacher: str
     license: str | None
     model_class: str
+    own_code: str | None = None
     pipeline_class: str | None
     dtype: str
     parameters: int

@@ -1,4 +1,4 @@
-"""A variant as a model of the teacher's stock class: laid out to be streamed to disk, or assembled in memory."""
+"""A variant as a diffusers model: laid out to be streamed to disk, or assembled in memory."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.width import narrowed
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.sources import Source, Sources
-from ppcl_ds.families.surgery import assemble, lay_out
+from ppcl_ds.families.sources import Source, Sources, held
+from ppcl_ds.families.surgery import lay_out
+from ppcl_ds.planning.building import build_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan
 
 
@@ -42,11 +44,11 @@ class Layout:
 
 
 Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
-"""Gives a unit's tensors, named as in the teacher's block class."""
+"""Gives a unit's tensors by their name inside the unit; of a depth unit, those of the teacher's block class."""
 
 
 def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
-    """A trained unit's float32 masters, named as in the teacher's block class.
+    """A trained unit's float32 masters, by their name inside the unit.
 
     Args:
         trained: the plan that the checkpoint was trained with.
@@ -92,10 +94,10 @@ def layout(
     units: Callable[[UnitPlan], Sources],
     dtype: torch.dtype | None = None,
 ) -> Layout:
-    """A variant as a model of the teacher's stock class.
+    """A variant as a model of the teacher's stock class, or with width units of its sibling in `modeling_pruned.py`.
 
     Args:
-        units: gives a unit's tensors, named as in the teacher's block class.
+        units: gives a unit's tensors by their name inside the unit.
         dtype: number format, except where the family insists on float32; None: that of the teacher's files.
 
     Raises:
@@ -103,13 +105,14 @@ def layout(
     """
     places = [(origin, None if unit is None else units(unit)) for origin, unit in plan.places(variant)]
     config, found = lay_out(files, anatomy, places)
+    config, found = narrowed(files, anatomy, plan, variant, config, found, units)
     stock: Any = files.empty_model(config)
     tensors: dict[str, Source] = {}
     for name, tensor in stock.state_dict().items():
         if name not in found or found[name].shape != tensor.shape:
             has = f"has shape {list(found[name].shape)}" if name in found else "is missing"
             raise UserError(
-                f"variant '{variant}': tensor '{name}' {has}, but {files.class_name} wants {list(tensor.shape)}"
+                f"variant '{variant}': tensor '{name}' {has}, but {config['_class_name']} wants {list(tensor.shape)}"
             )
         tensors[name] = found[name]
         if dtype is not None and found[name].dtype.is_floating_point:
@@ -119,16 +122,17 @@ def layout(
 
 
 def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:
-    """A variant in memory, as a model of the teacher's stock class.
+    """A variant in memory.
 
     Args:
-        trained: None leaves each unit as it was before training, a copy of its span's first block.
+        trained: None leaves each unit as it was before training: of a depth unit, a copy of its span's first block.
     """
-    places = [
-        (origin, None if unit is None or trained is None else partial(trained, unit))
-        for origin, unit in plan.places(variant)
-    ]
-    config, tensors = assemble(files, anatomy, places)
-    model = files.empty_model(config)
-    model.load_state_dict(tensors, assign=True)
+
+    def tensors(unit: UnitPlan) -> Sources:
+        fresh = build_unit(unit, files, anatomy, torch.float32).core.state_dict() if trained is None else trained(unit)
+        return held(fresh)
+
+    whole = layout(files, anatomy, plan, variant, tensors)
+    model: Any = files.empty_model(whole.config)
+    model.load_state_dict({name: source.load() for name, source in whole.tensors.items()}, assign=True)
     return model

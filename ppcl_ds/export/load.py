@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.families import modeling_pruned
 from ppcl_ds.families.files import ModelFiles
 
 _FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError)
@@ -47,13 +50,27 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         UserError: there is no such pipeline, or its files cannot be read.
     """
+    own = _own_transformer(folder, dtype)
     try:
         with warnings.catch_warnings():
             # The older ones of the supported releases know no other name for it.
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+            return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **own)
     except _FAULTS as fault:
         raise UserError(f"pipeline {folder}: cannot be loaded ({_line(fault)})") from None
+
+
+def _own_transformer(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The pipeline's transformer, if it is of one of our classes; the code in the folder need not be trusted then."""
+    try:
+        config = json.loads((folder / "transformer" / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    if not hasattr(modeling_pruned, str(config.get("_class_name"))):
+        return {}
+    # diffusers looks up the class that the index names even where it is given the model, and imports nothing unknown.
+    sys.modules.setdefault(modeling_pruned.__name__.rpartition(".")[2], modeling_pruned)
+    return {"transformer": load_model(folder, dtype)}
 
 
 def _line(fault: Exception) -> str:

@@ -40,6 +40,14 @@ def pipeline_class(pipeline: Path) -> str:
     return str(_index(pipeline).get("_class_name"))
 
 
+def name_transformer(folder: Path, module: str, class_name: str) -> None:
+    """Have a pipeline's index say that its transformer is a class of a module in the transformer's own folder."""
+    index = _index(folder)
+    index["transformer"] = [module, class_name]
+    (folder / INDEX).unlink()  # it may be the teacher's own file
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _index(pipeline: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((pipeline / INDEX).read_text()))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import combinations
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.planning.plan import Plan, conflict
 
 
 def read_switches(words: Sequence[str]) -> dict[str, bool]:
@@ -32,7 +32,7 @@ def replug(plan: Plan, trained: Plan, variant: str, switches: Mapping[str, bool]
         switches: unit -> whether the variant is to have it; units not named stay as they are.
 
     Raises:
-        UserError: a unit is not known, or two that are to be plugged overlap.
+        UserError: a unit is not known, or two that are to be plugged get in each other's way.
     """
     known = {unit.name for unit in plan.units}
     library = (*plan.units, *(unit for unit in trained.units if unit.name not in known))
@@ -43,10 +43,7 @@ def replug(plan: Plan, trained: Plan, variant: str, switches: Mapping[str, bool]
     before = {unit.name for unit in plan.units_of(variant)}
     chosen = tuple(name for name in names if switches.get(name, name in before))
     changed = plan.model_copy(update={"units": library, "variants": {variant: chosen}})
-    for a, b in pairwise(changed.units_of(variant)):
-        if b.span[0] <= a.span[1]:
-            raise UserError(
-                f"--plug: spans {list(a.span)} of '{a.name}' and {list(b.span)} of '{b.name}' overlap; "
-                "plug one of them, and turn the other off"
-            )
+    for a, b in combinations(changed.units_of(variant), 2):
+        if reason := conflict(a, b):
+            raise UserError(f"--plug: {reason}; plug one of them, and turn the other off")
     return changed

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -28,14 +29,16 @@ from ppcl_ds.export.card import (
     write_card,
 )
 from ppcl_ds.export.consolidate import Layout, layout, unit_sources
-from ppcl_ds.export.pipeline import INDEX, copied_bytes, pipeline_class, pipeline_files, place
+from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
 from ppcl_ds.export.plug import read_switches, replug
-from ppcl_ds.export.shards import shard_bytes, write_file, write_model, write_sums
+from ppcl_ds.export.shards import MODELING, add_own_code, has_own_code, shard_bytes, write_file, write_model, write_sums
 from ppcl_ds.export.single import single_file_tensors
 from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.files import find_class
 from ppcl_ds.families.heldout import HeldOut, mean_squared
 from ppcl_ds.families.reader import DTYPES, open_teacher
-from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.whole import need_space, whole_folder
 
@@ -141,17 +144,21 @@ class Export:
         with _one_line(out), whole_folder(out) as folder:
             place(self.around, folder)
             write_model(model, folder / "transformer", form.max_shard_size)
+            if self.is_pipeline and facts.own_code:
+                name_transformer(folder, facts.own_code, facts.model_class)
             if single:
                 write_file(single, folder / str(facts.single_file))
             if form.quantize:
-                facts.quantised = self._quantise(folder / "transformer", form.quantize)
+                facts.quantised = self._quantise(folder / "transformer", form.quantize, find_class(facts.model_class))
+                add_own_code(folder / "transformer")
             (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
             write_sums(folder)
             write_card(folder, read_figures(self.recipe.run / "report.json"))
 
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
-        places = plan.places(variant)
+        places, chosen = plan.places(variant), plan.units_of(variant)
         path, anatomy = self.recipe.teacher.path, self.anatomy
+        saved = sum(parameters_saved(unit, self.files, anatomy) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
         for source in model.tensors.values():
             bytes_of[source.dtype] += source.bytes
@@ -160,29 +167,30 @@ class Export:
             teacher=teacher_name(path),
             license=teacher_license(path),
             model_class=model.config["_class_name"],
+            own_code=MODELING if has_own_code(model.config) else None,
             pipeline_class=pipeline_class(path) if self.is_pipeline else None,
             dtype=str(bytes_of.most_common(1)[0][0]).removeprefix("torch."),
             parameters=model.parameters,
-            block_share=sum(anatomy.blocks[block].parameters for block, _ in places) / anatomy.block_parameters,
+            block_share=1 - saved / anatomy.block_parameters,
             blocks=len(places),
             teacher_blocks=len(anatomy),
-            units=[UnitFacts(name=unit.name, span=unit.span) for unit in plan.units_of(variant)],
+            units=[_unit_facts(unit) for unit in chosen],
             step=self.checkpoint.contents.step,
             single_file=f"{variant}.safetensors" if self.form.single_file else None,
         )
 
-    def _quantise(self, folder: Path, method: str) -> Quantised:
+    def _quantise(self, folder: Path, method: str, model_class: Any) -> Quantised:
         """Put quantised weights in the place of a folder's plain ones, and measure what that costs."""
         plain = folder.with_name("plain")
         folder.rename(plain)
         recipe, files = self.recipe, self.files
         dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
-        quantise.quantise(files.model_class, plain, folder, method, dtype, self.form.max_shard_size)
+        quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         heldout = HeldOut(recipe, caller_for(files.class_name), device)
         running = DTYPES[recipe.teacher.precision]
         found = [
-            heldout.velocities(files.model_class.from_pretrained(each, torch_dtype=running).eval())  # type: ignore[union-attr]
+            heldout.velocities(model_class.from_pretrained(each, torch_dtype=running).eval())
             for each in (plain, folder)
         ]
         shutil.rmtree(plain)
@@ -192,6 +200,17 @@ class Export:
             velocity_mse=mean_squared(*found),
             velocity_power=mean_squared(found[0], [torch.zeros(())] * len(found[0])),
         )
+
+
+def _unit_facts(unit: UnitPlan) -> UnitFacts:
+    first, last = unit.span
+    if unit.kind == "depth":
+        return UnitFacts(name=unit.name, replaced=f"blocks {first} to {last}", by="one block")
+    if unit.kind == "text":
+        blocks = f"block {last}" if last == first + 1 else f"blocks {first + 1} to {last}"
+        return UnitFacts(name=unit.name, replaced=f"the text stream of {blocks}", by=f"linears of block {first}'s")
+    by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
+    return UnitFacts(name=unit.name, replaced=f"{' and '.join(unit.streams)} feed-forward of block {first}", by=by)
 
 
 @contextmanager

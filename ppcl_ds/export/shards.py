@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -13,10 +16,12 @@ from safetensors.torch import save_file
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.consolidate import Layout
+from ppcl_ds.families import modeling_pruned
 from ppcl_ds.families.sources import Sources
 from ppcl_ds.whole import to_disk
 
 SUMS = "SHA256SUMS"
+MODELING = Path(modeling_pruned.__file__).stem
 CARD = "README.md"
 
 
@@ -36,7 +41,7 @@ def shard_bytes(size: str) -> int:
 
 
 def write_model(layout: Layout, folder: Path, max_shard_size: int) -> None:
-    """Write a diffusers model folder, file for file what `save_pretrained` writes.
+    """Write a diffusers model folder, file for file what `save_pretrained` writes; and the code of a class of ours.
 
     Args:
         folder: is made; anything in it stays.
@@ -47,7 +52,8 @@ def write_model(layout: Layout, folder: Path, max_shard_size: int) -> None:
         OSError, SafetensorError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(layout.config, indent=2, sort_keys=True) + "\n")
+    _write_config(layout.config, folder)
+    add_own_code(folder)
     split = split_state_dict_into_shards_factory(
         dict(layout.tensors),
         get_storage_size=lambda source: source.bytes,
@@ -59,6 +65,23 @@ def write_model(layout: Layout, folder: Path, max_shard_size: int) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def has_own_code(config: Mapping[str, Any]) -> bool:
+    """Whether a model is of a class that diffusers does not have."""
+    return hasattr(modeling_pruned, str(config.get("_class_name")))
+
+
+def add_own_code(folder: Path) -> None:
+    """Put the code of a class that diffusers does not have into a model folder, and say so in its `config.json`."""
+    config = json.loads((folder / "config.json").read_text())
+    if has_own_code(config):
+        shutil.copyfile(modeling_pruned.__file__, folder / f"{MODELING}.py")
+        _write_config(config | {"auto_map": {"AutoModel": f"{MODELING}.{config['_class_name']}"}}, folder)
+
+
+def _write_config(config: Mapping[str, Any], folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def write_file(tensors: Sources, path: Path) -> None:

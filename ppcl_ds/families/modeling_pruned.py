@@ -23,6 +23,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import ModelMixin  # noqa: F401 - beside a class that a pipeline is given, diffusers looks for its base
 from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero
 from torch import Tensor, nn
@@ -204,12 +205,15 @@ _OPTIONS: dict[str, Any] = {"linear_text": (), "text_jumps": (), "narrow_ffn": {
 def _pruned(stock: Any) -> Any:
     """A stock class that also takes the four configuration keys."""
     signature = inspect.signature(stock.__init__)
-    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _OPTIONS]
+    # `auto_map` tells diffusers' AutoModel of this file; a key that no parameter is called after would be warned about.
+    names = [*_OPTIONS, "auto_map"]
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - of the class that is made below
         pruned = {name: kwargs.pop(name, None) or default for name, default in _OPTIONS.items()}
+        known = {"auto_map": kwargs.pop("auto_map", None)}
         stock.__init__(self, *args, **kwargs)
-        self.register_to_config(**pruned)
+        self.register_to_config(**pruned, **{name: value for name, value in known.items() if value})
         prune(self, *pruned.values())
 
     __init__.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *own])  # type: ignore[attr-defined]

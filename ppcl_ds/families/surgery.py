@@ -7,7 +7,7 @@ looking at their shapes, so that no family is written down here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.sources import Source, Sources, held
+from ppcl_ds.families.sources import Source, Sources
 
 Shapes = dict[str, torch.Size]
 
@@ -143,18 +143,3 @@ def lay_out(
             own = {name: source.to(files.source(f"{old}.{name}").dtype) for name, source in unit.items()}
             tensors |= {f"{block.key}.{name}": source for name, source in own.items()}
     return config, tensors
-
-
-def assemble(
-    files: ModelFiles,
-    anatomy: Anatomy,
-    places: Sequence[tuple[int, Callable[[], Mapping[str, torch.Tensor]] | None]],
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Configuration and state dict of a smaller model, in memory.
-
-    Args:
-        places: as for `lay_out`, a unit as a function that gives its tensors.
-    """
-    laid = [(origin, None if unit is None else held(unit())) for origin, unit in places]
-    config, sources = lay_out(files, anatomy, laid)
-    return config, {name: source.load() for name, source in sources.items()}

@@ -267,12 +267,15 @@ def _variant_complaints(plan: Plan, variant: str) -> Iterator[str]:
         yield f"variant '{variant}' plugs unit '{unknown[0]}', which is not under units"
         return
     for a, b in combinations(plan.units_of(variant), 2):
-        if shared := sorted(a.footprint & b.footprint):
-            yield f"variant '{variant}': {_why(a, b, shared)}"
+        if reason := conflict(a, b):
+            yield f"variant '{variant}': {reason}"
 
 
-def _why(a: UnitPlan, b: UnitPlan, shared: Sequence[Part]) -> str:
-    """Why two units cannot be plugged together."""
+def conflict(a: UnitPlan, b: UnitPlan) -> str:
+    """Why two units cannot be plugged together; empty where they can."""
+    shared = sorted(a.footprint & b.footprint)
+    if not shared:
+        return ""
     if a.kind == b.kind == "depth":
         return f"spans {list(a.span)} of '{a.name}' and {list(b.span)} of '{b.name}' overlap"
     block, part = shared[0]

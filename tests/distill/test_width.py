@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,24 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
+from ppcl_ds import launch
 from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.plugged import plugged
+from ppcl_ds.export.consolidate import assembled, unit_state
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.reader import NoisyBatch, NoisyStream, open_teacher
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import load_recipe
-from tests.conftest import TEACHERS, command, make_recipe
+from ppcl_ds.families.sharded import forget_order
+from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.planning.building import build_unit
+from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
+from tests.conftest import TEACHERS, command, make_recipe, run_ranks
 
 FFN = {"qwen": ("img_mlp", "txt_mlp"), "flux": ("ff", "ff_context"), "sd3": ("ff", "ff_context")}
 """The feed-forward of the image and of the text stream."""
@@ -198,3 +207,61 @@ def test_width_units_start_from_least_squares_and_are_trained_like_a_plain_loop(
         for mine, end, begin in zip(found, ends, start, strict=True):
             torch.testing.assert_close(mine, end.detach(), rtol=0, atol=2e-5)
             assert (end - begin).abs().max() > 1e-4, "it has been trained"
+
+
+def be_a_rank(path: Path) -> None:
+    """Plug every variant into the sharded teacher, the units held by two ranks in turn; write its velocities down."""
+    device = launch.join()
+    from ppcl_ds.families.sharded import load_teacher
+
+    recipe = load_recipe(path)
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    checkpoint = newest_checkpoint(recipe.checkpoints)
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    owner = {unit.name: place % 2 for place, unit in enumerate(plan.units)}
+    units = {
+        unit.name: build_unit(unit, files, anatomy, torch.float32) for unit in plan.units if owner[unit.name] == rank
+    }
+    for name, unit in units.items():
+        unit.core.load_state_dict(checkpoint.unit(name))
+    teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), torch.float32, None)
+    found = {}
+    for variant in plan.variants:
+        with plugged(teacher.module, anatomy, plan, variant, units, group, owner):
+            found[variant] = velocity(teacher, recipe, device)
+        forget_order(teacher)
+    found["teacher"] = velocity(teacher, recipe, device)
+    torch.save(found, path.parent / f"velocities {rank}.pt")
+    launch.leave()
+
+
+@torch.no_grad()
+def velocity(model: Any, recipe: Recipe, device: torch.device) -> Tensor:
+    [(_, batch)] = islice(NoisyStream(recipe, "heldout", 4, device).take(0, 1), 1)
+    caller = caller_for(open_teacher(recipe)[0].class_name)
+    return caller(model, batch.latents, batch.prompts, batch.sigmas)
+
+
+def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path) -> None:
+    run_ranks("tests.distill.test_width", trained)
+    recipe = load_recipe(trained)
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    state = partial(unit_state, newest_checkpoint(recipe.checkpoints), plan)
+    ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
+    outputs = {}
+    for variant in plan.variants:
+        model = assembled(files, anatomy, plan, variant, state)
+        outputs[variant] = velocity(model, recipe, torch.device("cpu"))
+        for found in ranks:
+            assert torch.equal(found[variant], outputs[variant]), variant
+        parameters = sum(p.numel() for p in files.empty_model().parameters())
+        saved = sum(parameters_saved(unit, files, anatomy) for unit in plan.units_of(variant))
+        assert sum(p.numel() for p in model.parameters()) == parameters - saved
+    assert len({tuple(each.flatten().tolist()) for each in [*outputs.values(), ranks[0]["teacher"]]}) == 5
+
+
+if __name__ == "__main__":
+    be_a_rank(Path(sys.argv[1]))

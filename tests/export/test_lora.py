@@ -21,7 +21,8 @@ from ppcl_ds.export.lora import remap
 from ppcl_ds.export.renumber import Numbering
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.surgery import assemble
+from ppcl_ds.families.sources import held
+from ppcl_ds.families.surgery import lay_out
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
@@ -74,10 +75,10 @@ def pruned_of(folder: Path, family: str) -> Any:
         key = f"{anatomy.blocks[origin].key}."
         own = {name.removeprefix(key): files.tensor(name) for name in files.keys if name.startswith(key)}
         random = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in own.items()}
-        places.append((origin, None if unit is None else lambda random=random: random))
-    config, tensors = assemble(files, anatomy, places)
+        places.append((origin, None if unit is None else held(random)))
+    config, sources = lay_out(files, anatomy, places)
     model = files.empty_model(config)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({name: source.load() for name, source in sources.items()}, assign=True)
     return model
 
 

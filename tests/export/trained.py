@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from ppcl_ds.distill.checkpoint import Contents, Piece, SavedUnit
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.families.surgery import block_shapes
+from ppcl_ds.planning.building import build_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.whole import write_whole
@@ -31,10 +32,10 @@ def plan_of(family: str) -> Plan:
     return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=units, variants=variants)
 
 
-def pretend_trained(path: Path, family: str, ranks: int = 3) -> Recipe:
+def pretend_trained(path: Path, family: str, ranks: int = 3, plan: Plan | None = None) -> Recipe:
     """Give a new run its plan and a checkpoint in the middle of training, each unit in pieces on all ranks."""
     recipe = load_recipe(path)
-    plan = plan_of(family)
+    plan = plan or plan_of(family)
     plan.save(recipe.plan_file)
     plan.save(recipe.trained_plan)
     write_whole(recipe.trained_recipe, recipe.model_dump_json())
@@ -45,12 +46,11 @@ def pretend_trained(path: Path, family: str, ranks: int = 3) -> Recipe:
 def write_checkpoint(recipe: Recipe, plan: Plan, ranks: int, step: int = 7) -> None:
     """Random units, their flat vectors cut into as many parts as there are ranks."""
     files, anatomy = open_teacher(recipe)
-    model = files.empty_model()
     generator = torch.Generator().manual_seed(step)
     saved: dict[str, SavedUnit] = {}
     held: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for unit in plan.units:
-        shapes = block_shapes(anatomy.module(model, anatomy.blocks[unit.span[0]]))
+        shapes = block_shapes(build_unit(unit, files, anatomy, torch.float32).core)
         flat = torch.randn(sum(shape.numel() for shape in shapes.values()), generator=generator) / 10
         pieces, start = [], 0
         for rank, part in enumerate(flat.chunk(ranks)):

@@ -18,7 +18,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.surgery import assemble
+from ppcl_ds.families.sources import held
+from ppcl_ds.families.surgery import lay_out
 from tests.conftest import TEACHERS
 
 SIZES = {"qwen": 6, "flux": 9, "sd3": 6}
@@ -43,6 +44,11 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return made[family, str(changes)]
 
     return save
+
+
+def assemble(files: ModelFiles, anatomy: Anatomy, places: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    config, sources = lay_out(files, anatomy, [(block, own and held(own)) for block, own in places])
+    return config, {name: source.load() for name, source in sources.items()}
 
 
 def without(files: ModelFiles, removed: set[int]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -164,7 +170,7 @@ def test_a_units_tensors_stand_where_its_block_stood(saved: Saved, family: str) 
     anatomy = Anatomy(files.empty_model())
     shapes = {name: tensor.shape for name, tensor in bypassed(files, set()).transformer_blocks[2].state_dict().items()}
     trained = {name: torch.rand(shape, generator=torch.Generator().manual_seed(2)) for name, shape in shapes.items()}
-    places = [(index, (lambda: trained) if index == 2 else None) for index in range(len(anatomy)) if index != 1]
+    places = [(index, trained if index == 2 else None) for index in range(len(anatomy)) if index != 1]
     model = stock(files, *assemble(files, anatomy, places))
 
     expected = bypassed(files, {1})
@@ -177,6 +183,6 @@ def test_tensors_keep_the_number_format_of_the_teachers_files(saved: Saved, tmp_
     source.to(torch.bfloat16).save_pretrained(tmp_path)
     files = ModelFiles(tmp_path)
     trained = {name: tensor.float() for name, tensor in source.transformer_blocks[0].state_dict().items()}
-    places = [(0, lambda: trained), *[(index, None) for index in range(2, 6)]]
+    places = [(0, trained), *[(index, None) for index in range(2, 6)]]
     _, tensors = assemble(files, Anatomy(files.empty_model()), places)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
