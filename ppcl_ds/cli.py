@@ -287,6 +287,28 @@ def sample(
     sample(model, prompt, loaded, out, seed=seed, steps=steps, guidance=guidance, size=size)
 
 
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="OPPO_FOLDER", help="A published Qwen-Image: a pipeline or transformer folder."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")
+    ] = "5GB",
+) -> None:
+    """Turn a width-pruned Qwen-Image that PPCL's authors published into one that loads without their code.
+
+    Theirs have single_stream_index, ffn_proj_index and ehs_proj_index in config.json. The result computes the same, and
+    carries its own modelling file: load it with trust_remote_code=True, or with ppcl_ds.load_pipeline.
+    """
+    from ppcl_ds.export.published import import_published
+    from ppcl_ds.export.shards import shard_bytes
+
+    import_published(source, out, shard_bytes(max_shard_size))
+
+
 @lora_app.command()
 def remap(
     lora: Annotated[Path, typer.Argument(metavar="LORA", help="A .safetensors file, trained on the teacher.")],

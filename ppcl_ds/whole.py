@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ppcl_ds.errors import UserError
 
 
@@ -74,3 +76,16 @@ def need_space(path: Path, wanted: int) -> None:
             f"{path} needs {wanted / 1e9:.3g} GB, but only {free / 1e9:.3g} GB are free on its disk; "
             "make room, or choose another folder"
         )
+
+
+@contextmanager
+def one_line(path: Path) -> Iterator[None]:
+    """What can go wrong on the way to the disk, as one line.
+
+    Raises:
+        UserError: instead of what a file system or safetensors raises.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as fault:
+        raise UserError(f"{path} cannot be written ({fault}); nothing is left of it") from None

@@ -16,7 +16,7 @@ from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.width import narrowed
 from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.files import ModelFiles, empty_model
 from ppcl_ds.families.sources import Source, Sources, held
 from ppcl_ds.families.surgery import lay_out
 from ppcl_ds.planning.building import build_unit
@@ -101,24 +101,38 @@ def layout(
         dtype: number format, except where the family insists on float32; None: that of the teacher's files.
 
     Raises:
-        UserError: a tensor of the stock class is missing or has another shape.
+        UserError: see `laid_out`.
     """
     places = [(origin, None if unit is None else units(unit)) for origin, unit in plan.places(variant)]
     config, found = lay_out(files, anatomy, places)
     config, found = narrowed(files, anatomy, plan, variant, config, found, units)
-    stock: Any = files.empty_model(config)
-    tensors: dict[str, Source] = {}
-    for name, tensor in stock.state_dict().items():
+    if dtype is not None:
+        found = {
+            name: source.to(files.runs_as(name, dtype)) if source.dtype.is_floating_point else source
+            for name, source in found.items()
+        }
+    return laid_out(f"variant '{variant}'", config, found)
+
+
+def laid_out(what: str, config: dict[str, Any], found: Sources) -> Layout:
+    """A model of the class that a configuration names, from these tensors.
+
+    Args:
+        what: names the model in complaints.
+
+    Raises:
+        UserError: a tensor of the class is missing, has another shape, or is not of the class.
+    """
+    model: Any = empty_model(config)
+    wanted = model.state_dict()
+    for name, tensor in wanted.items():
         if name not in found or found[name].shape != tensor.shape:
             has = f"has shape {list(found[name].shape)}" if name in found else "is missing"
-            raise UserError(
-                f"variant '{variant}': tensor '{name}' {has}, but {config['_class_name']} wants {list(tensor.shape)}"
-            )
-        tensors[name] = found[name]
-        if dtype is not None and found[name].dtype.is_floating_point:
-            tensors[name] = found[name].to(files.runs_as(name, dtype))
-    parameters = sum(parameter.numel() for parameter in stock.parameters())
-    return Layout(json.loads(stock.to_json_string()), tensors, parameters)
+            raise UserError(f"{what}: tensor '{name}' {has}, but {config['_class_name']} wants {list(tensor.shape)}")
+    if strange := sorted(set(found) - set(wanted)):
+        raise UserError(f"{what}: tensor '{strange[0]}' is not of a {config['_class_name']} with this configuration")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Layout(json.loads(model.to_json_string()), {name: found[name] for name in wanted}, parameters)
 
 
 def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:

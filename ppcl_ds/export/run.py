@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from ppcl_ds.console import track
 from ppcl_ds.distill.checkpoint import newest_checkpoint
@@ -40,7 +38,7 @@ from ppcl_ds.families.reader import DTYPES, open_teacher
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.whole import need_space, whole_folder
+from ppcl_ds.whole import need_space, one_line, whole_folder
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -141,7 +139,7 @@ class Export:
         # Quantising needs room for the plain weights and, at most, as much again for its own.
         need_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
         facts = self._facts(plan, variant, model)
-        with _one_line(out), whole_folder(out) as folder:
+        with one_line(out), whole_folder(out) as folder:
             place(self.around, folder)
             write_model(model, folder / "transformer", form.max_shard_size)
             if self.is_pipeline and facts.own_code:
@@ -211,12 +209,3 @@ def _unit_facts(unit: UnitPlan) -> UnitFacts:
         return UnitFacts(name=unit.name, replaced=f"the text stream of {blocks}", by=f"linears of block {first}'s")
     by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
     return UnitFacts(name=unit.name, replaced=f"{' and '.join(unit.streams)} feed-forward of block {first}", by=by)
-
-
-@contextmanager
-def _one_line(out: Path) -> Iterator[None]:
-    """What can go wrong on the way to the disk, as one line; the partial folder is gone by then."""
-    try:
-        yield
-    except (OSError, SafetensorError) as fault:
-        raise UserError(f"{out} cannot be written ({fault}); nothing is left of it") from None

@@ -27,6 +27,17 @@ def find_class(name: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
+def empty_model(config: dict[str, Any]) -> nn.Module:
+    """A model with parameters on the meta device and everything else (RoPE tables) real.
+
+    Args:
+        config: names the class, see `find_class`.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = find_class(str(config["_class_name"])).from_config(config)
+    return model.eval().requires_grad_(False)
+
+
 class ModelFiles:
     """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder with `transformer/`.
 
@@ -84,11 +95,7 @@ class ModelFiles:
         Args:
             config: another configuration, of the same class or another one; None for the teacher's own.
         """
-        config = config or self.config
-        model_class: Any = find_class(str(config["_class_name"]))
-        with init_empty_weights(include_buffers=False):
-            model = model_class.from_config(config)
-        return model.eval().requires_grad_(False)
+        return empty_model(config or self.config)
 
     def runs_as(self, key: str, dtype: torch.dtype) -> torch.dtype:
         """The number format of a tensor in a model that runs as `dtype`: float32 where the family insists on it."""
