@@ -38,7 +38,7 @@ class Published(nn.Module):
         super().__init__()
         self.lists = lists
         self.stock: Any = diffusers.QwenImageTransformer2DModel(**CONFIG).eval()
-        self.extra = nn.ModuleDict()
+        self.extra: Any = nn.ModuleDict()
         for block in range(CONFIG["num_layers"]):
             single, linear = block in lists["single_stream_index"], block in lists["ffn_proj_index"]
             names = ["txt_proj"] * single + ["ehs_proj"] * (block in lists["ehs_proj_index"])
