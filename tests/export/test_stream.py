@@ -183,7 +183,7 @@ def test_a_teacher_that_is_a_whole_pipeline_gives_a_whole_pipeline(
     assert front["license"] == "apache-2.0"
     assert front["base_model"] == str(pipeline)
     assert front["library_name"] == "diffusers"
-    assert "| early | 0 to" in card
+    assert "| early | blocks 0 to" in card
     assert "DiffusionPipeline.from_pretrained" in card
 
 
