@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.planning.plan import Plan
@@ -99,5 +100,5 @@ class Journal:
                 loss, ratio, gradient, skipped = (self.newest[f"{unit.name}/{number}"] for number in numbers)
                 blocks = f"{unit.span[0]}-{unit.span[1]}"
                 cells = (f"{loss:.4f}", f"{ratio:.3f}", f"{gradient:.2g}", f"{skipped:.0f}")
-                table.add_row(unit.name, blocks, output, *cells)
+                table.add_row(escape(unit.name), blocks, output, *cells)
         Console().print(table)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def _show(rows: list[ModelFigures]) -> None:
     table = Table("model", *columns, box=SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for m in rows:
         table.add_row(
-            m.name,
+            escape(m.name),
             f"{m.params / 1e6:.2f}M",
             f"{m.block_params_ratio:.0%}",
             f"{m.latency_ms:.1f}",

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.console import track
@@ -74,7 +75,7 @@ def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> 
     for line in lines:
         change = f"{line.parameters:,} ({line.parameters / anatomy.block_parameters - 1:+.0%})"
         error = "not known" if line.error is None else f"{line.error:.4g}"
-        table.add_row(line.name, f"{line.blocks} of {len(anatomy)}", change, line.units.replace("[", r"\["), error)
+        table.add_row(escape(line.name), f"{line.blocks} of {len(anatomy)}", change, escape(line.units), error)
     Console().print(table)
 
 

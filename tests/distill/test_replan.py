@@ -22,8 +22,13 @@ from ppcl_ds.recipe import Recipe, load_recipe
 from tests.conftest import command
 
 SPANS = [(0, 1), (0, 2), (2, 3), (3, 5), (4, 5)]
-UNITS = tuple(
+DEPTH = [
     UnitPlan(name=f"unit_{u}_{v}", span=(u, v), streams=("image",) if v == 5 else ("image", "text")) for u, v in SPANS
+]
+UNITS = (
+    *DEPTH,
+    UnitPlan(name="text_2_4", kind="text", span=(2, 4), streams=("text",)),
+    UnitPlan(name="ffn_1", kind="ffn", span=(1, 1), streams=("image", "text"), keep=0.5),
 )
 LIBRARY = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=UNITS, variants={"half": ("unit_0_2",)})
 
@@ -52,6 +57,7 @@ def check_figures(recipe: Recipe, swaps: Swaps, checkpoint: Checkpoint) -> None:
         assert each.error == pytest.approx(float(error), rel=1e-4)
     assert len(swaps.seconds) == 6
     assert min(swaps.seconds) > 0
+    assert swaps.saved.keys() == {"text_2_4", "ffn_1"}
 
 
 def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..., Path]) -> None:

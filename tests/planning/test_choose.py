@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.budget import Budget, budget_of
+from ppcl_ds.planning.budget import Budget, budget_of, parameters_saved
 from ppcl_ds.planning.choose import choose_again, choose_sets, make_plan
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.plan import Plan, UnitPlan, conflict
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
@@ -264,6 +264,39 @@ def test_a_set_that_was_measured_to_be_better_is_preferred(case_of: Callable[[st
     section = PlanSection(variants={"v": 3 / 8})
     names = choose_sets(section, swaps, budget_of_case(section, case, swaps))["v"]
     assert set(names) == {"(0, 1)", "(2, 4)"}
+
+
+def test_blocks_stay_lose_parts_or_go_with_a_span_whatever_costs_least(case_of: Callable[[str], Case]) -> None:
+    case = case_of("qwen")
+    width = (
+        UnitPlan(name="group", kind="text", span=(2, 5), streams=("text",)),
+        UnitPlan(name="line", kind="ffn", span=(6, 6), streams=("image", "text")),
+        UnitPlan(name="thin", kind="ffn", span=(7, 7), streams=("image",), keep=0.25),
+    )
+    depth = measured_library(case, {(0, 1): 0.5, (2, 4): 0.3, (5, 6): 0.6}, {})
+    errors = [0.5, 0.3, 0.6, 0.05, 0.02, 0.01]
+    swaps = depth.model_copy(update={"units": (*depth.units, *width), "products": np.diag(errors).tolist()})
+    section = PlanSection(variants={"v": 0.2})
+    budget = budget_of_case(section, case, swaps)
+    saved = {unit.name: parameters_saved(unit, case.files, case.anatomy) for unit in swaps.units}
+    assert budget.parts == {name: saved[name] for name in ("group", "line", "thin")}
+
+    def total(names: tuple[str, ...]) -> float:
+        return sum(errors[[unit.name for unit in swaps.units].index(name)] for name in names)
+
+    names = choose_sets(section, swaps, budget)["v"]
+    units = [unit for unit in swaps.units if unit.name in names]
+    assert not any(conflict(a, b) for a, b in combinations(units, 2))
+    sets = [names for size in range(1, 5) for names in combinations([unit.name for unit in swaps.units], size)]
+    library = {unit.name: unit for unit in swaps.units}
+    feasible = [
+        each
+        for each in sets
+        if not any(conflict(library[a], library[b]) for a, b in combinations(each, 2))
+        and abs(sum(saved[name] for name in each) - 0.2 * budget.total) <= budget.slack
+    ]
+    assert total(names) == pytest.approx(min(map(total, feasible)))
+    assert "group" in names, "cheaper than any span"
 
 
 def test_a_budget_of_time_spends_seconds(case_of: Callable[[str], Case]) -> None:
