@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ppcl_ds.families.reader import NoisyBatch, NoisyStream, open_teacher
 from ppcl_ds.families.sharded import forget_order
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.planning.building import build_unit
-from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.planning.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
 from tests.conftest import TEACHERS, command, make_recipe, run_ranks
 
@@ -209,58 +209,81 @@ def test_width_units_start_from_least_squares_and_are_trained_like_a_plain_loop(
             assert (end - begin).abs().max() > 1e-4, "it has been trained"
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def with_random_variants(plan: Plan) -> Plan:
+    """The plan's variants, and six random sets of units that go together."""
+    random = np.random.default_rng(3)
+    drawn = dict(plan.variants)
+    while len(drawn) < len(plan.variants) + 6:
+        units = [unit for unit in plan.units if random.random() < 0.5]
+        if units and not any(conflict(a, b) for a, b in combinations(units, 2)):
+            drawn[f"random {len(drawn)}"] = tuple(unit.name for unit in units)
+    return plan.model_copy(update={"variants": drawn})
+
+
 def be_a_rank(path: Path) -> None:
-    """Plug every variant into the sharded teacher, the units held by two ranks in turn; write its velocities down."""
-    device = launch.join()
+    """Plug every variant into the sharded teacher, its units on two ranks; write its velocities down."""
+    launch.join()
     from ppcl_ds.families.sharded import load_teacher
 
     recipe = load_recipe(path)
     files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
     checkpoint = newest_checkpoint(recipe.checkpoints)
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
     owner = {unit.name: place % 2 for place, unit in enumerate(plan.units)}
-    units = {
-        unit.name: build_unit(unit, files, anatomy, torch.float32) for unit in plan.units if owner[unit.name] == rank
-    }
-    for name, unit in units.items():
-        unit.core.load_state_dict(checkpoint.unit(name))
-    teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), torch.float32, None)
+    own = [unit for unit in plan.units if owner[unit.name] == rank]
     found = {}
-    for variant in plan.variants:
-        with plugged(teacher.module, anatomy, plan, variant, units, group, owner):
-            found[variant] = velocity(teacher, recipe, device)
-        forget_order(teacher)
-    found["teacher"] = velocity(teacher, recipe, device)
+    for name, dtype in DTYPES.items():
+        units = {unit.name: build_unit(unit, files, anatomy, dtype) for unit in own}
+        for unit in own:
+            units[unit.name].core.load_state_dict(checkpoint.unit(unit.name))
+        teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
+        for variant in plan.variants:
+            with plugged(teacher.module, anatomy, plan, variant, units, group, owner):
+                found[name, variant] = velocity(teacher, recipe, dtype)
+            forget_order(teacher)
+        found[name, "teacher"] = velocity(teacher, recipe, dtype)
     torch.save(found, path.parent / f"velocities {rank}.pt")
     launch.leave()
 
 
 @torch.no_grad()
-def velocity(model: Any, recipe: Recipe, device: torch.device) -> Tensor:
-    [(_, batch)] = islice(NoisyStream(recipe, "heldout", 4, device).take(0, 1), 1)
+def velocity(model: Any, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    [(_, batch)] = islice(NoisyStream(recipe, "heldout", 4, torch.device("cpu")).take(0, 1), 1)
     caller = caller_for(open_teacher(recipe)[0].class_name)
-    return caller(model, batch.latents, batch.prompts, batch.sigmas)
+    return caller(model, batch.latents.to(dtype), batch.prompts.to(torch.device("cpu"), dtype), batch.sigmas)
 
 
 def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path) -> None:
     run_ranks("tests.distill.test_width", trained)
     recipe = load_recipe(trained)
     files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
     state = partial(unit_state, newest_checkpoint(recipe.checkpoints), plan)
     ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
-    outputs = {}
-    for variant in plan.variants:
+    outputs = [ranks[0]["fp32", "teacher"]]
+    for name, dtype in DTYPES.items():
+        for variant in plan.variants:
+            model: Any = assembled(files, anatomy, plan, variant, state)
+            for key, tensor in model.state_dict(keep_vars=True).items():  # stored buffers, too
+                tensor.data = tensor.data.to(files.runs_as(key, dtype))
+            output = velocity(model, recipe, dtype)
+            for found in ranks:
+                assert torch.equal(found[name, variant], output), (name, variant)
+            if name == "fp32":
+                outputs.append(output)
+    sizes = {variant: plan.units_of(variant) for variant in plan.variants}
+    whole = sum(p.numel() for p in files.empty_model().parameters())
+    for variant, units in sizes.items():
+        saved = sum(parameters_saved(unit, files, anatomy) for unit in units)
         model = assembled(files, anatomy, plan, variant, state)
-        outputs[variant] = velocity(model, recipe, torch.device("cpu"))
-        for found in ranks:
-            assert torch.equal(found[variant], outputs[variant]), variant
-        parameters = sum(p.numel() for p in files.empty_model().parameters())
-        saved = sum(parameters_saved(unit, files, anatomy) for unit in plan.units_of(variant))
-        assert sum(p.numel() for p in model.parameters()) == parameters - saved
-    assert len({tuple(each.flatten().tolist()) for each in [*outputs.values(), ranks[0]["teacher"]]}) == 5
+        assert sum(p.numel() for p in model.parameters()) == whole - saved
+    distinct = {frozenset(names) for names in plan.variants.values()}
+    assert len({tuple(each.flatten().tolist()) for each in outputs}) == len(distinct) + 1
 
 
 if __name__ == "__main__":
