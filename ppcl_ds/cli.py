@@ -81,7 +81,8 @@ def plan(
 
     With --from-run, units that have been trained a little (ppcl distill --until) are plugged into the teacher alone and
     in sets, their velocity error on held-out data is measured, and every variant is chosen anew. RUN is this recipe's
-    run folder or another one's; units that no variant needs are dropped, and ppcl distill goes on with the others.
+    run folder, where units that no variant needs are dropped and ppcl distill goes on with the others; or that of
+    another run of the same teacher, whose choice this recipe then trains from the start.
 
     With plan.width in the recipe, the library also holds width units, and every block may then stay, be narrowed, lose
     its text stream or feed-forward to linears, or go with a span, whatever does least harm for the budget.

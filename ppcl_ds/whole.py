@@ -36,10 +36,11 @@ def to_disk(path: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; when the block ends well it takes the place of `path`, old content and all.
 
-    When the block fails, what it wrote is removed and `path` stays as it was. Only a kill leaves `PATH.partial`, which
-    the next attempt replaces.
+    When the block fails, what it wrote is removed and `path` stays as it was. Only a kill leaves `.PATH.ppcl-partial`,
+    which the next attempt replaces.
     """
-    partial, old = (path.with_name(path.name + ending) for ending in (".partial", ".old"))
+    path = path.resolve()  # `.` and `..` have no name beside which another could stand
+    partial, old = (path.with_name(f".{path.name}.ppcl-{what}") for what in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

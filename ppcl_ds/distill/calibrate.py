@@ -10,12 +10,16 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from ppcl_ds import launch
 from ppcl_ds.distill.library import UnitLayer
 from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
 from ppcl_ds.units.width import FFNUnit, Regression, WidthUnit
+
+_SUMS_BYTES = 8 * 2**30
+"""Memory that sums may fill."""
 
 Pull = Callable[[], Iterable[None]]
 """Lays one micro-batch after another into the inbox, from the beginning each time it is called."""
@@ -38,9 +42,30 @@ def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup,
     own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
     if narrows:
         _choose_channels([layer for layer in own if isinstance(layer.unit, FFNUnit)], pull, group)
+    parts = _in_parts(own)
+    for number in range(max(launch.gather(len(parts)))):  # all ranks pull equally often
+        _solve(parts[number] if number < len(parts) else [], pull, group, ridge)
+
+
+def _in_parts(layers: list[UnitLayer]) -> list[list[UnitLayer]]:
+    """Layers whose sums are in memory at a time; each part is a pass over the samples."""
+    parts: list[list[UnitLayer]] = []
+    filled = 0
+    for layer in layers:
+        linears = [module for module in layer.unit.modules() if isinstance(module, nn.Linear)]
+        size = sum(8 * each.in_features * (each.in_features + each.out_features) for each in linears)
+        if not parts or filled + size > _SUMS_BYTES:
+            parts.append([])
+            filled = 0
+        parts[-1].append(layer)
+        filled += size
+    return parts
+
+
+def _solve(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGroup, ridge: float) -> None:
     sums: dict[tuple[str, str], Moments] = {}
     linears = {}
-    for layer, regression in _over_micro_batches(own, pull):
+    for layer, regression in _over_micro_batches(layers, pull):
         key, mask = (layer.plan.name, regression.name), layer.inbox.parcels[layer.plan.name].mask_of(regression.name)
         sums[key] = _add(sums.get(key), counted(regression.x, mask), counted(regression.y, mask))
         linears[key] = regression.linear

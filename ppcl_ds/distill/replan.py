@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from ppcl_ds import launch
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.stream import empty_prompt
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.errors import UserError
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.choose import choose_again, choose_sets
@@ -42,6 +45,8 @@ class Replan:
         trained = load_plan(other.trained_plan, self.files, self.anatomy)
         units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
         self.library = trained.model_copy(update={"units": units, "variants": {}})
+        if not recipe.plan.variants:
+            raise UserError("plan.variants is empty: name the variants to choose, with the share that each gives up")
         launch.check_world(recipe.topology.world)
         split_entries(recipe.data, "heldout")
         empty_prompt(recipe.data)
@@ -49,13 +54,17 @@ class Replan:
 
     @property
     def measured(self) -> Swaps | None:
-        """What was measured of this very checkpoint before."""
+        """What was measured of this very checkpoint, on these very samples, before."""
         swaps = load_swaps(self.recipe.swaps_file)
-        return swaps if swaps and swaps.checkpoint == self._name else None
+        return swaps if swaps and (swaps.checkpoint, swaps.units) == (self._name, self.library.units) else None
 
     @property
     def _name(self) -> str:
-        return str(self.checkpoint.folder.resolve())
+        """The checkpoint, and a digest of all else that a measurement depends on."""
+        recipe, folder = self.recipe, self.checkpoint.folder.resolve()
+        settings = [recipe.seed, recipe.data, recipe.noise, recipe.evaluate, recipe.teacher]
+        content = [str(each) for each in settings] + [str((folder / "checkpoint.json").stat().st_mtime_ns)]
+        return f"{folder} {hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
 
     def measure(self) -> None:
         """Measure the library; every rank must call this, rank 0 then chooses."""
@@ -64,15 +73,19 @@ class Replan:
 
         bench = SwapBench(self.recipe, self.files, self.anatomy, self.library, self.checkpoint, device)
         swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0:  # before anything is chosen: what was measured is kept, whatever comes of it
             write_whole(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
-            self.write(swaps)
         launch.leave()
+        self.write(swaps)
 
     def write(self, swaps: Swaps) -> None:
-        """Choose every variant and write the plan."""
+        """Choose every variant and write the plan, on one rank."""
+        if int(os.environ.get("RANK", "0")):
+            return
         budget = self._budget(swaps)
-        plan = choose_again(self.recipe.plan, swaps, self.library, budget)
+        now = self.recipe.plan_file
+        others = load_plan(now, self.files, self.anatomy).variants if now.exists() else {}
+        plan = choose_again(self.recipe.plan, swaps, self.library, budget, others)
         write(self.recipe, plan, self.files, self.anatomy, fitted(swaps), budget)
 
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ppcl_ds.console import progress, track
 from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.distill.plugged import plugged
+from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy, Block, Capture, Wanted
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
@@ -31,6 +32,9 @@ from ppcl_ds.units.depth import depth_unit
 
 _ROUNDS = 6
 """Most times that the planner may choose anew."""
+
+_AT_ONCE = 2**20
+"""Numbers of a velocity that are float64 at a time."""
 
 _REPEATS = 12
 """Times that a block is run to say how long it takes; the first quarter is warming up."""
@@ -61,6 +65,7 @@ class SwapBench:
         self.units = {unit.name: build_unit(unit, files, anatomy, self.dtype) for unit in library.units}
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
+            unit.settle()
         self.alone, _ = dist.new_subgroups(1)
 
     def products(self) -> Tensor:
@@ -74,14 +79,17 @@ class SwapBench:
         count = 0
         for counts, batch in self._batches("measure units"):
             reference = self._velocity(batch, ())
-            alone = torch.stack([self._velocity(batch, (name,)) - reference for name in names]).double()
+            alone = torch.stack([self._velocity(batch, (name,)) - reference for name in names])
+            for some in alone.split(_AT_ONCE, dim=1) if counts else ():
+                sums += some.double() @ some.double().T
             if counts:
-                sums += alone @ alone.T
                 count += reference.numel()
         return self._mean(sums, count)
 
     def errors(self, sets: Sequence[tuple[str, ...]]) -> list[float]:
         """Mean squared difference from the teacher's velocity with each set of units; the same on every rank."""
+        if not sets:
+            return []
         sums, count = torch.zeros(len(sets), dtype=torch.float64), 0
         for counts, batch in self._batches(f"measure {len(sets)} sets of units"):
             reference = self._velocity(batch, ())
@@ -100,8 +108,8 @@ class SwapBench:
     def _batches(self, title: str) -> Iterator[tuple[bool, NoisyBatch]]:
         """This rank's micro-batches, and whether each counts: all ranks run the teacher together, equally often.
 
-        They come behind those that `ppcl evaluate` reads: the same samples under another noise, so that variants are
-        not judged by what they were chosen by.
+        They come behind those that `ppcl evaluate` reads: the next held-out samples, or the same again under another
+        noise where there are no more, so that variants are not judged by what they were chosen by.
         """
         settings, world = self.recipe.evaluate, dist.get_world_size()
         stream = NoisyStream(self.recipe, "heldout", settings.batch_size, self.device)
@@ -189,9 +197,17 @@ def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], I
             saved=saved,
         )
         # Rank 0 decides for all: times of blocks, and what a solver makes of them, are its own.
-        chosen = [list(choose(swaps)) if dist.get_rank() == 0 else None]
+        chosen = [_chosen(choose, swaps) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen)
         sets = [names for names in dict.fromkeys(chosen[0] or ()) if swaps.error_of(names) is None]
         if not sets:
             break
     return swaps
+
+
+def _chosen(choose: Callable[[Swaps], Iterable[tuple[str, ...]]], swaps: Swaps) -> list[tuple[str, ...]]:
+    """What the planner would plug; nothing where it cannot choose, which it will say again when everybody has left."""
+    try:
+        return list(choose(swaps))
+    except UserError:
+        return []

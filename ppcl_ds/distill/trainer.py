@@ -105,29 +105,29 @@ class Trainer:
         settings = self.recipe.distill
         last = min(until or settings.steps, settings.steps)
         done = self._resume()
-        if not done:
-            self._calibrate()
         journal = self._journal()
         rounds = self.rounds(done)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == last)
 
-        with self.stall, progress("distill", last, done) as advance:
-            logged = done
-            for step in range(done + 1, last + 1):
-                self.stall.step = step
-                with self.clock.phase("students"):
-                    self.engine.train_batch(rounds)
-                note = ""
-                if due(step, settings.log_every):
-                    note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
-                    logged = step
-                advance(1, note)
-                if due(step, settings.checkpoint_every):
-                    self._save(step, step == last)
-                if due(step, settings.sample_every):
-                    self._look(step, journal)
+        with self.stall:
+            self._settle_units(done)
+            with progress("distill", last, done) as advance:
+                logged = done
+                for step in range(done + 1, last + 1):
+                    self.stall.step = step
+                    with self.clock.phase("students"):
+                        self.engine.train_batch(rounds)
+                    note = ""
+                    if due(step, settings.log_every):
+                        note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
+                        logged = step
+                    advance(1, note)
+                    if due(step, settings.checkpoint_every):
+                        self._save(step, step == last)
+                    if due(step, settings.sample_every):
+                        self._look(step, journal)
         journal.print_units()
         if dist.get_rank() == 0 and (bad := int(journal.newest.get("data/bad_samples", 0))):
             print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
@@ -138,6 +138,14 @@ class Trainer:
         if dist.get_rank() == 0:
             write_start(self.recipe, self.plan)
         return 0
+
+    def _settle_units(self, done: int) -> None:
+        """What units need before the first step; none of it counts as a step's time."""
+        if not done:
+            self._calibrate()
+        for layer in self.library.layers:
+            layer.unit.settle()
+        self.clock.drain()
 
     def _calibrate(self) -> None:
         """Start the width units from least squares on the first steps' samples."""

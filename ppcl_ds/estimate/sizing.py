@@ -145,6 +145,8 @@ def size_run(
     anatomy = Anatomy(model)
     if recipe.plan_file.exists():
         plan, words = load_plan(recipe.plan_file, files, anatomy), str(recipe.plan_file)
+    elif recipe.plan.rule == "given" and recipe.plan.given:
+        plan, words = load_plan(recipe.plan.given, files, anatomy), str(recipe.plan.given)
     else:
         plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
     if not plan.units:

@@ -131,7 +131,7 @@ def _by_transformer(
     images = image_encoder(data, device)
     shape = images.encode([Image.new("RGB", (side, side))]).shape  # (1, C, H, W)
     model = load_model(folder, dtype)
-    caller = caller_for(type(model).__name__)
+    caller = caller_for(type(model).__name__.removeprefix("Pruned"))
     check_captions(data.captions, model)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
     empty, *wanted = (prompt.to(device, dtype) for prompt in encoded)

@@ -50,7 +50,14 @@ def _config(method: str, dtype: torch.dtype) -> Any:
     if method == "nf4":
         from diffusers import BitsAndBytesConfig
 
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        # bitsandbytes puts a plain linear in the place of every one, also of those that add to their input.
+        skipped = ["text_in", "text_out"]
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=skipped,
+        )
     from diffusers import TorchAoConfig
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 

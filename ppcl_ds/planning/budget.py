@@ -46,6 +46,16 @@ class Budget:
         """Half a block: blocks cannot be split, so a goal is met no better than that."""
         return 0.501 * float(self.blocks.max())
 
+    def tolerance(self, saved: NDArray[np.float64]) -> float:
+        """How far from its goal a variant may be: half of what the smallest unit saves, at most half a block.
+
+        Args:
+            saved: what each unit that may be plugged saves. Where some save next to nothing, half a percent of the
+                whole is near enough: a goal that is met to the last parameter would leave no choice.
+        """
+        smallest = float(saved[saved > 0].min(initial=np.inf))
+        return min(self.slack, max(0.5 * smallest, 0.005 * self.total))
+
     def saved(self, units: Iterable[UnitPlan]) -> float:
         """What units save together. A depth unit is as large as its first block."""
         return sum(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NoReturn
+
+import numpy as np
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.families.anatomy import Anatomy
@@ -114,28 +117,44 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str,
         UserError: no set of units reaches a variant's share.
     """
     forecast = fitted(swaps)
+    if broken := [unit.name for unit, error in zip(swaps.units, forecast.alone, strict=True) if not np.isfinite(error)]:
+        raise UserError(
+            f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
+        )
     candidates = forecast.candidates(budget)
-    saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
     chosen = {}
     for name, share in section.variants.items():
         goal = share * budget.total
-        places = cheapest(candidates, goal - budget.slack, goal + budget.slack)
-        if places is None:
+        # As near to the goal as units allow; where nothing is that near, half a block is near enough.
+        for slack in (budget.tolerance(candidates.saved), budget.slack):
+            places = cheapest(candidates, goal - slack, goal + slack)
+            if places is not None:
+                break
+        else:
             _refuse(name, section)
         units = [swaps.units[place] for place in places]
         names = tuple(unit.name for unit in units)
         measured = swaps.error_of(names)
         error = forecast.of(units) if measured is None else measured
         assert error is not None, "the forecast knows its own units"
-        rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= budget.slack]
+        saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
+        rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= slack]
         best = min(rivals, key=lambda each: each.error, default=None)
         chosen[name] = best.units if best and best.error < error else names
     return chosen
 
 
-def choose_again(section: PlanSection, swaps: Swaps, library: Plan, budget: Budget) -> Plan:
-    """The plan of every variant's units in a measured library; units that no variant plugs are left out."""
-    variants = choose_sets(section, swaps, budget)
+def choose_again(
+    section: PlanSection, swaps: Swaps, library: Plan, budget: Budget, others: Mapping[str, tuple[str, ...]]
+) -> Plan:
+    """The plan of every variant's units in a measured library; units that no variant plugs are left out.
+
+    Args:
+        others: variants of the plan as it was that the recipe does not name; they stay if the library has their units.
+    """
+    known = {unit.name for unit in library.units}
+    kept = {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
+    variants = kept | choose_sets(section, swaps, budget)
     used = {name for names in variants.values() for name in names}
     units = tuple(unit for unit in library.units if unit.name in used)
     return library.model_copy(update={"units": units, "variants": variants})

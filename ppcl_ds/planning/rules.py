@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 import numpy as np
 
+from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.programme import Candidates, cheapest
 from ppcl_ds.probing.report import MEAN, ProbeReport
@@ -93,8 +95,11 @@ def _given(ground: Ground, share: float) -> list[Span] | None:
 
 def _influence(ground: Ground, share: float) -> list[Span] | None:
     """Blocks of least influence go first (Block Influence, arXiv 2403.03853); the block before them takes over."""
-    influence = ground.report.figures[MEAN]["influence"].value[0]
-    return _by_order(ground, share, sorted(range(len(influence)), key=lambda block: influence[block] or 0.0))
+    figure = ground.report.figures.get(MEAN, {}).get("influence")
+    if figure is None:
+        raise UserError("the probe report has no figures of influence; run `ppcl probe` again")
+    influence = [math.inf if value is None else value for value in figure.value[0]]
+    return _by_order(ground, share, sorted(range(len(influence)), key=influence.__getitem__))
 
 
 def _random(ground: Ground, share: float) -> list[Span] | None:

@@ -44,6 +44,9 @@ class Unit(nn.Module):
         """Stay as in inference, as the teacher does: no dropout, so that nothing about training is left to chance."""
         return super().train(False)
 
+    def settle(self) -> None:
+        """Let go of what is only needed before training."""
+
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
         """A parcel's inputs -> an output for each of its targets."""
         raise NotImplementedError

@@ -109,6 +109,10 @@ class FFNUnit(WidthUnit):
         """What the feed-forwards read -> what they return."""
         return {stream: self.compute(stream, inputs[stream]) for stream in self.parts}
 
+    def settle(self) -> None:
+        """Let go of the teacher's feed-forwards."""
+        self.whole = {}
+
     @torch.no_grad()
     def importance(self, stream: str, tokens: Tensor) -> Tensor:
         """How much each hidden channel contributes, summed over tokens: (H,) float64.
@@ -121,7 +125,9 @@ class FFNUnit(WidthUnit):
         """
         whole = self.whole[stream].to(tokens.device)
         activation = whole.net[0](tokens.float()).double()  # (N, H)
-        return activation.square().sum(0) * whole.net[2].weight.double().square().sum(0)
+        found = activation.square().sum(0) * whole.net[2].weight.double().square().sum(0)
+        whole.cpu()  # at most one of them takes room on an accelerator
+        return found
 
     @torch.no_grad()
     def choose(self, stream: str, channels: Tensor) -> None:

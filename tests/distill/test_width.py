@@ -62,14 +62,18 @@ STEPS, CALIBRATION_STEPS, PER_STEP = 3, 3, 4
 
 @pytest.fixture(scope="module", params=["qwen", "flux", "sd3"])
 def trained(request: Any, prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of two stages with units of every kind; its recipe file."""
+    """A finished run with units of every kind, of two stages or two replicas, one in two goes; its recipe file."""
     run = tmp_path_factory.mktemp("width") / "run"
     shutil.copytree(prepared(request.param), run)
     recipe = make_recipe(request.param, run)
     recipe["distill"] |= {"steps": STEPS, "calibration_steps": CALIBRATION_STEPS, "micro_batches_per_step": PER_STEP}
+    if request.param == "flux":
+        recipe["topology"] = {"stages": 1, "replicas": 2}
     path = run / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     plan_of(request.param).save(load_recipe(path).plan_file)
+    if request.param == "sd3":
+        command("distill", path, "--until", "1")
     command("distill", path)
     return path
 
