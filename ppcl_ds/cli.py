@@ -329,7 +329,7 @@ def remap(
 ) -> None:
     """Renumber the blocks of a LoRA for a variant, in the layout that the file has.
 
-    What belongs to the span of a unit is dropped and listed: the LoRA was not trained on the unit.
+    What belongs to a block or a part that a unit replaces is dropped and listed: the LoRA was not trained on the unit.
     """
     from ppcl_ds.export.lora import remap
 

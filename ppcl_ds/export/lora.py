@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import diffusers
@@ -19,10 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.planning.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.whole import write_whole
 
 _MARKS = ("lora", "lokr_", "hada_")
@@ -30,7 +31,7 @@ _MARKS = ("lora", "lokr_", "hada_")
 
 
 def remap(lora: Path, plan_file: Path, variant: str, teacher: Path | None = None, out: Path | None = None) -> None:
-    """Renumber a LoRA's blocks for a variant, drop those that units replace, write the file and say what was dropped.
+    """Renumber a LoRA's blocks for a variant, drop what units replace, write the file and say what was dropped.
 
     Args:
         lora: a safetensors file; its layout, tensors outside the blocks and metadata stay as they are.
@@ -48,7 +49,7 @@ def remap(lora: Path, plan_file: Path, variant: str, teacher: Path | None = None
         raise UserError(f"LoRA {lora}: {fault}; is it one of another model?") from None
     left = {new.name: tensors[old] for old, new in renamed.items() if new.name is not None}
     if not left:
-        raise UserError(f"LoRA {lora}: variant '{variant}' has none of the blocks that it changes; nothing is left")
+        raise UserError(f"LoRA {lora}: variant '{variant}' has none of the parts that it changes; nothing is left")
     if LORA_ADAPTER_METADATA_KEY in metadata:
         try:
             metadata[LORA_ADAPTER_METADATA_KEY] = renumber_metadata(metadata[LORA_ADAPTER_METADATA_KEY], renamed)
@@ -85,10 +86,11 @@ def _numbering(plan_file: Path, variant: str, teacher: Path | None) -> Numbering
     plan = _read_plan(plan_file)
     if teacher is None:
         model = _usual_model(plan.teacher)
-        names = list(dict.fromkeys(block.list_name for block in Anatomy(model).blocks)) if model else []
+        parts = parts_of(Anatomy(model)) if model else {}
+        names = list(parts)
         if model and len(names) == 1:
             _check(plan_file, plan, variant)
-            return Numbering({names[0]: plan.blocks}, _others(model, names), plan, variant)
+            return Numbering({names[0]: plan.blocks}, _others(model, names), parts, plan, variant)
         teacher = _trained_on(plan_file)
         if teacher is None:
             why = f"has several lists of blocks ({', '.join(names)})" if names else "cannot be looked at by itself"
@@ -97,7 +99,8 @@ def _numbering(plan_file: Path, variant: str, teacher: Path | None) -> Numbering
     model = files.empty_model()
     anatomy = Anatomy(model)
     lists = Counter(block.list_name for block in anatomy.blocks)
-    return Numbering(lists, _others(model, lists), load_plan(plan_file, files, anatomy), variant)
+    plan = load_plan(plan_file, files, anatomy)
+    return Numbering(lists, _others(model, lists), parts_of(anatomy), plan, variant)
 
 
 def _others(model: nn.Module, lists: Mapping[str, int] | list[str]) -> list[str]:
@@ -105,7 +108,7 @@ def _others(model: nn.Module, lists: Mapping[str, int] | list[str]) -> list[str]
 
 
 def _usual_model(class_name: str) -> nn.Module | None:
-    """An empty model as its class makes it without a word: the names of its lists are those of every other one."""
+    """An empty model as its class makes it without a word: its lists and parts are called as in every other one."""
     model_class = getattr(diffusers, class_name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, nn.Module):
         raise UserError(f"the plan's teacher is a '{class_name}', which diffusers does not have")
@@ -145,9 +148,17 @@ def _check(path: Path, plan: Plan, variant: str) -> None:
     unknown = set(plan.variants.get(variant, ())) - {unit.name for unit in plan.units}
     if unknown:
         raise UserError(f"plan {path}: variant '{variant}' plugs unit '{min(unknown)}', which is not under units")
-    spans = [unit.span for unit in plan.units_of(variant)]
-    if any(b[0] <= a[1] for a, b in pairwise(spans)) or any(not 0 <= u < v < plan.blocks for u, v in spans):
-        raise UserError(f"plan {path}: spans of variant '{variant}' overlap, or are none of {plan.blocks} blocks")
+    units = plan.units_of(variant)
+    if wrong := next((unit for unit in units if not _possible(unit, plan.blocks)), None):
+        span = f"span {list(wrong.span)} is not possible with {plan.blocks} blocks"
+        raise UserError(f"plan {path}: unit '{wrong.name}': {span}")
+    if reason := next(filter(None, (conflict(a, b) for a, b in combinations(units, 2))), None):
+        raise UserError(f"plan {path}: variant '{variant}': {reason}")
+
+
+def _possible(unit: UnitPlan, blocks: int) -> bool:
+    first, last = unit.span
+    return 0 <= first <= last < blocks and (first == last) == (unit.kind == "ffn")
 
 
 def _report(numbering: Numbering, renamed: Mapping[str, Renamed]) -> None:
@@ -155,13 +166,13 @@ def _report(numbering: Numbering, renamed: Mapping[str, Renamed]) -> None:
     stay = Counter(new.block for new in renamed.values() if new.name is not None)
     blocks = len(stay.keys() - {None})
     print(f"tensors kept: {stay.total() - stay[None]} in {blocks} blocks, {stay[None]} outside the blocks")
-    gone = Counter(new.block for new in renamed.values() if new.name is None)
-    for unit in dict.fromkeys(numbering.unit_of.values()):
-        counts = {block: gone[block] for block, name in numbering.unit_of.items() if name == unit and block in gone}
+    for unit in numbering.units:
+        of_unit = [new for new in renamed.values() if new.unit == unit]
+        counts = Counter(new.block for new in of_unit if new.block is not None)
         if not counts:
             continue
-        listed = ", ".join(f"{position} ({count})" for (_, position), count in counts.items())
-        tails = sorted({_short(new.tail) for new in renamed.values() if new.name is None and new.block in counts})
+        listed = ", ".join(f"{position} ({count})" for (_, position), count in sorted(counts.items()))
+        tails = sorted({_short(new.tail) for new in of_unit})
         list_name = next(iter(counts))[0]
         print(f"tensors dropped, replaced by {unit}: {list_name} {listed}; of {', '.join(tails)}")
 

@@ -1,7 +1,8 @@
 """The names inside a LoRA file, whatever tool wrote it: those of blocks get the variant's numbers.
 
 A name is `HEAD LIST NUMBER TAIL`, with dots (diffusers, PEFT, ComfyUI) or underscores (kohya, OneTrainer) between them.
-Only the number is changed, so the file stays in the layout that it came in.
+Only the number is changed, so the file stays in the layout that it came in. What a unit replaces, a block or a part of
+one, gets no new name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.parts import Parts
 from ppcl_ds.planning.plan import Plan
 
 _HEAD = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.|lora_unet_|lora_transformer_)?"
@@ -31,14 +33,16 @@ class Renamed:
     """What becomes of one name.
 
     Attributes:
-        name: the new name; None where the block has gone.
+        name: the new name; None where the block, or the part of it, has gone.
         block: list and number of the teacher's block; None outside the blocks.
         tail: what stands behind the number, such as `attn.to_q.lora_A.weight`.
+        unit: the unit that took its place; None where it stays.
     """
 
     name: str | None
     block: tuple[str, int] | None = None
     tail: str = ""
+    unit: str | None = None
 
 
 class Numbering:
@@ -47,21 +51,39 @@ class Numbering:
     Args:
         lists: length of each of the teacher's block lists, in execution order.
         others: names of the teacher's other modules.
+        parts: of the blocks of each list, what width units can replace.
         plan: checked; its blocks are those of `lists`.
         variant: one of the plan's.
+
+    Raises:
+        UserError: a width unit replaces what the teacher's blocks do not have.
     """
 
-    def __init__(self, lists: Mapping[str, int], others: Collection[str], plan: Plan, variant: str) -> None:
-        self.lists, self.others = lists, tuple(others)
+    def __init__(
+        self, lists: Mapping[str, int], others: Collection[str], parts: Mapping[str, Parts], plan: Plan, variant: str
+    ) -> None:
+        self.lists, self.others, self.parts = lists, tuple(others), parts
         blocks = [(name, position) for name, length in lists.items() for position in range(length)]
-        self.unit_of = {blocks[i]: u.name for u in plan.units_of(variant) for i in range(u.span[0], u.span[1] + 1)}
+        units = plan.units_of(variant)
+        self.units = [unit.name for unit in units]
+        """The variant's, in the order of their spans."""
+        self.unit_of: dict[tuple[str, int], str] = {}
         """The unit that replaces a block; blocks that stay are left out."""
+        self.unit_of_part: dict[tuple[tuple[str, int], str], str] = {}
+        """The unit that replaces a part of a block that stays."""
+        for unit in units:
+            if unit.kind == "depth":
+                self.unit_of |= dict.fromkeys(blocks[unit.span[0] : unit.span[1] + 1], unit.name)
+                continue
+            for index in unit.members if unit.kind == "text" else unit.span[:1]:
+                gone = parts[blocks[index][0]].replaced(unit)
+                self.unit_of_part |= {(blocks[index], part): unit.name for part in gone}
         self.new: dict[tuple[str, int], int] = {}
         counts = dict.fromkeys(lists, 0)
-        for origin, unit in plan.places(variant):
+        for origin, depth_unit in plan.places(variant):
             name, position = blocks[origin]
             # A unit is another function than its span's first block, which a change to that block would not suit.
-            if unit is None:
+            if depth_unit is None:
                 self.new[name, position] = counts[name]
             counts[name] += 1
         authors = _OTHER_NAMES.get(tuple(lists), ())
@@ -83,7 +105,15 @@ class Numbering:
         if block[1] >= self.lists[block[0]]:
             raise UserError(f"'{key}' is beyond the {self.lists[block[0]]} blocks of the teacher's {block[0]}")
         tail = found["tail"][1:]
-        return Renamed(f"{found['head']}{self.new[block]}{found['tail']}" if block in self.new else None, block, tail)
+        unit = self.unit_of.get(block, self._unit_inside(block, tail))
+        if unit is not None:
+            return Renamed(None, block, tail, unit)
+        return Renamed(f"{found['head']}{self.new[block]}{found['tail']}", block, tail)
+
+    def _unit_inside(self, block: tuple[str, int], tail: str) -> str | None:
+        """The width unit that replaces the part of the block that a tensor belongs to."""
+        part = self.parts[block[0]].holding(tail)
+        return None if part is None else self.unit_of_part.get((block, part))
 
     def _check_outside(self, key: str) -> None:
         """Refuse what may be a block under a name that is not known, rather than leave it with a wrong number."""

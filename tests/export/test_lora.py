@@ -17,28 +17,57 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.consolidate import assembled
 from ppcl_ds.export.lora import remap
-from ppcl_ds.export.renumber import Numbering
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.sources import held
-from ppcl_ds.families.surgery import lay_out
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.building import build_unit
+from ppcl_ds.planning.plan import Plan, Stream, UnitPlan
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
 
+LINE = UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",))
+THIN = UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25)
+BOTH: tuple[Stream, ...] = ("image", "text")
 UNITS = {
-    "qwen": (UnitPlan(name="early", span=(1, 2), streams=("image", "text")),),
-    "flux": (
-        UnitPlan(name="double", span=(1, 2), streams=("image", "text")),
-        UnitPlan(name="single", span=(5, 7), streams=("image", "text")),
+    ("qwen", "small"): (UnitPlan(name="early", span=(1, 2), streams=BOTH),),
+    ("flux", "small"): (
+        UnitPlan(name="double", span=(1, 2), streams=BOTH),
+        UnitPlan(name="single", span=(5, 7), streams=BOTH),
+    ),
+    ("qwen", "mixed"): (
+        THIN,
+        UnitPlan(name="group", kind="text", span=(1, 2), streams=("text",)),
+        LINE,
+        UnitPlan(name="late", span=(3, 4), streams=BOTH),
+    ),
+    ("sd3", "mixed"): (
+        UnitPlan(name="start", span=(0, 1), streams=BOTH),
+        LINE,
+        UnitPlan(name="end", kind="text", span=(3, 5), streams=()),
+    ),
+    ("flux", "mixed"): (
+        UnitPlan(name="start", span=(0, 1), streams=BOTH),
+        UnitPlan(name="group", kind="text", span=(2, 3), streams=("text",)),
+        LINE,
+        UnitPlan(name="late", span=(4, 6), streams=BOTH),
     ),
 }
 KEPT = {
-    "qwen": {"transformer_blocks": {0: 0, 3: 2, 4: 3, 5: 4}},
-    "flux": {"transformer_blocks": {0: 0, 3: 2}, "single_transformer_blocks": {0: 0, 4: 2}},
+    ("qwen", "small"): {"transformer_blocks": {0: 0, 3: 2, 4: 3, 5: 4}},
+    ("flux", "small"): {"transformer_blocks": {0: 0, 3: 2}, "single_transformer_blocks": {0: 0, 4: 2}},
+    ("qwen", "mixed"): {"transformer_blocks": {0: 0, 1: 1, 2: 2, 5: 4}},
+    ("flux", "mixed"): {"transformer_blocks": {2: 1, 3: 2}, "single_transformer_blocks": {3: 1, 4: 2}},
 }
-"""Family -> list -> old and new number of each block that stays, counted by hand."""
+"""Family and variant -> list -> old and new number of each block that stays, counted by hand."""
+GONE: dict[tuple[str, str], tuple[str, ...]] = {
+    ("qwen", "mixed"): ("0.img_mlp", "0.txt_mlp", "2.txt_mod", "2.txt_mlp", "2.attn.to_add_out", "2.img_mlp"),
+    ("flux", "mixed"): ("2.ff", "3.norm1_context", "3.ff_context", "3.attn.to_add_out"),
+}
+"""The parts of these blocks, of the list `transformer_blocks`, that do not stay."""
+EVERYWHERE = ["to_q", "to_k", "add_v_proj", "to_add_out", "to_out.0", "net.0.proj", "net.2", "proj_out", "proj_mlp"]
+EVERYWHERE += ["img_mod.1", "txt_mod.1", "norm1.linear", "norm1_context.linear"]
+"""Endings of names in and around all parts of a block; FLUX's `proj_out` is a module of its own, too."""
 
 
 @pytest.fixture(params=["qwen", "flux"])
@@ -55,37 +84,35 @@ def folder(family: str, tmp_path: Path) -> Path:
 
 
 def plan_of(family: str) -> Plan:
+    """`small` plugs depth units, `mixed` units of every kind."""
     class_name, config = TEACHERS[family]
     blocks = config["num_layers"] + config.get("num_single_layers", 0)
-    names = tuple(unit.name for unit in UNITS[family])
-    return Plan(teacher=class_name, blocks=blocks, units=UNITS[family], variants={"small": names})
+    chosen = {variant: units for (of, variant), units in UNITS.items() if of == family}
+    names = {variant: tuple(unit.name for unit in units) for variant, units in chosen.items()}
+    return Plan(teacher=class_name, blocks=blocks, units=sum(chosen.values(), ()), variants=names)
 
 
 def teacher_of(folder: Path, family: str) -> Any:
     return getattr(diffusers, TEACHERS[family][0]).from_pretrained(folder / "pipeline" / "transformer")
 
 
-def pruned_of(folder: Path, family: str) -> Any:
-    """The variant with random units, as a stock model."""
+def pruned_of(folder: Path, family: str, variant: str = "small") -> Any:
+    """The variant with random units, as `ppcl consolidate` would write it."""
     files = ModelFiles(folder / "pipeline")
     anatomy = Anatomy(files.empty_model())
-    torch.manual_seed(1)
-    places = []
-    for origin, unit in plan_of(family).places("small"):
-        key = f"{anatomy.blocks[origin].key}."
-        own = {name.removeprefix(key): files.tensor(name) for name in files.keys if name.startswith(key)}
-        random = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in own.items()}
-        places.append((origin, None if unit is None else held(random)))
-    config, sources = lay_out(files, anatomy, places)
-    model = files.empty_model(config)
-    model.load_state_dict({name: source.load() for name, source in sources.items()}, assign=True)
-    return model
+
+    def random(unit: UnitPlan) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(unit.span[0])
+        fresh = build_unit(unit, files, anatomy, torch.float32).core.state_dict()
+        return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
+
+    return assembled(files, anatomy, plan_of(family), variant, random)
 
 
 def train_lora(teacher: Any, targets: list[str] | str) -> None:
     """Give the teacher a LoRA whose rank and alpha differ from block to block, with random weights."""
     torch.manual_seed(2)
-    pattern = {r"transformer_blocks\.[35]\.attn\.to_q": 2, "0.attn.to_k": 3}
+    pattern = {r"transformer_blocks\.[35]\.attn\.to_q": 2, "0.attn.to_k": 3, "to_add_out": 5}
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, rank_pattern=pattern, alpha_pattern=pattern, init_lora_weights=False
     )
@@ -97,22 +124,26 @@ def alpha_of(module: str) -> float:
     name, *rest = module.split(".")
     if name == "transformer_blocks" and rest[1:] == ["attn", "to_q"] and rest[0] in "35":
         return 2
+    if rest[1:] == ["attn", "to_add_out"]:
+        return 5
     return 3 if rest == ["0", "attn", "to_k"] else 6
 
 
-def merged_by_hand(model: nn.Module, lora: dict[str, Tensor], family: str) -> nn.Module:
-    """The pruned model with the LoRA of the teacher added to the weights of the blocks that stayed."""
+def merged_by_hand(model: nn.Module, lora: dict[str, Tensor], family: str, variant: str = "small") -> nn.Module:
+    """The pruned model with the LoRA of the teacher added to the weights of the blocks and parts that stayed."""
     state = model.state_dict()
+    kept = KEPT[family, variant]
+    gone = tuple(f"transformer_blocks.{part}." for part in GONE.get((family, variant), ()))
     for key, down in lora.items():
         module, found, _ = key.partition(".lora_A.")
         if not found:
             continue
         up = lora[key.replace("lora_A", "lora_B")]
         name, *rest = module.split(".")
-        if name in KEPT[family]:
-            if int(rest[0]) not in KEPT[family][name]:
+        if name in kept:
+            if int(rest[0]) not in kept[name] or f"{module}.".startswith(gone):
                 continue
-            place = ".".join([name, str(KEPT[family][name][int(rest[0])]), *rest[1:]])
+            place = ".".join([name, str(kept[name][int(rest[0])]), *rest[1:]])
         else:
             place = module
         state[f"{place}.weight"] += alpha_of(module) / len(down) * (up @ down)
@@ -142,24 +173,62 @@ def velocity(model: nn.Module, family: str) -> Tensor:
         return model(**arguments, return_dict=False)[0]
 
 
-def test_stock_diffusers_loads_it_into_the_variant_with_the_same_effect(folder: Path, family: str) -> None:
-    """FLUX's `proj_out` is a module of its own and one of each single block, the replaced ones included."""
+@pytest.mark.parametrize("variant", ["small", "mixed"])
+def test_stock_diffusers_loads_it_into_the_variant_with_the_same_effect(
+    folder: Path, family: str, variant: str
+) -> None:
     teacher = teacher_of(folder, family)
-    train_lora(teacher, ["to_q", "to_k", "proj_out", "time_text_embed.timestep_embedder.linear_1"])
+    train_lora(teacher, [*EVERYWHERE, "time_text_embed.timestep_embedder.linear_1"])
     teacher.save_lora_adapter(folder, weight_name="lora.safetensors")
-    remap(folder / "lora.safetensors", folder / "plan.yaml", "small", folder / "pipeline")
-    model = pruned_of(folder, family)
+    remap(folder / "lora.safetensors", folder / "plan.yaml", variant, folder / "pipeline")
+    model = pruned_of(folder, family, variant)
     # Told only the whole path, diffusers does not look for the ranks and alphas in the file's metadata.
-    model.load_lora_adapter(folder, weight_name="lora-small.safetensors", prefix=None)
-    assert set(adapter_of(model)) == set(load_file(folder / "lora-small.safetensors"))
-    expected = merged_by_hand(pruned_of(folder, family), load_file(folder / "lora.safetensors"), family)
-    assert not torch.allclose(velocity(pruned_of(folder, family), family), velocity(expected, family), atol=1e-2)
+    model.load_lora_adapter(folder, weight_name=f"lora-{variant}.safetensors", prefix=None)
+    assert set(adapter_of(model)) == set(load_file(folder / f"lora-{variant}.safetensors"))
+    (adapter,) = model.peft_config.values()
+    modules = {f"^{key.partition('.lora_')[0]}" for key in adapter_of(model)}
+    for patterns in (adapter.rank_pattern, adapter.alpha_pattern):
+        assert any(name.endswith("to_add_out") for name in patterns)
+        assert patterns.keys() <= modules
+    plain = pruned_of(folder, family, variant)
+    before = velocity(plain, family)
+    expected = merged_by_hand(plain, load_file(folder / "lora.safetensors"), family, variant)
+    assert not torch.allclose(before, velocity(expected, family), atol=1e-2)
     torch.testing.assert_close(velocity(model, family), velocity(expected, family), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen"])
+def test_the_plan_alone_says_which_parts_a_kohya_file_loses(folder: Path, family: str) -> None:
+    """An empty model of the plan's class has parts of the same names, whatever its number of blocks."""
+    modules = ["attn_to_add_out", "attn_add_q_proj", "img_mlp_net_2", "txt_mlp_net_0_proj", "txt_mod_1", "img_mod_1"]
+    names = [f"lora_unet_transformer_blocks_{k}_{module}.lora_up.weight" for k in range(6) for module in modules]
+    save_file({name: torch.full((1,), float(place)) for place, name in enumerate(names)}, folder / "lora.safetensors")
+    lora, plan = folder / "lora.safetensors", folder / "plan.yaml"
+    printed = command("lora", "remap", lora, "--plan", plan, "--variant", "mixed")
+    stayed = {0: (0, [0, 1, 4, 5]), 1: (1, range(6)), 2: (2, [1, 5]), 5: (4, range(6))}
+    expected = {
+        f"lora_unet_transformer_blocks_{new}_{modules[place]}.lora_up.weight": float(6 * old + place)
+        for old, (new, places) in stayed.items()
+        for place in places
+    }
+    remapped = load_file(folder / "lora-mixed.safetensors")
+    assert {name: tensor.item() for name, tensor in remapped.items()} == expected
+    kept, *dropped = printed.splitlines()[:5]
+    assert kept == "tensors kept: 18 in 4 blocks, 0 outside the blocks"
+    assert [line.removeprefix("tensors dropped, replaced by ") for line in dropped] == [
+        "thin: transformer_blocks 0 (2); of img_mlp_net_2, txt_mlp_net_0_proj",
+        "group: transformer_blocks 2 (3); of attn_to_add_out, txt_mlp_net_0_proj, txt_mod_1",
+        "line: transformer_blocks 2 (1); of img_mlp_net_2",
+        "late: transformer_blocks 3 (6), 4 (6); of " + ", ".join(sorted(modules)),
+    ]
 
 
 def test_a_pipeline_loads_what_a_pipeline_saved(folder: Path, family: str) -> None:
     teacher = teacher_of(folder, family)
-    train_lora(teacher, r"transformer_blocks\.\d+\.attn\.to_q|transformer_blocks\.0\.attn\.to_k|.*norm_out\.linear")
+    train_lora(
+        teacher,
+        r"transformer_blocks\.\d+\.attn\.(to_q|to_add_out)|transformer_blocks\.0\.attn\.to_k|.*norm_out\.linear",
+    )
     pipeline_class = getattr(diffusers, {"qwen": "QwenImagePipeline", "flux": "FluxPipeline"}[family])
     described = teacher.peft_config["default"].to_dict()
     pipeline_class.save_lora_weights(
@@ -210,43 +279,6 @@ def test_a_kohya_file_stays_one(folder: Path, family: str) -> None:
     torch.testing.assert_close(velocity(pipeline.transformer, family), velocity(expected, family), rtol=1e-4, atol=1e-4)
 
 
-NAMES = {
-    "transformer_blocks.3.attn.to_q.lora_A.weight": "transformer_blocks.2.attn.to_q.lora_A.weight",
-    "transformer.single_transformer_blocks.4.proj_out.lora_B.weight": (
-        "transformer.single_transformer_blocks.2.proj_out.lora_B.weight"
-    ),
-    "base_model.model.transformer_blocks.0.ff.net.0.proj.lora_A.weight": (
-        "base_model.model.transformer_blocks.0.ff.net.0.proj.lora_A.weight"
-    ),
-    "diffusion_model.double_blocks.3.img_attn.qkv.lora_A.weight": (
-        "diffusion_model.double_blocks.2.img_attn.qkv.lora_A.weight"
-    ),
-    "lora_unet_double_blocks_3_img_mlp_0.alpha": "lora_unet_double_blocks_2_img_mlp_0.alpha",
-    "lora_unet_single_blocks_4_linear1.lora_up.weight": "lora_unet_single_blocks_2_linear1.lora_up.weight",
-    "lora_transformer_single_transformer_blocks_4_attn_to_q.lora_down.weight": (
-        "lora_transformer_single_transformer_blocks_2_attn_to_q.lora_down.weight"
-    ),
-    "double_blocks.1.processor.proj_lora1.down.weight": None,
-    "lora_unet_single_blocks_3_linear2.alpha": None,
-    "lora_unet_final_layer_adaLN_modulation_1.alpha": "lora_unet_final_layer_adaLN_modulation_1.alpha",
-    "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_A.weight": (
-        "text_encoder.text_model.encoder.layers.1.mlp.fc1.lora_A.weight"
-    ),
-    "context_embedder.refiner_blocks.1.lora_A.weight": "context_embedder.refiner_blocks.1.lora_A.weight",
-}
-
-
-def test_every_layout_of_names_is_renumbered_list_by_list() -> None:
-    lists = {"transformer_blocks": 4, "single_transformer_blocks": 5}
-    numbering = Numbering(lists, ["context_embedder"], plan_of("flux"), "small")
-    assert {key: numbering.rename(key).name for key in NAMES} == NAMES
-    for key in ("lora_unet_down_blocks_0_attentions_1.alpha", "net.layers.1.lora_A.weight"):
-        with pytest.raises(UserError, match=rf"'{key}' looks like one of '\w+', but"):
-            numbering.rename(key)
-    with pytest.raises(UserError, match="looks like one of 'double_blocks', but the teacher's lists of blocks are: tr"):
-        Numbering({"transformer_blocks": 6}, [], plan_of("qwen"), "small").rename("double_blocks.0.img_mlp.0.lora_A")
-
-
 def test_the_run_of_a_plan_tells_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_of("flux").save(tmp_path / "plan.yaml")
     save_file({"single_transformer_blocks.4.norm.linear.lora_A.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
@@ -291,7 +323,7 @@ def torn_metadata(lora: Path) -> None:
             too_far,
             "'transformer_blocks.6.attn.to_q.lora_A.weight' is beyond the 6 blocks of the teacher's",
         ),
-        (only_replaced, "variant 'small' has none of the blocks that it changes"),
+        (only_replaced, "variant 'small' has none of the parts that it changes"),
         (no_lora, "holds no LoRA; its first tensor is 'transformer_blocks.1.attn.to_q.weight'"),
         (pickled, "no readable safetensors file"),
         (torn_metadata, "its lora_adapter_metadata cannot be read"),
@@ -310,16 +342,21 @@ def test_a_file_that_cannot_be_remapped_is_refused(write: Callable[[Path], None]
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     plan_of("qwen").save(tmp_path / "plan.yaml")
     only_replaced(tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="variant 'large' is not in the plan; it has: small"):
+    with pytest.raises(UserError, match="variant 'large' is not in the plan; it has: small, mixed"):
         remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "large")
     with pytest.raises(UserError, match=r"plan .*other\.yaml: No such file"):
         remap(tmp_path / "lora.safetensors", tmp_path / "other.yaml", "small")
     (tmp_path / "lora.bin").touch()
     with pytest.raises(UserError, match=r"only \.safetensors files are read"):
         remap(tmp_path / "lora.bin", tmp_path / "plan.yaml", "small")
-    overlapping = plan_of("qwen").model_copy(
-        update={"units": (*UNITS["qwen"], UNITS["qwen"][0].model_copy(update={"name": "twice"}))}
-    )
-    overlapping.model_copy(update={"variants": {"small": ("early", "twice")}}).save(tmp_path / "plan.yaml")
-    with pytest.raises(UserError, match="spans of variant 'small' overlap"):
-        remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "small")
+    early, plan = UNITS["qwen", "small"][0], plan_of("qwen")
+    for other, words in {
+        early.model_copy(update={"name": "other"}): r"spans \[1, 2\] of 'early' and \[1, 2\] of 'other' overlap",
+        LINE.model_copy(update={"name": "other"}): "'other' needs block 2, which 'early' replaces",
+        LINE.model_copy(update={"name": "other", "span": (6, 6)}): r"span \[6, 6\] is not possible with 6 blocks",
+        THIN.model_copy(update={"name": "other", "span": (3, 4)}): r"span \[3, 4\] is not possible with 6 blocks",
+    }.items():
+        wrong = {"units": (*plan.units, other), "variants": {"small": ("early", "other")}}
+        plan.model_copy(update=wrong).save(tmp_path / "plan.yaml")
+        with pytest.raises(UserError, match=words):
+            remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "small")
