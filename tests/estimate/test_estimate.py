@@ -89,6 +89,21 @@ def test_the_runs_own_plan_is_used_where_there_is_one(unprepared: Unprepared) ->
     assert [stage.units for stage in numbers.stages] == [("0-1",), ("2-4",)]
 
 
+def test_a_plan_that_is_given_is_sized_before_anything_is_planned(unprepared: Unprepared, tmp_path: Path) -> None:
+    units = (
+        UnitPlan(name="deep", span=(0, 1), streams=("image", "text")),
+        UnitPlan(name="line", kind="ffn", span=(3, 3), streams=("image",)),
+    )
+    Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=units, variants={"v": ("deep", "line")}).save(
+        tmp_path / "given.yaml"
+    )
+    path = unprepared("qwen", plan={"rule": "given", "given": str(tmp_path / "given.yaml"), "variants": {}})
+    numbers = size_run(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    assert (numbers.plan, numbers.units) == (str(tmp_path / "given.yaml"), 2)
+    block = 6 * 32 * 32 * 2 + 8 * 32 * 32 + 16 * 32 * 32  # weights; biases and norms aside
+    assert numbers.unit_parameters == pytest.approx(block + 32 * 32, rel=0.05)
+
+
 def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> None:
     distill = {"micro_batches_per_step": 1}
     options = {"topology": {"stages": 1, "replicas": 1}, "plan": {"variants": {"half": 0.5}}}

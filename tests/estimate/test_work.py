@@ -61,6 +61,24 @@ def test_a_qwen_image_stack_costs_what_its_matrices_cost(
     assert work.teacher == entrance + 5 * block  # block 5 is behind the last span
 
 
+def test_width_units_cost_what_their_matrices_cost(configured: Configured) -> None:
+    files, image, text = configured("qwen"), 16, 5
+    units = (
+        UnitPlan(name="group", kind="text", span=(1, 3), streams=("text",)),
+        UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",)),
+        UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25),
+    )
+    width = Plan(teacher="", blocks=6, units=units, variants={})
+    work = measure_work(files, Anatomy(files.empty_model()), width, (1, 8, 8), text)
+    assert work.units == {
+        "group": 3 * linear(text, WIDTH, WIDTH),
+        "line": linear(image, WIDTH, WIDTH),
+        "thin": linear(image + text, WIDTH, WIDTH) + linear(image + text, WIDTH, WIDTH),  # a quarter of 4 x 32 channels
+    }
+    entrance = linear(image, 4, WIDTH) + linear(text, 16, WIDTH) + time_embedding(WIDTH)
+    assert work.teacher == entrance + 4 * joint_block(image, text, WIDTH)  # to the group's end
+
+
 def test_both_block_lists_of_flux_cost_what_their_matrices_cost(configured: Configured) -> None:
     files = configured("flux")
     work = measure_work(files, Anatomy(files.empty_model()), plan((1, 2), (5, 7)), (1, 8, 8), 4)

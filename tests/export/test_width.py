@@ -18,10 +18,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import ppcl_ds
 from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.errors import UserError
+from ppcl_ds.evaluate.sample import sample
 from ppcl_ds.export.consolidate import assembled, unit_state
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.run import Form, consolidate
@@ -55,6 +57,9 @@ def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(n
         card = (recipe.pruned(variant).parent / "README.md").read_text()
         assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
         assert "trust_remote_code=True" in card
+    sample(recipe.pruned("mixed"), ["a tiny one"], recipe, recipe.run / "drawn.png", seed=0)
+    with Image.open(recipe.run / "drawn.png") as picture:
+        assert picture.format == "PNG"
     for ranks in (1, 2):
         shutil.rmtree(recipe.checkpoints / "step-000007")
         write_checkpoint(recipe, plan_of(family), ranks, step=7)
