@@ -12,8 +12,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
 
-test: $(READY)  ## the whole test suite
-	$(BIN)/pytest
+test: $(READY)  ## the whole test suite, a test file a core
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
