@@ -56,6 +56,9 @@ def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
     """
     folder = recipe.trained_plan.parent
     anew = f"restore it, or move {folder} away to train anew"
+    others = f"{folder} was trained with other units than {recipe.plan_file} has"
+    if strange := [unit.name for unit in plan.units if unit not in trained.units]:
+        raise UserError(f"{others}, such as '{strange[0]}'; {anew}")
     try:
         before = Recipe.model_validate_json(recipe.trained_recipe.read_text())
         shards = recipe.trained_recipe.with_name(_SHARDS).read_text()
@@ -75,8 +78,5 @@ def check_resume(recipe: Recipe, plan: Plan, trained: Plan) -> None:
         )
     held = newest_checkpoint(recipe.checkpoints).contents.units
     for unit in plan.units:
-        if unit not in trained.units or unit.name not in held:
-            raise UserError(
-                f"{folder} was trained with other units than {recipe.plan_file} has: its newest checkpoint lacks "
-                f"'{unit.name}'; {anew}"
-            )
+        if unit.name not in held:
+            raise UserError(f"{others}: its newest checkpoint lacks '{unit.name}'; {anew}")

@@ -6,14 +6,14 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppcl_ds.console import track
-from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
 from ppcl_ds.export.card import (
@@ -117,17 +117,25 @@ class Export:
     """A run's newest checkpoint, its teacher and the form in which variants are written.
 
     Raises:
-        UserError: teacher, plan or checkpoint cannot be read.
+        UserError: teacher or plan cannot be read; later on, the checkpoint.
     """
 
     def __init__(self, recipe: Recipe, form: Form) -> None:
         self.recipe, self.form = recipe, form
         self.files, self.anatomy = open_teacher(recipe)
         self.plan = load_plan(recipe.plan_file, self.files, self.anatomy)
-        self.checkpoint = newest_checkpoint(recipe.checkpoints)
-        self.trained = load_plan(recipe.trained_plan, self.files, self.anatomy)
         self.is_pipeline = (recipe.teacher.path / INDEX).exists()
         self.around = pipeline_files(recipe.teacher.path) if self.is_pipeline else {}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The newest one of the run; what is asked for is checked before it is looked for."""
+        return newest_checkpoint(self.recipe.checkpoints)
+
+    @cached_property
+    def trained(self) -> Plan:
+        """The plan that training began with."""
+        return load_plan(self.recipe.trained_plan, self.files, self.anatomy)
 
     def write(self, plan: Plan, variant: str, out: Path) -> None:
         """Write one variant: its transformer, what is around it, card and checksums."""
