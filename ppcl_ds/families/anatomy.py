@@ -19,6 +19,7 @@ from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.families.modeling_pruned import serves_text, text_parts
 
 ATTENTION = "attn"
 """Name of the part of a block in which image and text attend to each other, in every family that has text parts."""
@@ -279,7 +280,7 @@ def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def _ffn_of(module: nn.Module, reads: Mapping[str, str]) -> dict[str, str]:
     parts = {name: child for name, child in module.named_children() if isinstance(child, FeedForward)}
-    streams = {name: "text" if _of_text(name) else "image" for name in parts}
+    streams = {name: "text" if serves_text(name) else "image" for name in parts}
     return {stream: name for name, stream in streams.items() if stream in reads}
 
 
@@ -288,15 +289,7 @@ def _text_of(module: Any) -> tuple[tuple[str, ...], int]:
     attention: Any = getattr(module, ATTENTION, None)
     if getattr(attention, "add_k_proj", None) is None:
         return (), 0
-    parts = [name for name, _ in module.named_children() if _of_text(name)]
-    parts += [f"{ATTENTION}.to_add_out"] if getattr(attention, "to_add_out", None) is not None else []
-    with_weights = [name for name in parts if next(module.get_submodule(name).parameters(), None) is not None]
-    return tuple(with_weights), attention.add_k_proj.in_features
-
-
-def _of_text(name: str) -> bool:
-    """Whether a part of a block serves its text stream, as diffusers names such parts."""
-    return "txt" in name or "context" in name
+    return tuple(text_parts(module)), attention.add_k_proj.in_features
 
 
 def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:

@@ -129,9 +129,14 @@ def _idle(part: Any) -> nn.Module:
     raise ValueError(f"the text stream of a block with a {type(part).__name__} cannot become linear")
 
 
+def serves_text(name: str) -> bool:
+    """Whether a part of a block serves its text stream, as diffusers names such parts."""
+    return "txt" in name or "context" in name
+
+
 def text_parts(block: Any) -> list[str]:
     """Names of the parts of a block with parameters that serve its text stream alone."""
-    own = [name for name, part in block.named_children() if "txt" in name or "context" in name]
+    own = [name for name, part in block.named_children() if serves_text(name)]
     own += ["attn.to_add_out"] if getattr(block.attn, "to_add_out", None) is not None else []
     return [name for name in own if next(block.get_submodule(name).parameters(), None) is not None]
 

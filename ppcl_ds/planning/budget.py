@@ -81,10 +81,9 @@ def budget_of(
     """
     if section.budget == "latency" and swaps is not None:
         return Budget("latency", np.array(swaps.seconds), swaps.saved)
-    itemsize = {name: files.runs_as(name, dtype).itemsize for name, _ in files.empty_model().named_parameters()}
 
     def weigh(name: str, parameter: nn.Parameter) -> int:
-        return parameter.numel() * (itemsize[name] if section.budget == "memory" else 1)
+        return parameter.numel() * (files.runs_as(name, dtype).itemsize if section.budget == "memory" else 1)
 
     weights = {name: weigh(name, parameter) for name, parameter in files.empty_model().named_parameters()}
     blocks = [sum(size for name, size in weights.items() if name.startswith(f"{b.key}.")) for b in anatomy.blocks]

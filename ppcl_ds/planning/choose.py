@@ -122,6 +122,7 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str,
             f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
         )
     candidates = forecast.candidates(budget)
+    saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
     chosen = {}
     for name, share in section.variants.items():
         goal = share * budget.total
@@ -137,7 +138,6 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str,
         measured = swaps.error_of(names)
         error = forecast.of(units) if measured is None else measured
         assert error is not None, "the forecast knows its own units"
-        saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
         rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= slack]
         best = min(rivals, key=lambda each: each.error, default=None)
         chosen[name] = best.units if best and best.error < error else names
