@@ -127,12 +127,12 @@ class Library:
     @property
     def trained(self) -> Plan:
         """The plan that training began with."""
-        return load_plan(self.recipe.trained_plan, self.files, self.anatomy)
+        return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
 
     def model(self, names: tuple[str, ...]) -> nn.Module:
         """The teacher with these units plugged in, without retraining."""
         plan = self.trained.model_copy(update={"variants": {"set": names}})
-        state = partial(unit_state, newest_checkpoint(self.recipe.checkpoints), self.trained)
+        state = partial(unit_state, newest_checkpoint(self.recipe.distillation.checkpoints), self.trained)
         return assembled(self.files, self.anatomy, plan, "set", state)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
-from ppcl_ds.distill.engine import LibraryEngine, LocalEngine, TrainUnits
+from ppcl_ds.distill.engine import LocalEngine, StudentsEngine, TrainUnits
 from ppcl_ds.distill.library import Inbox, Library
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
@@ -47,7 +47,7 @@ class Layout:
         return torch.zeros(()), torch.zeros(())
 
 
-class OneForwardOneBackward(LibraryEngine):
+class OneForwardOneBackward(StudentsEngine):
     """The stock schedule, over parcels that every stage lays out when a micro-batch reaches it."""
 
     def feed(self, layout: Layout) -> None:
@@ -59,7 +59,7 @@ class OneForwardOneBackward(LibraryEngine):
         next(self.layout)
         super()._exec_forward_pass(buffer_id)
 
-    _INSTRUCTION_MAP = {**LibraryEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}  # noqa: RUF012
+    _INSTRUCTION_MAP = {**StudentsEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}  # noqa: RUF012
 
 
 class WithoutBubbles(LocalEngine):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from ppcl_ds.sections import (
     DemoTeacher,
     Distill,
     Evaluate,
+    Finetune,
     Noise,
     Plan,
     Probe,
@@ -29,6 +31,42 @@ from ppcl_ds.sections import (
 def checkpoint_tag(step: int) -> str:
     """Name of the checkpoint behind a step."""
     return f"step-{step:06d}"
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """What a training writes: the folder of `ppcl distill`, or of one variant's `ppcl finetune`."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """What is trained."""
+        return self.path / "checkpoints"
+
+    @property
+    def plan(self) -> Path:
+        """The plan as it was when training began; its units are those in the checkpoints."""
+        return self.path / "plan.yaml"
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as it was when training began; beside it, a digest of the shards that it began with."""
+        return self.path / "recipe.json"
+
+    @property
+    def board(self) -> Path:
+        """TensorBoard."""
+        return self.path / "tensorboard"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return (self.checkpoints / "latest").exists()
+
+    def finished(self, steps: int) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        return self.begun and (self.checkpoints / "latest").read_text().strip() == checkpoint_tag(steps)
 
 
 class Recipe(Section):
@@ -44,6 +82,7 @@ class Recipe(Section):
     plan: Plan
     topology: Topology = Topology()
     distill: Distill
+    finetune: Finetune | None = None
     evaluate: Evaluate = Evaluate()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
     demo: DemoTeacher | None = None
@@ -64,35 +103,23 @@ class Recipe(Section):
         return self.run / "plan" / "swaps.json"
 
     @property
-    def checkpoints(self) -> Path:
-        """What `ppcl distill` trained."""
-        return self.run / "distill" / "checkpoints"
+    def distillation(self) -> TrainingFolder:
+        """What `ppcl distill` writes."""
+        return TrainingFolder(self.run / "distill")
 
-    @property
-    def trained_plan(self) -> Path:
-        """The plan as it was when training began; its units are those in the checkpoints."""
-        return self.run / "distill" / "plan.yaml"
-
-    @property
-    def trained_recipe(self) -> Path:
-        """This recipe as it was when training began; beside it, a digest of the shards that it began with."""
-        return self.run / "distill" / "recipe.json"
+    def finetuning(self, variant: str) -> TrainingFolder:
+        """What `ppcl finetune --variant VARIANT` writes."""
+        return TrainingFolder(self.run / "finetune" / variant)
 
     @property
     def distilled(self) -> bool:
-        """Whether the newest checkpoint is that of the last step."""
-        latest = self.checkpoints / "latest"
-        return latest.exists() and latest.read_text().strip() == checkpoint_tag(self.distill.steps)
+        """Whether `ppcl distill` has come to its last step."""
+        return self.distillation.finished(self.distill.steps)
 
     @property
     def bad_samples(self) -> Path:
         """Samples that were skipped, a line each."""
         return self.run / "bad_samples.log"
-
-    @property
-    def board(self) -> Path:
-        """TensorBoard of `ppcl distill`."""
-        return self.run / "distill" / "tensorboard"
 
     def pruned(self, variant: str) -> Path:
         """The transformer folder of a variant, which `ppcl consolidate` writes."""
@@ -109,12 +136,14 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_the_topology(self) -> Recipe:
-        per_step, world = self.distill.micro_batches_per_step, self.topology.world
-        if per_step % world:
-            raise ValueError(
-                f"distill.micro_batches_per_step is {per_step}, not a multiple of topology.stages x "
-                f"topology.replicas = {world}; use {max(world, per_step // world * world)}"
-            )
+        world = self.topology.world
+        for name, training in (("distill", self.distill), ("finetune", self.finetune)):
+            per_step = training.micro_batches_per_step if training else world
+            if per_step % world:
+                raise ValueError(
+                    f"{name}.micro_batches_per_step is {per_step}, not a multiple of topology.stages x "
+                    f"topology.replicas = {world}; use {max(world, per_step // world * world)}"
+                )
         copy = self.teacher.ranks_per_copy
         if copy and world % copy:
             raise ValueError(f"teacher.ranks_per_copy is {copy}, which does not divide the {world} processes")

@@ -247,8 +247,8 @@ class DeepSpeedFiles(Section):
     students: Path = shipped("ds_configs/students_pipeline.json")
 
 
-class Distill(Section):
-    """The local phase: every unit against the teacher's boundaries."""
+class Training(Section):
+    """What both kinds of training, `ppcl distill` and `ppcl finetune`, can be told."""
 
     steps: int = Field(gt=0)
     """Optimizer steps."""
@@ -257,24 +257,58 @@ class Distill(Section):
     micro_batches_per_step: int = Field(gt=0)
     """Micro-batches in one optimizer step, over all processes: a multiple of stages x replicas.
     The global batch is `micro_batch * micro_batches_per_step`, whatever the topology."""
-    calibration_steps: int = Field(default=8, gt=0)
-    """Width units start from least squares on the samples of so many steps; there should be several times more tokens
-    than a linear has inputs."""
-    magnitude_weight: float = Field(default=1.0, ge=0)
-    """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
     activation_checkpointing: bool = False
-    """Recompute a unit's attention and feed-forward in its backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass (of each unit's attention and feed-forward; of whole blocks when
+    fine-tuning): less memory, about a third more time."""
     optimizer: Optimizer = Optimizer()
     log_every: int = Field(default=10, gt=0)
     """Steps between TensorBoard points."""
     sample_every: int = Field(default=0, ge=0)
-    """Steps between pictures of teacher against variants in TensorBoard; 0: none."""
+    """Steps between looks at held-out data in TensorBoard, pictures beside the teacher's among them; 0: none."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """So many of the newest checkpoints stay; older ones are deleted."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds without progress after which a run ends and names the process that the others wait for."""
+
+
+class Distill(Training):
+    """The local phase: every unit against the teacher's boundaries."""
+
+    calibration_steps: int = Field(default=8, gt=0)
+    """Width units start from least squares on the samples of so many steps; there should be several times more tokens
+    than a linear has inputs."""
+    magnitude_weight: float = Field(default=1.0, ge=0)
+    """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
+
+
+class Finetune(Training):
+    """End to end: a whole variant, its blocks laid over the stages, real activations between them."""
+
+    variants: tuple[str, ...] = ()
+    """Variants that the demo and `ppcl submit` fine-tune; `ppcl finetune --variant` takes any."""
+    flow_weight: float = Field(default=0.0, ge=0)
+    """Weight of the flow-matching loss: mean squared error from the data's own velocity, noise minus image."""
+    velocity_weight: float = Field(default=1.0, ge=0)
+    """Weight of the mean squared error from the teacher's velocity."""
+    boundary_weight: float = Field(default=0.0, ge=0)
+    """Weight of the boundary loss behind every unit, as in the local phase; summed over units and streams."""
+    trainable: Literal["all", "neighbours", "units"] = "all"
+    """What is trained. `units`: what took the place of teacher blocks or parts. `neighbours`: also the teacher's blocks
+    just before and behind a unit, and what is left of blocks that have width units. `all`: the whole model."""
+    kept_lr: float = Field(default=1.0, gt=0)
+    """Learning rate of whatever is not a unit, as a multiple of `optimizer.lr`."""
+    ema: Share = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is consolidated; 0: none."""
+    quantiles: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels at which losses on held-out data are taken, every `sample_every` steps."""
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> Finetune:
+        if not self.flow_weight + self.velocity_weight:
+            raise ValueError("flow_weight and velocity_weight are both 0; give one of them a weight")
+        return self
 
 
 class Evaluate(Section):

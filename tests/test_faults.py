@@ -67,10 +67,10 @@ def odd_micro_batches(path: Path) -> None:
 def start(path: Path) -> None:
     """As if the recipe had been trained."""
     recipe = load_recipe(path)
-    recipe.checkpoints.mkdir(parents=True)
-    (recipe.checkpoints / "latest").write_text("step-000001")
+    recipe.distillation.checkpoints.mkdir(parents=True)
+    (recipe.distillation.checkpoints / "latest").write_text("step-000001")
     files, anatomy = open_teacher(recipe)
-    write_start(recipe, load_plan(recipe.plan_file, files, anatomy))
+    write_start(recipe, recipe.distillation, load_plan(recipe.plan_file, files, anatomy))
 
 
 def other_units(path: Path) -> None:
@@ -206,8 +206,8 @@ def test_a_dry_run_checks_every_shard_and_trains_nothing(ready: Path) -> None:
     printed = command("distill", ready, "--dry-run", code=2)
     assert "train-" in printed
     assert "missing or cut short" in printed
-    assert not load_recipe(ready).checkpoints.exists()
-    assert not load_recipe(ready).trained_plan.exists()
+    assert not load_recipe(ready).distillation.checkpoints.exists()
+    assert not load_recipe(ready).distillation.plan.exists()
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, v
     recipe = load_recipe(path)
     files, anatomy = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, files, anatomy)
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     places = plan.places(variant)
     lists = list(dict.fromkeys(block.list_name for block in anatomy.blocks))
     modules = [module for name in lists for module in getattr(model, name)]

@@ -6,12 +6,16 @@
       rank-00000.safetensors ...  per unit of the rank's stage: `UNIT/master`, `UNIT/exp_avg`, `UNIT/exp_avg_sq` (that
                                   part, float32), `UNIT/step` (); and the rank's random state
 
-A unit's flat vector is its parameters laid end to end, so a part of it is the same thing on any topology.
+A unit's flat vector is its parameters laid end to end, so a part of it is the same thing on any topology. Where a whole
+variant is fine-tuned, its blocks stand in the units' place, and `BLOCK/ema` is the moving average of a block's weights.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -92,17 +96,29 @@ class Checkpoint:
         """How many steps a unit's moments have seen, (); None before the first."""
         return self.read(self.contents.units[name].pieces[0].file, f"{name}/step")
 
+    def moments_of(self, name: str) -> list[str]:
+        """What the optimizer keeps of each element beside the master: `exp_avg` and so on."""
+        file = self.contents.units[name].pieces[0].file
+        with self._open(file) as opened:
+            own = [key.removeprefix(f"{name}/") for key in opened.keys() if key.startswith(f"{name}/")]  # noqa: SIM118
+        return [what for what in own if what not in ("master", "step")]
+
     def read(self, file: str, key: str, start: int | None = None, stop: int | None = None) -> Tensor | None:
         """A tensor of one file, or a range of it; None where the file has none of that name.
 
         Raises:
             UserError: the file cannot be read.
         """
+        with self._open(file) as opened:
+            if key not in opened.keys():  # noqa: SIM118 - it is no mapping
+                return None
+            return opened.get_tensor(key) if start is None else opened.get_slice(key)[start:stop]
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
         try:
             with safe_open(self.folder / file, framework="pt") as opened:
-                if key not in opened.keys():  # noqa: SIM118 - it is no mapping
-                    return None
-                return opened.get_tensor(key) if start is None else opened.get_slice(key)[start:stop]
+                yield opened
         except (OSError, SafetensorError) as fault:
             raise UserError(f"checkpoint {self.folder}: {file} cannot be read ({fault})") from None
 

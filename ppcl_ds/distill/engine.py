@@ -1,4 +1,4 @@
-"""The students' engine: DeepSpeed's pipeline engine with a schedule that has no bubble.
+"""The students' engines: DeepSpeed's pipeline engine with an optimizer of ours; and one whose schedule has no bubble.
 
 In the local phase each unit is judged by teacher activations alone, so stages owe each other nothing and none waits.
 """
@@ -20,33 +20,33 @@ from deepspeed.utils.timer import NoopTimer
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor
 
-from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.optimizer import UnitOptimizer
-from ppcl_ds.sections import Distill, Precision
+from ppcl_ds.distill.students import Students
+from ppcl_ds.sections import Precision, Training
 
 
-class LibraryEngine(PipelineEngine):
-    """A `PipelineEngine` over a library of units, with an optimizer in which every unit stands for itself.
+class StudentsEngine(PipelineEngine):
+    """A `PipelineEngine` over what is trained, with an optimizer in which every part stands for itself.
 
-    Its schedule is the stock one, 1F1B; `LocalEngine` has the one that training uses.
+    Its schedule is the stock one, 1F1B; `LocalEngine` has the one of the local phase.
 
     Args:
-        library: built on every rank of the world.
+        students: built on every rank of the world.
         config: the students' DeepSpeed file.
         settings: batch, steps and optimizer.
-        precision: number format of the units' parameters.
+        precision: number format of the parameters.
     """
 
-    def __init__(self, library: Library, config: dict[str, Any], settings: Distill, precision: Precision) -> None:
+    def __init__(self, students: Students, config: dict[str, Any], settings: Training, precision: Precision) -> None:
         self.settings = settings.optimizer
         optimizer = torch.optim.AdamW(
-            library.parameter_groups(),
+            students.parameter_groups(settings.optimizer.lr),
             lr=self.settings.lr,
             betas=self.settings.betas,
             weight_decay=self.settings.weight_decay,
             fused=True,
         )
-        mpu = library.mpu()
+        mpu = students.mpu()
         config = config | {
             "train_micro_batch_size_per_gpu": settings.micro_batch,
             "gradient_accumulation_steps": settings.micro_batches_per_step // mpu.get_data_parallel_world_size(),
@@ -54,9 +54,9 @@ class LibraryEngine(PipelineEngine):
         }
         super().__init__(
             args=None,
-            model=library,
+            model=students,
             optimizer=optimizer,
-            model_parameters=[p for p in library.parameters() if p.requires_grad],
+            model_parameters=[p for p in students.parameters() if p.requires_grad],
             training_data=None,
             lr_scheduler=get_cosine_schedule_with_warmup(optimizer, self.settings.warmup_steps, settings.steps),
             mpu=mpu,
@@ -81,7 +81,7 @@ class LibraryEngine(PipelineEngine):
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> UnitOptimizer:
         with redirect_stdout(StringIO()):  # it prints the memory before and behind every group
-            return UnitOptimizer(
+            return self.make_optimizer(
                 optimizer,
                 self.param_names,
                 clip_norm=self.settings.clip_norm,
@@ -91,6 +91,10 @@ class LibraryEngine(PipelineEngine):
                 dp_process_group=self.seq_data_parallel_group,
                 timers=NoopTimer(),
             )
+
+    def make_optimizer(self, *arguments: Any, **options: Any) -> UnitOptimizer:
+        """The optimizer around torch's."""
+        return UnitOptimizer(*arguments, **options)
 
 
 class TrainUnits(schedule.BufferOpInstruction):
@@ -112,7 +116,7 @@ class LocalSchedule(schedule.PipeSchedule):
         return 1
 
 
-class LocalEngine(LibraryEngine):
+class LocalEngine(StudentsEngine):
     """Its stages each compute their own losses from their own inputs."""
 
     total_loss: Tensor | None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,13 +25,21 @@ class Journal:
         samples: in one optimizer step, over all ranks.
         flops: of one optimizer step, over all ranks.
         matrix_rate: FLOP/s of one matrix product on this rank.
-        skipped: `UNIT/skipped_steps` of all units so far, as a checkpoint may have brought them.
+        skipped: `NAME/skipped_steps` of all that is trained so far, as a checkpoint may have brought them.
+        total: the loss, from everything that was measured.
     """
 
     def __init__(
-        self, board: Path, plan: Plan, *, samples: int, flops: float, matrix_rate: float, skipped: Mapping[str, float]
+        self,
+        board: Path,
+        *,
+        samples: int,
+        flops: float,
+        matrix_rate: float,
+        skipped: Mapping[str, float],
+        total: Callable[[Mapping[str, float]], float],
     ) -> None:
-        self.board, self.plan = Board(board), plan
+        self.board, self.total = Board(board), total
         self.samples, self.flops, self.matrix_rate = samples, flops, matrix_rate
         self.newest: dict[str, float] = {}
         self.skipped = skipped
@@ -60,8 +67,7 @@ class Journal:
                 "run/share_of_peak": rate / dist.get_world_size() / self.matrix_rate,
             }
         )
-        losses = [value for name, value in values.items() if "/loss/" in name and math.isfinite(value)]
-        values["run/loss"] = sum(losses)
+        values["run/loss"] = self.total(values)
         self.board.scalars(step, values)
         self._name_skipped(step, values)
         self.newest = values
@@ -82,23 +88,24 @@ class Journal:
         if dist.get_rank() == 0:
             for name, count in counts.items():
                 if count > self.skipped.get(name, 0):
-                    unit = name.removesuffix("/skipped_steps")
-                    print(f"unit '{unit}': not finite; it has skipped {count:.0f} of {step} steps", flush=True)
+                    trained = name.removesuffix("/skipped_steps")
+                    print(f"'{trained}': gradients not finite; it has skipped {count:.0f} of {step} steps", flush=True)
         self.skipped = counts
 
-    def print_units(self) -> None:
-        """A table of the units as they were last written down."""
-        if dist.get_rank() or not self.newest:
-            return
-        table = Table(title="units")
-        table.add_column("unit", overflow="fold")
-        for column in ("blocks", "output", "loss", "norm ratio", "gradient", "skipped"):
-            table.add_column(column, justify="right")
-        for unit in self.plan.units:
-            for output in unit.outputs:
-                numbers = (f"loss/{output}", f"norm_ratio/{output}", "gradient_norm", "skipped_steps")
-                loss, ratio, gradient, skipped = (self.newest[f"{unit.name}/{number}"] for number in numbers)
-                blocks = f"{unit.span[0]}-{unit.span[1]}"
-                cells = (f"{loss:.4f}", f"{ratio:.3f}", f"{gradient:.2g}", f"{skipped:.0f}")
-                table.add_row(escape(unit.name), blocks, output, *cells)
-        Console().print(table)
+
+def print_units(plan: Plan, newest: Mapping[str, float]) -> None:
+    """A table of the units as they were last written down."""
+    if dist.get_rank() or not newest:
+        return
+    table = Table(title="units")
+    table.add_column("unit", overflow="fold")
+    for column in ("blocks", "output", "loss", "norm ratio", "gradient", "skipped"):
+        table.add_column(column, justify="right")
+    for unit in plan.units:
+        for output in unit.outputs:
+            numbers = (f"loss/{output}", f"norm_ratio/{output}", "gradient_norm", "skipped_steps")
+            loss, ratio, gradient, skipped = (newest[f"{unit.name}/{number}"] for number in numbers)
+            blocks = f"{unit.span[0]}-{unit.span[1]}"
+            cells = (f"{loss:.4f}", f"{ratio:.3f}", f"{gradient:.2g}", f"{skipped:.0f}")
+            table.add_row(escape(unit.name), blocks, output, *cells)
+    Console().print(table)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import redirect_stdout
-from io import StringIO
-from typing import Any
 
 import torch
-from deepspeed.pipe import LayerSpec, PipelineModule
+from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
+from ppcl_ds.distill.students import Means, Students
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.building import build_unit
@@ -55,8 +53,7 @@ class UnitLayer(nn.Module):
         self.unit = build_unit(plan, files, anatomy, dtype).requires_grad_(True)
         if checkpointing and isinstance(self.unit, DepthUnit):
             recompute_parts(self.unit.core)
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._means = Means()
 
     def forward(self, running: Tensor) -> Tensor:
         """Running loss (), float32 -> running loss plus this unit's, () float32."""
@@ -67,23 +64,16 @@ class UnitLayer(nn.Module):
             student, teacher, mask = outputs[name], parcel.targets[name], parcel.mask_of(name)
             measured[f"loss/{name}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
             measured[f"norm_ratio/{name}"] = norm_ratio(student.detach(), teacher, mask)
-        self._note(measured)
+        self._means.add(measured)
         losses = [value for name, value in measured.items() if name.startswith("loss/")]
         return running + torch.stack(losses).sum()
 
-    def _note(self, measured: Mapping[str, Tensor]) -> None:
-        for name, value in measured.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._count += 1
-
     def drain(self) -> dict[str, float]:
         """Means of loss and norm ratio by output since the last call; `unit/loss/output` -> value."""
-        means = {f"{self.plan.name}/{name}": float(total) / self._count for name, total in self._sums.items()}
-        self._sums, self._count = {}, 0
-        return means
+        return {f"{self.plan.name}/{name}": mean for name, mean in self._means.drain().items()}
 
 
-class Library(PipelineModule):
+class Library(Students):
     """All units of a plan over the pipeline stages; each rank builds only its stage's units.
 
     Every rank must construct it. Afterwards `stage_units` says which stage holds which units, on every rank.
@@ -105,21 +95,16 @@ class Library(PipelineModule):
         magnitude_weight: float,
         checkpointing: bool,
     ) -> None:
-        self.costs = [int(costs[unit.name]) for unit in plan.units]
         shared = (files, anatomy, dtype, inbox, magnitude_weight, checkpointing)
         specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
-        with redirect_stdout(StringIO()):  # it prints its layout line by line
-            super().__init__(specs, num_stages=stages)
+        super().__init__(specs, [int(costs[unit.name]) for unit in plan.units], stages)
         names = [unit.name for unit in plan.units]
         self.stage_units = [names[a:b] for a, b in zip(self.parts, self.parts[1:], strict=False)]
 
-    def _count_layer_params(self) -> list[int]:
-        """The cost of each layer; the stock method would build every unit on every rank to count it."""
-        return self.costs
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group of parameters a unit of this stage, with the unit's name."""
-        return [{"params": list(layer.parameters()), "name": layer.plan.name} for layer in self.layers]
+    @property
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The parameters of this stage's units."""
+        return {layer.plan.name: dict(layer.unit.core.named_parameters()) for layer in self.layers}
 
     @property
     def layers(self) -> list[UnitLayer]:

@@ -1,4 +1,4 @@
-"""The students' optimizer: ZeRO-1 with float32 masters, in which every unit stands for itself."""
+"""The students' optimizers: ZeRO-1 with float32 masters; every unit by itself, or all parts of one model together."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from torch import Tensor
@@ -61,17 +62,59 @@ class UnitOptimizer(BF16_Optimizer):
         """
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.fp32_groups_gradients_flat])
         self.norms = dict(zip(self.names, norms.tolist(), strict=True))
+        lengths = self.counted_lengths()
         shares = self.fp32_groups_gradient_flat_partition
-        for (name, norm), master, share in zip(self.norms.items(), self.masters, shares, strict=True):
-            if not math.isfinite(norm):
+        for (name, length), master, share in zip(lengths.items(), self.masters, shares, strict=True):
+            if not math.isfinite(length):
                 self.skipped[name] += 1
                 master.grad = None  # torch's optimizers pass over it: neither moments nor weight decay move
                 continue
-            if self.clip_norm and norm > self.clip_norm:
-                share.mul_(self.clip_norm / (norm + _SMALLEST))
+            if self.clip_norm and length > self.clip_norm:
+                share.mul_(self.clip_norm / (length + _SMALLEST))
             master.grad = share.to(master.device)
         self.optimizer.step()
+        self.average()
         for master in self.masters:
             master.grad = None
         self.update_lp_params()
         self.clear_hp_grads()
+
+    def counted_lengths(self) -> dict[str, float]:
+        """For each part of this stage, the gradient norm by which it is clipped, and skipped if not finite."""
+        return self.norms
+
+    def average(self) -> None:
+        """Behind a step: whatever follows the masters."""
+
+
+class WholeOptimizer(UnitOptimizer):
+    """The same for the parts of one model: clipped by the norm over all of them, and skipped together.
+
+    Args:
+        stages: the pipe group, whose ranks hold the model between them; they step together.
+        copies: parts whose gradients another stage counts, as it holds the same ones.
+        ema: decay of a moving average of the masters, which starts with those behind the first step; 0: none. It stands
+            in the optimizer's state, as `ema`.
+    """
+
+    def __init__(
+        self, *arguments: Any, stages: dist.ProcessGroup, copies: Sequence[str], ema: float, **options: Any
+    ) -> None:
+        self.stages, self.copies, self.ema = stages, copies, ema
+        super().__init__(*arguments, **options)
+
+    def counted_lengths(self) -> dict[str, float]:
+        """The norm over the whole model, for each part."""
+        square = sum(norm**2 for name, norm in self.norms.items() if name not in self.copies)
+        total = torch.tensor(square, dtype=torch.float64, device=self.fp32_groups_gradients_flat[0].device)
+        dist.all_reduce(total, group=self.stages)
+        return dict.fromkeys(self.names, math.sqrt(float(total)) if total.isfinite() else math.inf)
+
+    def average(self) -> None:
+        """Move the average towards the masters."""
+        for master in self.masters if self.ema else ():
+            state = self.optimizer.state[master]
+            if "ema" in state:
+                state["ema"].lerp_(master, 1 - self.ema)
+            elif state:
+                state["ema"] = master.detach().clone()

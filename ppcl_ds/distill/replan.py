@@ -41,8 +41,8 @@ class Replan:
         self.recipe = recipe
         self.files, self.anatomy = open_teacher(recipe)
         other = recipe.model_copy(update={"run": run})
-        self.checkpoint: Checkpoint = newest_checkpoint(other.checkpoints)
-        trained = load_plan(other.trained_plan, self.files, self.anatomy)
+        self.checkpoint: Checkpoint = newest_checkpoint(other.distillation.checkpoints)
+        trained = load_plan(other.distillation.plan, self.files, self.anatomy)
         units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
         self.library = trained.model_copy(update={"units": units, "variants": {}})
         if not recipe.plan.variants:

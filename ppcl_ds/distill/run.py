@@ -5,7 +5,7 @@ from __future__ import annotations
 from ppcl_ds import launch
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.stream import empty_prompt
-from ppcl_ds.distill.start import check_resume
+from ppcl_ds.distill.start import check_held, check_resume
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.show import show
@@ -39,8 +39,10 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
     empty_prompt(recipe.data)
     read_deepspeed_file(recipe.deepspeed.teacher)
     _check_students(recipe)
-    if (recipe.checkpoints / "latest").exists():
-        check_resume(recipe, plan, load_plan(recipe.trained_plan, files, anatomy))
+    folder = recipe.distillation
+    if folder.begun:
+        check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, files, anatomy))
+        check_held(recipe, folder, plan.units)
     return files, anatomy, plan
 
 

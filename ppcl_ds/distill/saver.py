@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ppcl_ds import launch
 from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
-from ppcl_ds.distill.engine import LibraryEngine
+from ppcl_ds.distill.engine import StudentsEngine
 from ppcl_ds.recipe import checkpoint_tag
 from ppcl_ds.whole import to_disk, write_whole
 
@@ -30,7 +30,7 @@ class Saver:
         moves: called while it gets on.
     """
 
-    def __init__(self, folder: Path, keep: int, engine: LibraryEngine, moves: Callable[[], None]) -> None:
+    def __init__(self, folder: Path, keep: int, engine: StudentsEngine, moves: Callable[[], None]) -> None:
         self.folder, self.keep, self.engine, self.moves = folder, keep, engine, moves
         self.file = f"rank-{dist.get_rank():05d}.safetensors"
 
@@ -79,12 +79,17 @@ class Saver:
         return ""
 
     def _shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
-        """Of each unit of this rank's stage: name, this replica's master, and which elements of the unit it holds."""
+        """Of each part of this rank's stage: name, this replica's master, and which elements of the part it holds."""
         replica = self.engine.grid.get_data_parallel_rank()
         optimizer = self.engine.optimizer
         for name, parameters, master in zip(optimizer.names, optimizer.bf16_groups, optimizer.masters, strict=True):
             start, whole = replica * master.numel(), sum(p.numel() for p in parameters)
             yield name, master, min(start, whole), min(start + master.numel(), whole)
+
+    def _own_shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """Those that this rank writes."""
+        copies = self.engine.module.copies
+        return (share for share in self._shares() if share[0] not in copies)
 
     def _write_own(self, folder: Path) -> None:
         """Write this rank's file."""
@@ -92,7 +97,7 @@ class Saver:
         tensors = {"random": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors["random_accelerator"] = get_accelerator().get_rng_state()
-        for name, master, start, stop in self._shares():
+        for name, master, start, stop in self._own_shares():
             tensors[f"{name}/master"] = master.data[: stop - start]
             for what, state in optimizer.state.get(master, {}).items():
                 tensors[f"{name}/{what}"] = state[: stop - start] if state.dim() else state
@@ -101,11 +106,11 @@ class Saver:
         to_disk(path)
 
     def _units_of_all(self) -> dict[str, SavedUnit]:
-        """Every unit of the library with the pieces that all ranks hold."""
-        skipped = self.engine.optimizer.skipped
+        """Every part with the pieces that all ranks hold."""
+        skipped, trained = self.engine.optimizer.skipped, self.engine.module.trained
         own = {}
-        for layer, (name, _, start, stop) in zip(self.engine.module.layers, self._shares(), strict=True):
-            shapes = {key: list(parameter.shape) for key, parameter in layer.unit.core.named_parameters()}
+        for name, _, start, stop in self._own_shares():
+            shapes = {key: list(parameter.shape) for key, parameter in trained[name].items()}
             piece = Piece(file=self.file, start=start, stop=stop)
             own[name] = SavedUnit(parameters=shapes, pieces=[piece], skipped=skipped[name])
         units: dict[str, SavedUnit] = {}
@@ -135,9 +140,9 @@ class Saver:
             steps = checkpoint.steps_of(name)
             if steps is not None:  # else it has skipped every one so far
                 state = {"step": steps.to(master.device)}
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    state[moment] = torch.zeros_like(master)
-                    state[moment][: stop - start] = checkpoint.part(name, moment, start, stop)
+                for what in checkpoint.moments_of(name):
+                    state[what] = torch.zeros_like(master)
+                    state[what][: stop - start] = checkpoint.part(name, what, start, stop)
                 optimizer.state[master] = state
             optimizer.skipped[name] = checkpoint.contents.units[name].skipped
         optimizer.update_lp_params()

@@ -134,7 +134,7 @@ class Bench:
     def latency(self, model: nn.Module, repeats: int = 20) -> float:
         """Milliseconds of one forward of one sample, the median."""
         batch = self.heldout.batches[0]
-        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1])
+        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1], batch.velocity[:1])
         times = []
         for _ in range(repeats):
             began = time.perf_counter()

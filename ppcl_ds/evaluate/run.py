@@ -49,7 +49,7 @@ def evaluate(recipe: Recipe) -> None:
             figures.weights = weights_digest(recipe.pruned(name).parent)
         rows.append(figures)
     draw_samples(pictures, bench.captions, recipe.run / "samples.png")
-    scalars = read_scalars(recipe.board) if recipe.board.exists() else {}
+    scalars = read_scalars(recipe.distillation.board) if recipe.distillation.board.exists() else {}
     prefix = "heldout/velocity_mse/"
     heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
     write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, files, device))

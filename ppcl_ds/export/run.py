@@ -130,12 +130,12 @@ class Export:
     @cached_property
     def checkpoint(self) -> Checkpoint:
         """The newest one of the run; what is asked for is checked before it is looked for."""
-        return newest_checkpoint(self.recipe.checkpoints)
+        return newest_checkpoint(self.recipe.distillation.checkpoints)
 
     @cached_property
     def trained(self) -> Plan:
         """The plan that training began with."""
-        return load_plan(self.recipe.trained_plan, self.files, self.anatomy)
+        return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
 
     def write(self, plan: Plan, variant: str, out: Path) -> None:
         """Write one variant: its transformer, what is around it, card and checksums."""

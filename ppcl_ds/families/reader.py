@@ -66,11 +66,13 @@ class NoisyBatch:
         latents: (B, C, H, W), noisy.
         prompts: B captions, some of them replaced by the empty one.
         sigmas: (B,) float32 noise levels in (0, 1]; families round them themselves, if at all.
+        velocity: (B, C, H, W) float32, `noise - data`: what flow matching asks for.
     """
 
     latents: Tensor
     prompts: Prompts
     sigmas: Tensor
+    velocity: Tensor
 
 
 class NoisyStream:
@@ -82,6 +84,7 @@ class NoisyStream:
     Args:
         split: `train` in shuffled order, `heldout` in stored order.
         micro_batch: samples in a micro-batch.
+        lanes: micro-batches in an optimizer step; the recipe's distillation by default.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class NoisyStream:
         split: Literal["train", "heldout"],
         micro_batch: int,
         device: torch.device,
+        lanes: int | None = None,
     ) -> None:
         self.noise: Noise = recipe.noise
         self.seed, self.device, self.dtype = recipe.seed, device, DTYPES[recipe.teacher.precision]
@@ -100,7 +104,7 @@ class NoisyStream:
             micro_batch,
             recipe.seed,
             recipe.bad_samples,
-            lanes=recipe.distill.micro_batches_per_step,
+            lanes=lanes or recipe.distill.micro_batches_per_step,
         )
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
@@ -113,11 +117,12 @@ class NoisyStream:
         generator = torch.Generator().manual_seed(seed)
         batch = batch.drop_captions(self.empty, self.noise.caption_dropout, generator)
         sigmas = draw_sigmas(self.noise, len(batch.keys), generator)
-        noisy, _ = add_noise(batch.latents, sigmas, generator)
+        noisy, velocity = add_noise(batch.latents, sigmas, generator)
         return NoisyBatch(
             noisy.to(self.device, self.dtype),
             batch.prompts.to(self.device, self.dtype),
             sigmas.to(self.device),
+            velocity.to(self.device, torch.float32),
         )
 
 

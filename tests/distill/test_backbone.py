@@ -159,14 +159,14 @@ def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
     path.write_text(yaml.safe_dump(raw))
     recipe = load_recipe(path)
     if step:
-        (recipe.checkpoints / "latest").write_text(checkpoint_tag(step))
+        (recipe.distillation.checkpoints / "latest").write_text(checkpoint_tag(step))
     command("distill", path)
     return recipe
 
 
 def expect_curves(recipe: Recipe, found: Reference, since: int, relative: float, absolute: float) -> None:
     """Losses and gradient norms of every unit and step are the reference's."""
-    scalars = read_scalars(recipe.board)
+    scalars = read_scalars(recipe.distillation.board)
     steps = list(range(1, STEPS + 1))
     totals = [sum(losses.values()) for losses in found.losses]
     assert [step for step, _ in scalars["run/loss"]] == steps
@@ -193,7 +193,7 @@ def test_a_run_that_changes_its_topology_five_times_equals_a_plain_loop(new_run:
     for step, (stages, replicas) in enumerate(TOPOLOGIES):
         recipe = distill_from(path, step, stages, replicas)
         expect_curves(recipe, found, step, relative=0, absolute=1e-5)
-        checkpoint = newest_checkpoint(recipe.checkpoints)
+        checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
         assert checkpoint.contents.step == STEPS
         assert len({p.file for unit in checkpoint.contents.units.values() for p in unit.pieces}) == stages * replicas
         for unit in PLAN.units:
@@ -212,7 +212,7 @@ def test_in_bf16_it_equals_a_plain_loop_within_rounding(new_run: Callable[..., P
     for step, (stages, replicas) in enumerate(TOPOLOGIES):
         recipe = distill_from(path, step, stages, replicas)
         expect_curves(recipe, found, step, relative=rounding, absolute=0)
-        checkpoint = newest_checkpoint(recipe.checkpoints)
+        checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
         for unit in PLAN.units:
             masters, expected = (
                 torch.cat([state[key].flatten() for key in found.masters[unit.name]])

@@ -31,7 +31,7 @@ def trained(path: Path, plan: Plan) -> dict[str, dict[str, Tensor]]:
     recipe = load_recipe(path)
     plan.save(recipe.plan_file)
     command("distill", path)
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     assert list(checkpoint.contents.units) == [unit.name for unit in plan.units]
     return {unit.name: checkpoint.unit(unit.name) for unit in plan.units}
 

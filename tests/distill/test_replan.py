@@ -68,7 +68,7 @@ def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..
     command("distill", whole)
     recipe = load_recipe(path)
     command("distill", path, "--until", "2")
-    halfway = newest_checkpoint(recipe.checkpoints)
+    halfway = newest_checkpoint(recipe.distillation.checkpoints)
     assert halfway.contents.step == 2
 
     printed = command("plan", path, "--from-run", recipe.run)
@@ -89,7 +89,10 @@ def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..
     assert load_plan(recipe.plan_file, *open_teacher(recipe)) == plan
 
     command("distill", path)
-    ended, throughout = newest_checkpoint(recipe.checkpoints), newest_checkpoint(load_recipe(whole).checkpoints)
+    ended, throughout = (
+        newest_checkpoint(recipe.distillation.checkpoints),
+        newest_checkpoint(load_recipe(whole).distillation.checkpoints),
+    )
     assert ended.contents.step == 6
     assert set(ended.contents.units) == {unit.name for unit in plan.units}
     for unit in plan.units:

@@ -45,8 +45,8 @@ def new(new_run: Callable[..., Path], **changes: object) -> Path:
 def outcome(path: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict[str, Tensor]]]:
     """Losses of every unit and step, and the final weights."""
     recipe = load_recipe(path)
-    losses = {name: points for name, points in read_scalars(recipe.board).items() if "/loss/" in name}
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    losses = {name: points for name, points in read_scalars(recipe.distillation.board).items() if "/loss/" in name}
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     assert checkpoint.contents.step == STEPS
     return losses, {unit.name: checkpoint.unit(unit.name) for unit in PLAN.units}
 
@@ -76,7 +76,7 @@ def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
     new_run: Callable[..., Path], uninterrupted: Path
 ) -> None:
     path = new(new_run)
-    folder = load_recipe(path).checkpoints
+    folder = load_recipe(path).distillation.checkpoints
     for death, newest in DEATHS.items():
         began = time.monotonic()
         done = run_dying(path, death)
@@ -95,9 +95,9 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
     """On a disk with room for one checkpoint; then on a larger one."""
     path = new(new_run)
     recipe = load_recipe(path)
-    one = next(load_recipe(uninterrupted).checkpoints.glob("step-*"))
+    one = next(load_recipe(uninterrupted).distillation.checkpoints.glob("step-*"))
     size = int(1.5 * sum(file.stat().st_size for file in one.iterdir()))
-    recipe.checkpoints.mkdir(parents=True)
+    recipe.distillation.checkpoints.mkdir(parents=True)
     small_disk = """
         mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
         "$3" -m ppcl_ds.cli distill "$4"
@@ -106,7 +106,17 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
         exit $code
     """
     done = subprocess.run(
-        [*OWN_MOUNTS, "sh", "-c", small_disk, "sh", str(size), str(recipe.checkpoints), sys.executable, str(path)],
+        [
+            *OWN_MOUNTS,
+            "sh",
+            "-c",
+            small_disk,
+            "sh",
+            str(size),
+            str(recipe.distillation.checkpoints),
+            sys.executable,
+            str(path),
+        ],
         capture_output=True,
         text=True,
         timeout=200,
@@ -118,9 +128,9 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
     assert "No space left on device" in printed
     assert "make room and run the same command" in printed
     assert done.returncode not in (0, 99), printed
-    recipe.checkpoints.rmdir()
-    Path(f"{recipe.checkpoints} saved").rename(recipe.checkpoints)
-    assert sorted(file.name for file in recipe.checkpoints.iterdir()) == ["latest", "step-000002"]
+    recipe.distillation.checkpoints.rmdir()
+    Path(f"{recipe.distillation.checkpoints} saved").rename(recipe.distillation.checkpoints)
+    assert sorted(file.name for file in recipe.distillation.checkpoints.iterdir()) == ["latest", "step-000002"]
     command("distill", path)
     expect_same(path, uninterrupted)
 

@@ -35,7 +35,7 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     rewrite(recipe.data.shards / "encoded" / "train-000001.tar", spoil)
     printed = command("distill", path)
 
-    scalars = read_scalars(recipe.board)
+    scalars = read_scalars(recipe.distillation.board)
     phases = ["data", "teacher", "exchange", "students", "checkpoint", "pictures"]
     names = [f"seconds/{phase}" for phase in phases]
     names += [f"run/{what}" for what in ("loss", "learning_rate", "samples_per_second", "flops_per_second")]
@@ -78,14 +78,16 @@ def alone() -> Iterator[None]:
 def test_a_unit_that_skips_steps_is_named_when_it_does(
     alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = Journal(tmp_path, PLAN, samples=8, flops=1e12, matrix_rate=1e12, skipped={})
+    journal = Journal(
+        tmp_path, samples=8, flops=1e12, matrix_rate=1e12, skipped={}, total=lambda values: values["early/loss/image"]
+    )
     own = {"memory_gib/rank_0": 1.0, "early/loss/image": 0.5, "middle/loss/image": math.nan}
     for step, skipped in ((3, 0), (4, 1), (5, 1), (9, 4)):
         counts = {"early/skipped_steps": 0.0, "middle/skipped_steps": float(skipped)}
         line = journal.write(step, own | counts, {"students": 2.0}, steps=2)
         assert line.startswith("loss 0.5000, 8 samples/s, 1 s a step (students 100%), 1 TFLOP/s (100%")
     assert capsys.readouterr().out.splitlines() == [
-        "unit 'middle': not finite; it has skipped 1 of 4 steps",
-        "unit 'middle': not finite; it has skipped 4 of 9 steps",
+        "'middle': gradients not finite; it has skipped 1 of 4 steps",
+        "'middle': gradients not finite; it has skipped 4 of 9 steps",
     ]
     assert [value for _, value in read_scalars(tmp_path)["run/loss"]] == [0.5] * 4

@@ -199,7 +199,7 @@ def test_width_units_start_from_least_squares_and_are_trained_like_a_plain_loop(
     family = next(name for name, (cls, _) in TEACHERS.items() if cls == open_teacher(recipe)[0].class_name)
     teacher = Teacher(family, trained)
     seen = teacher.see(max(STEPS, CALIBRATION_STEPS) * PER_STEP)
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     for name in ("group", "line", "thin"):
         own = [batch[name] for batch in seen]
         reference = Reference(name, family, teacher.model, own[: CALIBRATION_STEPS * PER_STEP], recipe.probe.ridge)
@@ -235,7 +235,7 @@ def be_a_rank(path: Path) -> None:
     recipe = load_recipe(path)
     files, anatomy = open_teacher(recipe)
     plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
     owner = {unit.name: place % 2 for place, unit in enumerate(plan.units)}
@@ -267,7 +267,7 @@ def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path
     recipe = load_recipe(trained)
     files, anatomy = open_teacher(recipe)
     plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
-    state = partial(unit_state, newest_checkpoint(recipe.checkpoints), plan)
+    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
     ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
     outputs = [ranks[0]["fp32", "teacher"]]
     for name, dtype in DTYPES.items():

@@ -26,7 +26,7 @@ def trained(new_run: Callable[..., Path]) -> tuple[Path, Recipe]:
 
 def test_a_damaged_file_is_named_and_nothing_is_written(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
-    file = recipe.checkpoints / "step-000007" / "rank-00001.safetensors"
+    file = recipe.distillation.checkpoints / "step-000007" / "rank-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
     printed = command("consolidate", path, code=2)
     assert "step-000007: rank-00001.safetensors cannot be read" in printed
@@ -36,22 +36,24 @@ def test_a_damaged_file_is_named_and_nothing_is_written(trained: tuple[Path, Rec
 
 def test_a_checkpoint_without_its_list_is_named(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
-    (recipe.checkpoints / "step-000007" / "checkpoint.json").write_text('{"step": 1')
+    (recipe.distillation.checkpoints / "step-000007" / "checkpoint.json").write_text('{"step": 1')
     assert "step-000007: checkpoint.json cannot be read" in command("consolidate", path, code=2)
-    (recipe.checkpoints / "latest").write_text("step-000005")
+    (recipe.distillation.checkpoints / "latest").write_text("step-000005")
     assert "step-000005: checkpoint.json cannot be read" in command("consolidate", path, code=2)
 
 
 def test_foreign_objects_in_a_checkpoint_are_never_unpickled(trained: tuple[Path, Recipe], tmp_path: Path) -> None:
     path, recipe = trained
-    torch.save({"weight": _Bomb(tmp_path / "ran")}, recipe.checkpoints / "step-000007" / "rank-00000.safetensors")
+    torch.save(
+        {"weight": _Bomb(tmp_path / "ran")}, recipe.distillation.checkpoints / "step-000007" / "rank-00000.safetensors"
+    )
     assert "rank-00000.safetensors cannot be read" in command("consolidate", path, code=2)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_unit_is_put_together_from_whatever_files_hold_its_parts(trained: tuple[Path, Recipe]) -> None:
     """As three replicas leave it: seven elements, the last part shorter, one file with another unit's part, too."""
-    folder = trained[1].checkpoints / "step-000007"
+    folder = trained[1].distillation.checkpoints / "step-000007"
     parts = {"rank-00000.safetensors": (0, 3), "rank-00002.safetensors": (3, 6), "rank-00007.safetensors": (6, 7)}
     flat = torch.arange(7.0)
     for file, (start, stop) in parts.items():

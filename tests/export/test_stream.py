@@ -38,7 +38,7 @@ def in_memory(recipe: Recipe, family: str, variant: str = "small") -> Any:
     """The variant without streaming."""
     files, anatomy = open_teacher(recipe)
     plan = plan_of(family)
-    trained = partial(unit_state, newest_checkpoint(recipe.checkpoints), plan)
+    trained = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
     return assembled(files, anatomy, plan, variant, trained)
 
 
@@ -212,7 +212,7 @@ def test_units_are_read_from_disk_only_when_their_shard_is_written(new_run: NewR
     """Laying out a model reads no tensor: the checkpoint's files can be missing until it is written."""
     path = new_run("qwen")
     recipe = pretend_trained(path, "qwen")
-    for file in recipe.checkpoints.glob("*/rank-*"):
+    for file in recipe.distillation.checkpoints.glob("*/rank-*"):
         file.unlink()
     export = Export(load_recipe(path), Form())
     with pytest.raises(UserError, match="cannot be read"):

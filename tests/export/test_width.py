@@ -42,7 +42,9 @@ FAMILIES = ["qwen", "flux", "sd3"]
 def in_memory(recipe: Recipe, family: str, variant: str) -> Any:
     files, anatomy = open_teacher(recipe)
     plan = plan_of(family)
-    return assembled(files, anatomy, plan, variant, partial(unit_state, newest_checkpoint(recipe.checkpoints), plan))
+    return assembled(
+        files, anatomy, plan, variant, partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +63,7 @@ def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(n
     with Image.open(recipe.run / "drawn.png") as picture:
         assert picture.format == "PNG"
     for ranks in (1, 2):
-        shutil.rmtree(recipe.checkpoints / "step-000007")
+        shutil.rmtree(recipe.distillation.checkpoints / "step-000007")
         write_checkpoint(recipe, plan_of(family), ranks, step=7)
         again = in_memory(recipe, family, "mixed")
         torch.testing.assert_close(dict(again.state_dict()), dict(models["mixed"].state_dict()), rtol=0, atol=0)
@@ -82,7 +84,7 @@ def test_any_plugs_that_go_together_make_a_model_and_others_are_refused(
         return
     changed = replug(plan, plan, "mixed", read_switches(words))
     files, anatomy = open_teacher(recipe)
-    checkpoint = newest_checkpoint(recipe.checkpoints)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     model = assembled(files, anatomy, changed, "mixed", partial(unit_state, checkpoint, plan))
     state = model.state_dict()
     assert all(tensor.device.type == "cpu" for tensor in state.values())

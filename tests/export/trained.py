@@ -37,8 +37,8 @@ def pretend_trained(path: Path, family: str, ranks: int = 3, plan: Plan | None =
     recipe = load_recipe(path)
     plan = plan or plan_of(family)
     plan.save(recipe.plan_file)
-    plan.save(recipe.trained_plan)
-    write_whole(recipe.trained_recipe, recipe.model_dump_json())
+    plan.save(recipe.distillation.plan)
+    write_whole(recipe.distillation.recipe, recipe.model_dump_json())
     write_checkpoint(recipe, plan, ranks)
     return recipe
 
@@ -59,9 +59,9 @@ def write_checkpoint(recipe: Recipe, plan: Plan, ranks: int, step: int = 7) -> N
             start += len(part)
         parameters = {name: list(shape) for name, shape in shapes.items()}
         saved[unit.name] = SavedUnit(parameters=parameters, pieces=pieces, skipped=0)
-    folder = recipe.checkpoints / f"step-{step:06d}"
+    folder = recipe.distillation.checkpoints / f"step-{step:06d}"
     folder.mkdir(parents=True)
     for rank, tensors in enumerate(held):
         save_file(tensors, folder / f"rank-{rank:05d}.safetensors")
     (folder / "checkpoint.json").write_text(Contents(step=step, units=saved).model_dump_json())
-    (recipe.checkpoints / "latest").write_text(folder.name)
+    (recipe.distillation.checkpoints / "latest").write_text(folder.name)

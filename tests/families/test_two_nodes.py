@@ -42,7 +42,7 @@ def batch_of(seed: int) -> NoisyBatch:
     embeds, pooled = torch.randn(2, 5, 16, generator=generator), torch.randn(2, 8, generator=generator)
     mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
     latents = torch.randn(2, 1, 8, 8, generator=generator)
-    return NoisyBatch(latents, Prompts(embeds, mask, pooled), torch.tensor([0.25, 0.75]))
+    return NoisyBatch(latents, Prompts(embeds, mask, pooled), torch.tensor([0.25, 0.75]), torch.zeros_like(latents))
 
 
 def velocity(family: str, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
