@@ -28,12 +28,13 @@ from benchmarks.load import MIB, Sampler, save_teacher
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.export.consolidate import Layout, assembled, layout, unit_sources, unit_state
+from ppcl_ds.distill.trained import unit_sources, unit_state
 from ppcl_ds.export.shards import write_model, write_sums
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.surgery import block_shapes
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.planning.variant import Layout, assembled, layout
 from ppcl_ds.whole import to_disk, whole_folder
 
 SHARD = 200 * 10**6

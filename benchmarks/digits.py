@@ -18,12 +18,13 @@ from torch import nn
 
 from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.measure import Bench, ModelFigures
-from ppcl_ds.export.consolidate import assembled, unit_state
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.reader import DTYPES, open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import shipped
 

@@ -183,6 +183,39 @@ def distill(
 
 
 @app.command()
+def finetune(
+    recipe: RecipeFile,
+    variant: Annotated[str, typer.Option(metavar="NAME", help="Variant of the plan to fine-tune.")],
+    from_run: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="Run whose trained units it starts with.", show_default="own run"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything that distill checks, print the estimate, stop there.")
+    ] = False,
+    until: Annotated[
+        int | None, typer.Option(min=1, metavar="STEP", help="Stop behind this step; the next start goes on.")
+    ] = None,
+) -> None:
+    """Train one variant end to end: its blocks over the pipeline stages, against data and the teacher's velocity.
+
+    Starts processes, streams shards and goes on from its newest checkpoint as `ppcl distill` does, in
+    finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
+    """
+    loaded = load_recipe(recipe)
+    from ppcl_ds.finetune.run import check, finetune, rehearse
+
+    checked = check(loaded, variant, from_run)
+    if dry_run:
+        rehearse(checked)
+        return
+    if not launch.is_rank():
+        options = [*(["--from", str(from_run)] if from_run else []), *(["--until", str(until)] if until else [])]
+        launch.start_ranks(["finetune", str(recipe), "--variant", variant, *options], loaded.topology.world)
+    finetune(checked, until)
+
+
+@app.command()
 def consolidate(
     source: Annotated[
         Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A recipe, or a run folder: then its training's recipe.")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.export.consolidate import unit_state
+from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import load_recipe

@@ -68,8 +68,8 @@ class Checkpoint:
                 f"{folder.parent / 'latest'}"
             ) from None
 
-    def unit(self, name: str) -> dict[str, Tensor]:
-        """A trained unit's float32 masters: name inside the unit -> tensor.
+    def unit(self, name: str, what: str = "master") -> dict[str, Tensor]:
+        """A trained unit's float32 masters, or whatever else is kept of each element: name inside the unit -> tensor.
 
         Raises:
             UserError: the unit is not in the checkpoint, or its file cannot be read.
@@ -78,7 +78,7 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.folder} has no unit '{name}'")
         shapes = {key: torch.Size(shape) for key, shape in self.contents.units[name].parameters.items()}
         sizes = [shape.numel() for shape in shapes.values()]
-        flat = self.part(name, "master", 0, sum(sizes))
+        flat = self.part(name, what, 0, sum(sizes))
         return {key: part.view(shapes[key]) for key, part in zip(shapes, flat.split(sizes), strict=True)}
 
     def part(self, name: str, what: str, start: int, stop: int) -> Tensor:

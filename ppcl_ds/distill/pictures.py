@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 
 import deepspeed
@@ -59,8 +60,7 @@ def look(
         with nullcontext() if name == "teacher" else inside, torch.no_grad():
             velocity = caller(teacher, batch.latents, batch.prompts, batch.sigmas)
             latents = draw(
-                teacher,
-                caller,
+                partial(caller, teacher),
                 noise,
                 batch.prompts,
                 empty,

@@ -34,11 +34,8 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
             "use at most one stage a unit"
         )
     launch.check_world(recipe.topology.world)
-    for split in ("train", "heldout") if recipe.distill.sample_every else ("train",):
-        split_entries(recipe.data, split)
-    empty_prompt(recipe.data)
-    read_deepspeed_file(recipe.deepspeed.teacher)
-    _check_students(recipe)
+    check_data(recipe, heldout=bool(recipe.distill.sample_every))
+    check_students(recipe, "distill")
     folder = recipe.distillation
     if folder.begun:
         check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, files, anatomy))
@@ -46,17 +43,36 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
     return files, anatomy, plan
 
 
-def _check_students(recipe: Recipe) -> None:
-    """What DeepSpeed would do to all units at once is done unit by unit, and said in the recipe."""
+def check_data(recipe: Recipe, heldout: bool) -> None:
+    """That the shards can be read, and what the empty caption is.
+
+    Raises:
+        UserError: one line that says what is missing.
+    """
+    for split in ("train", "heldout") if heldout else ("train",):
+        split_entries(recipe.data, split)
+    empty_prompt(recipe.data)
+
+
+def check_students(recipe: Recipe, section: str) -> None:
+    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
+
+    Args:
+        section: of the recipe, that says how the students are trained.
+
+    Raises:
+        UserError: one line that names the file and the key.
+    """
+    read_deepspeed_file(recipe.deepspeed.teacher)
     students = read_deepspeed_file(recipe.deepspeed.students)
-    for key, section, own in (
+    for key, place, own in (
         ("gradient_clipping", students, "clip_norm"),
         ("offload_optimizer", students.get("zero_optimization", {}), "offload"),
     ):
-        if section.get(key):
+        if place.get(key):
             raise UserError(
                 f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
-                f"recipe key distill.optimizer.{own} says it for each unit by itself"
+                f"recipe key {section}.optimizer.{own} says it"
             )
 
 

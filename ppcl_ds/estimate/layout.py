@@ -99,12 +99,13 @@ def units_by_stage(costs: Mapping[str, float], stages: int) -> list[list[str]]:
             f"topology.stages is {stages}, but the plan has only {len(costs)} units; use at most one stage a unit"
         )
     names = list(costs)
-    bounds = _partition(tuple(map(int, costs.values())), stages)
+    bounds = balanced_bounds(tuple(map(int, costs.values())), stages)
     return [names[a:b] for a, b in pairwise(bounds)]
 
 
 @lru_cache
-def _partition(costs: tuple[int, ...], stages: int) -> list[int]:
+def balanced_bounds(costs: tuple[int, ...], stages: int) -> list[int]:
+    """First item of each stage, and behind them the number of items, as DeepSpeed cuts: stages of about equal cost."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)  # DeepSpeed warns that this machine has no accelerator; nobody needs one here
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from statistics import median
 
@@ -119,8 +120,7 @@ class Bench:
         for start in range(0, settings.samples, settings.batch_size):
             part = slice(start, start + settings.batch_size)
             latents = draw(
-                model,
-                self.caller,
+                partial(self.caller, model),
                 self.noise[part].to(self.device, self.dtype),
                 Prompts.stack(self.prompts[part]).to(self.device, self.dtype),
                 empty,

@@ -19,7 +19,6 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.measure import Bench, ModelFigures
 from ppcl_ds.evaluate.report import draw_samples, write_report
 from ppcl_ds.export.card import write_card
-from ppcl_ds.export.consolidate import assembled
 from ppcl_ds.export.load import load_model
 from ppcl_ds.export.shards import weights_digest
 from ppcl_ds.families.anatomy import Anatomy
@@ -27,6 +26,7 @@ from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.watch.board import read_scalars, unit_losses
 

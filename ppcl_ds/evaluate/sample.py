@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _by_transformer(
         model.to(device).register_forward_hook(lambda *_: advance(1))
         for prompt in wanted:
             latents = draw(
-                model, caller, noise, prompt, empty, steps=steps, shift=recipe.noise.shift, guidance=guidance
+                partial(caller, model), noise, prompt, empty, steps=steps, shift=recipe.noise.shift, guidance=guidance
             )
             pictures.append(as_image(images.decode(latents.float())[0]))
     return pictures

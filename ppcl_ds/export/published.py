@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.consolidate import laid_out
 from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipeline_files, place
 from ppcl_ds.export.shards import MODELING, write_model, write_sums
 from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.variant import laid_out
 from ppcl_ds.whole import need_space, one_line, whole_folder
 
 _KEYS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")

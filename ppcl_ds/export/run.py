@@ -14,6 +14,7 @@ import torch
 
 from ppcl_ds.console import track
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.distill.trained import unit_sources
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
 from ppcl_ds.export.card import (
@@ -26,7 +27,6 @@ from ppcl_ds.export.card import (
     teacher_name,
     write_card,
 )
-from ppcl_ds.export.consolidate import Layout, layout, unit_sources
 from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.shards import MODELING, add_own_code, has_own_code, shard_bytes, write_file, write_model, write_sums
@@ -37,6 +37,7 @@ from ppcl_ds.families.heldout import HeldOut, mean_squared
 from ppcl_ds.families.reader import DTYPES, open_teacher
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.planning.variant import Layout, layout
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.whole import need_space, one_line, whole_folder
 

@@ -15,9 +15,9 @@ from huggingface_hub.serialization._base import parse_size_to_int
 from safetensors.torch import save_file
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.consolidate import Layout
 from ppcl_ds.families import modeling_pruned
 from ppcl_ds.families.sources import Sources
+from ppcl_ds.planning.variant import Layout
 from ppcl_ds.whole import to_disk
 
 SUMS = "SHA256SUMS"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.consolidate import Layout
 from ppcl_ds.families.sources import Source, Sources
+from ppcl_ds.planning.variant import Layout
 
 _UNSEEN = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 """Qwen-Image's switches that later editions turn on, and that tensor names alone do not tell a loader."""

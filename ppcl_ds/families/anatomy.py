@@ -123,11 +123,13 @@ class Wanted:
         calls: blocks whose arguments are wanted, the streams that enter them included.
         exits: blocks whose leaving streams are wanted.
         parts: block index and name of parts whose input and output are wanted; of `attn`, the text that it reads.
+        to_the_end: whether the velocity is wanted, too; the forward does not end before its end.
     """
 
     calls: frozenset[int]
     exits: frozenset[int]
     parts: frozenset[tuple[int, str]] = frozenset()
+    to_the_end: bool = False
 
     @property
     def last(self) -> int:
@@ -213,6 +215,7 @@ class Anatomy:
         calls, exits = (wanted.calls, wanted.exits) if wanted else (everything, everything)
         with ExitStack() as stack:
             stack.enter_context(self.tap(model, capture, wanted.parts if wanted else ()))
+            stops = wanted is not None and not wanted.to_the_end
             for block in self.blocks:
                 module = self.module(model, block)
                 if block.index in calls:
@@ -220,10 +223,10 @@ class Anatomy:
                     stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 if block.index in exits:
                     stack.callback(module.register_forward_hook(partial(_record_exit, capture, block)).remove)
-                if wanted and block.index == wanted.last:
+                if wanted and stops and block.index == wanted.last:
                     # The last hook of the block: a sharded block has let go of its parameters by then.
                     stack.callback(module.register_forward_hook(_stop).remove)
-            if wanted:
+            if stops:
                 model.forward = partial(_until_stopped, model.forward)
                 stack.callback(delattr, model, "forward")
             yield capture

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.families.call import Caller
+
+Velocity = Callable[[Tensor, Prompts, Tensor], Tensor]
+"""Latents (B, C, H, W), B prompts and noise levels (B,) -> the velocity (B, C, H, W), see `Caller`."""
 
 
 @torch.no_grad()
 def draw(
-    model: torch.nn.Module,
-    caller: Caller,
+    velocity: Velocity,
     noise: Tensor,
     prompts: Prompts,
     empty: Prompts,
@@ -25,7 +28,7 @@ def draw(
     """Draw latents from noise.
 
     Args:
-        model: the transformer, or an engine around it (then every rank must call this together).
+        velocity: asks a model; where it is spread over ranks, all of them must call this together.
         noise: (B, C, H, W); the same noise gives the same picture.
         prompts: B encoded captions.
         empty: the encoded empty caption, B = 1; read only when `guidance` is above 1.
@@ -42,9 +45,9 @@ def draw(
     unguided = Prompts.stack([empty] * len(noise)) if guidance > 1 else prompts
     for time in scheduler.timesteps:
         sigma = (time / scheduler.config["num_train_timesteps"]).to(noise.device).expand(len(noise))
-        velocity = caller(model, latents, prompts, sigma)
+        step = velocity(latents, prompts, sigma)
         if guidance > 1:
-            plain = caller(model, latents, unguided, sigma)
-            velocity = plain + guidance * (velocity - plain)
-        latents = scheduler.step(velocity, time, latents, return_dict=False)[0]
+            plain = velocity(latents, unguided, sigma)
+            step = plain + guidance * (step - plain)
+        latents = scheduler.step(step, time, latents, return_dict=False)[0]
     return latents

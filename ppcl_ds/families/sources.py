@@ -16,11 +16,13 @@ class Source:
     Attributes:
         shape, dtype: what `load` will return.
         load: reads the tensor onto the CPU; may raise `UserError`.
+        unit: name of the unit that it is of; empty for the teacher's own.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     load: Callable[[], Tensor]
+    unit: str = ""
 
     @property
     def bytes(self) -> int:

@@ -13,11 +13,12 @@ import yaml
 from torch import Tensor
 
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.export.consolidate import assembled, unit_state
+from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.reader import NoisyStream, open_teacher
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.planning.swaps import Swaps, load_swaps
+from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe
 from tests.conftest import command
 

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from ppcl_ds import launch
 from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.distill.plugged import plugged
-from ppcl_ds.export.consolidate import assembled, unit_state
+from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.reader import NoisyBatch, NoisyStream, open_teacher
 from ppcl_ds.families.sharded import forget_order
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.planning.building import build_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan, conflict, load_plan
+from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
 from tests.conftest import TEACHERS, command, make_recipe, run_ranks
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def test_a_transformer_draws_by_its_recipe(new_run: Callable[..., Path], tmp_pat
     model: Any = ppcl_ds.load_model(teacher, torch.float32)
     table = TableTextEncoder(16)
     latents = draw(
-        model,
-        caller_for("QwenImageTransformer2DModel"),
+        partial(caller_for("QwenImageTransformer2DModel"), model),
         torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3)),
         table.encode(["a tiny two"]),
         table.encode([""]),

@@ -14,9 +14,9 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.consolidate import Layout
 from ppcl_ds.export.run import Form, consolidate
 from ppcl_ds.export.single import single_file_tensors
+from ppcl_ds.planning.variant import Layout
 from ppcl_ds.recipe import Recipe
 from tests.conftest import TEACHERS
 from tests.export.trained import pretend_trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -109,8 +110,7 @@ def test_drawing_is_a_hand_written_euler_loop(family: str, guidance: float) -> N
     model = teacher_of(family)
     empty = prompts(family, batch=1, seed=EMPTY_SEED)
     drawn = draw(
-        model,
-        caller_for(type(model).__name__),
+        partial(caller_for(type(model).__name__), model),
         noise(),
         prompts(family),
         empty,
@@ -139,8 +139,8 @@ def test_without_guidance_the_empty_caption_is_not_read(family: str) -> None:
     poison = prompts(family, batch=1)
     poison.embeds.fill_(torch.nan)
     caller = caller_for(type(model).__name__)
-    assert draw(model, caller, noise(), prompts(family), poison, steps=2).isfinite().all()
-    assert not draw(model, caller, noise(), prompts(family), poison, steps=2, guidance=2.0).isfinite().any()
+    assert draw(partial(caller, model), noise(), prompts(family), poison, steps=2).isfinite().all()
+    assert not draw(partial(caller, model), noise(), prompts(family), poison, steps=2, guidance=2.0).isfinite().any()
 
 
 @torch.no_grad()

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from ppcl_ds import launch
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.distill.plugged import plugged
-from ppcl_ds.export.consolidate import assembled
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
 from ppcl_ds.units.depth import depth_unit

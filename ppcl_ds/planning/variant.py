@@ -1,25 +1,23 @@
-"""A variant as a diffusers model: laid out to be streamed to disk, or assembled in memory."""
+"""A variant as a diffusers model: laid out before any tensor is read, or assembled in memory."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from ppcl_ds.distill.checkpoint import Checkpoint
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.width import narrowed
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles, empty_model
 from ppcl_ds.families.sources import Source, Sources, held
 from ppcl_ds.families.surgery import lay_out
 from ppcl_ds.planning.building import build_unit
+from ppcl_ds.planning.narrowing import narrowed
 from ppcl_ds.planning.plan import Plan, UnitPlan
 
 
@@ -47,45 +45,6 @@ Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
 """Gives a unit's tensors by their name inside the unit; of a depth unit, those of the teacher's block class."""
 
 
-def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
-    """A trained unit's float32 masters, by their name inside the unit.
-
-    Args:
-        trained: the plan that the checkpoint was trained with.
-
-    Raises:
-        UserError: the unit was not trained in that run, or its file cannot be read.
-    """
-    _check_trained(checkpoint, trained, unit)
-    return checkpoint.unit(unit.name)
-
-
-def unit_sources(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Source]:
-    """The same, each tensor read when it is asked for.
-
-    Raises:
-        UserError: the unit was not trained in that run.
-    """
-    _check_trained(checkpoint, trained, unit)
-    sources: dict[str, Source] = {}
-    start = 0
-    for name, dimensions in checkpoint.contents.units[unit.name].parameters.items():
-        shape = torch.Size(dimensions)
-        sources[name] = Source(shape, torch.float32, partial(_read, checkpoint, unit.name, start, shape))
-        start += shape.numel()
-    return sources
-
-
-def _check_trained(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> None:
-    if unit not in trained.units or unit.name not in checkpoint.contents.units:
-        where = checkpoint.folder.parent.parent
-        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
-
-
-def _read(checkpoint: Checkpoint, unit: str, start: int, shape: torch.Size) -> Tensor:
-    return checkpoint.part(unit, "master", start, start + shape.numel()).view(shape)
-
-
 def layout(
     files: ModelFiles,
     anatomy: Anatomy,
@@ -103,9 +62,13 @@ def layout(
     Raises:
         UserError: see `laid_out`.
     """
-    places = [(origin, None if unit is None else units(unit)) for origin, unit in plan.places(variant)]
+
+    def own(unit: UnitPlan) -> dict[str, Source]:
+        return {name: replace(source, unit=unit.name) for name, source in units(unit).items()}
+
+    places = [(origin, None if unit is None else own(unit)) for origin, unit in plan.places(variant)]
     config, found = lay_out(files, anatomy, places)
-    config, found = narrowed(files, anatomy, plan, variant, config, found, units)
+    config, found = narrowed(files, anatomy, plan, variant, config, found, own)
     if dtype is not None:
         found = {
             name: source.to(files.runs_as(name, dtype)) if source.dtype.is_floating_point else source

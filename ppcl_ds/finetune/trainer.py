@@ -1,0 +1,167 @@
+"""Fine-tuning: one variant end to end, against the data and the frozen teacher's velocity."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ppcl_ds.distill.engine import StudentsEngine
+from ppcl_ds.distill.rounds import Rounds
+from ppcl_ds.distill.training import Training
+from ppcl_ds.estimate.rehearsal import rehearse
+from ppcl_ds.estimate.work import unit_passes
+from ppcl_ds.families.anatomy import Anatomy, Wanted
+from ppcl_ds.families.files import ModelFiles, empty_model
+from ppcl_ds.families.reader import NoisyBatch
+from ppcl_ds.families.sources import Sources
+from ppcl_ds.finetune.look import look
+from ppcl_ds.finetune.parts import block_costs, parts_of, stage_bounds
+from ppcl_ds.finetune.pipeline import Variant, VariantEngine
+from ppcl_ds.finetune.stage import parcel_of, weighted
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.variant import layout
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.sections import Finetune
+from ppcl_ds.units.unit import Parcel
+
+
+class FineTuner(Training):
+    """A fine-tuning on this rank.
+
+    Args:
+        recipe: the run.
+        settings: its section `finetune`.
+        variant: a variant of the plan.
+        plan: already checked against the teacher.
+        units: gives a unit's tensors, where the variant starts from.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Finetune,
+        variant: str,
+        plan: Plan,
+        files: ModelFiles,
+        anatomy: Anatomy,
+        units: Callable[[UnitPlan], Sources],
+    ) -> None:
+        self.variant, self.units = variant, units
+        self.tuning = settings
+        self.weights = {
+            "flow": settings.flow_weight,
+            "velocity": settings.velocity_weight,
+            "boundary": settings.boundary_weight,
+        }
+        super().__init__(recipe, settings, recipe.finetuning(variant), plan, files, anatomy, f"finetune {variant}")
+
+    def build(self) -> tuple[StudentsEngine, list[list[str]]]:
+        """The variant, over the stages."""
+        recipe, settings, plan = self.recipe, self.tuning, self.plan
+        whole = layout(self.files, self.anatomy, plan, self.variant, self.units, self.dtype)
+        empty = empty_model(whole.config)
+        parts = parts_of(empty, whole.tensors, settings.trainable)
+        shape, tokens = self.sample_shape()
+        rehearsal = rehearse(self.files, self.anatomy, shape, tokens)
+        costs = block_costs(rehearsal.block_flops, self.anatomy, empty, plan.places(self.variant))
+        keys = [block.key for block in Anatomy(empty).blocks]
+        self.bounds = stage_bounds(whole.config, keys, costs, recipe.topology.stages)
+        self.flops_of_sample = rehearsal.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
+        self.boundaries = boundaries_of(plan, self.variant) if settings.boundary_weight else {}
+        exits = frozenset(block for block, _ in self.boundaries.values())
+        self.wanted = Wanted(calls=frozenset(), exits=exits, to_the_end=True)
+        self.queue: deque[Parcel] = deque()
+        self.pipeline = Variant(
+            self.bounds,
+            whole,
+            parts,
+            settings.kept_lr,
+            caller=self.caller,
+            dtype=self.dtype,
+            inbox=self.queue,
+            weights=self.weights,
+            magnitude_weight=recipe.distill.magnitude_weight,
+            scale=recipe.topology.replicas / settings.micro_batches_per_step,
+            checkpointing=settings.activation_checkpointing,
+        )
+        config = read_deepspeed_file(recipe.deepspeed.students)
+        engine = VariantEngine(self.pipeline, config, settings, recipe.teacher.precision)
+        return engine, [[name] for name in self.stage_names]
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What each stage's parcels are called."""
+        return [f"stage {number}" for number in range(self.recipe.topology.stages)]
+
+    @torch.no_grad()
+    def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
+        """One teacher forward to its end; each stage gets the inputs, and the targets that it is judged by."""
+        with self.anatomy.record(self.teacher.module, self.wanted) as capture:
+            velocity = self.caller(self.teacher, batch.latents, batch.prompts, batch.sigmas)
+        parcels = {}
+        for number, name in enumerate(self.stage_names):
+            blocks = range(self.bounds[number], self.bounds[number + 1])
+            targets = {
+                f"boundary/{place}/{stream}": capture.streams[self.anatomy.blocks[block].leaving][stream]
+                for place, (block, streams) in self.boundaries.items()
+                for stream in streams
+                if place in blocks
+            }
+            if number == len(self.bounds) - 2:
+                targets |= {"flow": batch.velocity, "velocity": velocity}
+            parcels[name] = parcel_of(batch.latents, batch.prompts, batch.sigmas, targets)
+        return parcels
+
+    def settle(self, done: int) -> None:
+        """Nothing: the variant starts as its units were left."""
+
+    def step(self, rounds: Rounds) -> None:
+        """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
+        own = self.stage_names[self.engine.stage_id]
+        for _ in range(self.engine.micro_batches):
+            next(rounds)
+            self.queue.append(self.inbox.parcels[own])
+        self.inbox.parcels = {}
+        with self.clock.phase("students"):
+            self.engine.train_step()
+
+    def total_loss(self, values: Mapping[str, float]) -> float:
+        """The weighted sum."""
+        return float(weighted(values, self.weights))
+
+    def flops(self, samples: int) -> float:
+        """Teacher and variant."""
+        return samples * self.flops_of_sample
+
+    def measured(self) -> dict[str, float]:
+        """Losses, and gradient norms of this stage's parts."""
+        norms = self.engine.optimizer.norms
+        return self.pipeline.stage.means.drain() | {f"{name}/gradient_norm": norm for name, norm in norms.items()}
+
+    def skipped(self) -> dict[str, float]:
+        """All parts skip together."""
+        counts = self.engine.optimizer.skipped
+        return {f"{self.variant}/skipped_steps": float(max(counts.values(), default=0))}
+
+    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Losses by noise level and pictures, the variant beside the teacher."""
+        return look(self.recipe, self.tuning.quantiles, self.caller, self.teacher, self.engine, self.device)
+
+
+def boundaries_of(plan: Plan, variant: str) -> dict[int, tuple[int, tuple[str, ...]]]:
+    """Where a variant can be compared with its teacher: behind each unit.
+
+    Returns:
+        Number of the variant's block -> the teacher's block whose leaving streams its own should be, and which streams.
+    """
+    origins = [origin for origin, _ in plan.places(variant)]
+    found: dict[int, tuple[int, tuple[str, ...]]] = {}
+    for unit in plan.units_of(variant):
+        last = unit.span[1]
+        place = max(number for number, origin in enumerate(origins) if origin <= last)
+        streams = unit.streams if unit.kind == "depth" else ("image", *(unit.streams if unit.kind == "text" else ()))
+        found[place] = (last, streams)
+    return found

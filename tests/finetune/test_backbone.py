@@ -1,0 +1,210 @@
+"""The backbone: a variant fine-tuned over pipeline stages learns what a plain single-process torch loop learns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor
+
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.trained import unit_state
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.reader import NoisyStream, open_teacher
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.variant import assembled
+from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
+from ppcl_ds.watch.board import read_scalars
+from tests.conftest import TEACHERS, command, mix_shapes
+from tests.export.trained import pretend_trained
+
+STEPS = 5
+SETTINGS = {
+    "steps": STEPS,
+    "micro_batch": 4,
+    "micro_batches_per_step": 4,
+    "flow_weight": 0.25,
+    "velocity_weight": 1.0,
+    "boundary_weight": 0.125,
+    "kept_lr": 0.5,
+    "ema": 0.75,
+    "optimizer": {"lr": 1e-3, "warmup_steps": 1, "clip_norm": 0.5},
+    "log_every": 1,
+    "checkpoint_every": 1,
+    "keep_checkpoints": STEPS,
+}
+TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2)]
+"""Stages and replicas; a run goes on with the next pair where the one before was stopped."""
+
+SPANS = {
+    "qwen": {"early": (0, 1), "late": (4, 5)},
+    "flux": {"early": (1, 3), "late": (5, 6)},  # one in either list of blocks
+    "sd3": {"early": (1, 2), "late": (3, 4)},
+}
+BLOCKS = {"qwen": 6, "flux": 9, "sd3": 6}
+PLACES = {"qwen": {0: 1, 3: 5}, "flux": {1: 3, 3: 6}, "sd3": {1: 2, 2: 4}}
+"""Family -> block of the variant that is a unit -> the teacher's block that it should end like."""
+
+
+def plan_of(family: str) -> Plan:
+    """Two depth units; nobody reads the text behind the last block."""
+    units = tuple(
+        UnitPlan(name=name, span=span, streams=("image",) if span[1] == BLOCKS[family] - 1 else ("image", "text"))
+        for name, span in SPANS[family].items()
+    )
+    return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=units, variants={"small": ("early", "late")})
+
+
+@dataclass
+class Reference:
+    """What one process that knows no DeepSpeed finds; lists by step."""
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    averages: dict[str, Tensor] = field(default_factory=dict)
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """All blocks in the order in which they run."""
+    return [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+
+
+def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
+    """The plain loop."""
+    found = Reference()
+    files, anatomy = open_teacher(recipe)
+    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
+    student: Any = assembled(files, anatomy, plan, "small", state).requires_grad_(True).eval()
+    teacher: Any = files.model_class.from_pretrained(files.folder).eval()
+    caller = caller_for(files.class_name)
+    settings = recipe.finetune
+    assert settings is not None
+    units = {id(p) for place in PLACES[family] for p in blocks_of(student)[place].parameters()}
+    groups = [
+        {"params": [p for p in student.parameters() if (id(p) in units) is unit], "times": times}
+        for unit, times in ((True, 1.0), (False, settings.kept_lr))
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=settings.optimizer.betas, weight_decay=settings.optimizer.weight_decay
+    )
+    seen: dict[str, dict[int, Any]] = {"student": {}, "teacher": {}}
+    for name, model in (("student", student), ("teacher", teacher)):
+        for place, block in enumerate(blocks_of(model)):
+            block.register_forward_hook(partial(note, seen[name], place))
+    stream = NoisyStream(
+        recipe, "train", settings.micro_batch, torch.device("cpu"), settings.micro_batches_per_step
+    ).take(0, 1)
+    count = settings.micro_batches_per_step
+    for step in range(STEPS):
+        sums: dict[str, float] = {}
+        for _, batch in islice(stream, count):
+            with torch.no_grad():
+                true = caller(teacher, batch.latents, batch.prompts, batch.sigmas)
+            own = caller(student, batch.latents, batch.prompts, batch.sigmas)
+            losses = {"flow/loss": F.mse_loss(own, batch.velocity), "velocity/loss": F.mse_loss(own, true)}
+            for place, block in PLACES[family].items():
+                mine, theirs = seen["student"][place], seen["teacher"][block]
+                pairs = {"image": (mine[1], theirs[1], None), "text": (mine[0], theirs[0], batch.prompts.mask)}
+                unit = next(unit for unit in plan.units if unit.span[1] == block)
+                for name in unit.streams:
+                    losses[f"boundary/{place}/{name}/loss"] = distance(*pairs[name])
+            weights = {"flow": settings.flow_weight, "velocity": settings.velocity_weight, "boundary": 0.125}
+            total = torch.stack([weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
+            (total / count).backward()
+            for name, loss in {**losses, "run/loss": total}.items():
+                sums[name] = sums.get(name, 0.0) + loss.item() / count
+        for parameter in student.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found.norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["times"] * rate_at(step, settings.optimizer.lr)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.losses.append(sums)
+        found.weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+        found.averages = {
+            name: torch.lerp(found.averages.get(name, now), now, 1 - settings.ema)
+            for name, now in found.weights.items()
+        }
+    return found
+
+
+def note(seen: dict[int, Any], place: int, module: Any, arguments: Any, output: Any) -> None:
+    seen[place] = output
+
+
+def rate_at(step: int, rate: float) -> float:
+    """One step of warm-up, then half a cosine."""
+    return rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) if step else 0.0
+
+
+def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+    angle = 2 - 2 * F.cosine_similarity(student, teacher, dim=-1)
+    size = (student.norm(dim=-1) / teacher.norm(dim=-1)).log() ** 2
+    counted = torch.ones_like(angle, dtype=torch.bool) if mask is None else mask
+    return (angle + size)[counted].mean()
+
+
+def prepare(new_run: Callable[..., Path], family: str, plan: Plan, **changes: Any) -> Path:
+    """A run whose library is trained, and whose micro-batches have two latent shapes."""
+    path = new_run(family)
+    mix_shapes(path)
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = SETTINGS | changes
+    path.write_text(yaml.safe_dump(raw))
+    pretend_trained(path, family, plan=plan)
+    return path
+
+
+def tune(path: Path, step: int, stages: int, replicas: int) -> Recipe:
+    """Run `ppcl finetune` to the end on a topology, going on behind `step`."""
+    raw = yaml.safe_load(path.read_text())
+    raw["topology"] = {"stages": stages, "replicas": replicas}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = load_recipe(path)
+    if step:
+        (recipe.finetuning("small").checkpoints / "latest").write_text(checkpoint_tag(step))
+    command("finetune", path, "--variant", "small")
+    return recipe
+
+
+def tensors_of(recipe: Recipe, what: str) -> dict[str, Tensor]:
+    """Everything that was trained, by its name in the model."""
+    checkpoint = newest_checkpoint(recipe.finetuning("small").checkpoints)
+    assert checkpoint.contents.step == STEPS
+    return {key: tensor for part in checkpoint.contents.units for key, tensor in checkpoint.unit(part, what).items()}
+
+
+@pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
+def test_a_run_that_changes_its_topology_equals_a_plain_loop(new_run: Callable[..., Path], family: str) -> None:
+    """Every topology takes the run to its end; the next one goes on a step later."""
+    plan = plan_of(family)
+    path = prepare(new_run, family, plan, activation_checkpointing=family == "flux")
+    found = reference(load_recipe(path), plan, family)
+    assert any(norm > 0.5 for norm in found.norms)
+    for step, (stages, replicas) in enumerate(TOPOLOGIES):
+        recipe = tune(path, step, stages, replicas)
+        scalars = read_scalars(recipe.finetuning("small").board)
+        for name in found.losses[0]:
+            values = [value for _, value in scalars[name]]
+            assert values == pytest.approx([losses[name] for losses in found.losses], rel=0, abs=1e-5), name
+        norms = [math.sqrt(sum(v**2 for v in each)) for each in part_norms(scalars)]
+        assert norms == pytest.approx(found.norms, rel=1e-5)
+        torch.testing.assert_close(tensors_of(recipe, "master"), found.weights, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tensors_of(recipe, "ema"), found.averages, rtol=0, atol=1e-5)
+
+
+def part_norms(scalars: dict[str, list[tuple[int, float]]]) -> list[tuple[float, ...]]:
+    """Step by step, the gradient norm of every part."""
+    curves = [[v for _, v in points] for name, points in scalars.items() if name.endswith("/gradient_norm")]
+    return list(zip(*curves, strict=True))
