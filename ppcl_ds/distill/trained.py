@@ -33,11 +33,20 @@ def unit_sources(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[
         UserError: the unit was not trained in that run.
     """
     _check_trained(checkpoint, trained, unit)
+    return sources_of(checkpoint, unit.name)
+
+
+def sources_of(checkpoint: Checkpoint, name: str) -> dict[str, Source]:
+    """Everything that was trained under a name, each tensor float32 and read when it is asked for.
+
+    Where there is a moving average of the weights, it is that.
+    """
+    what = "ema" if "ema" in checkpoint.moments_of(name) else "master"
     sources: dict[str, Source] = {}
     start = 0
-    for name, dimensions in checkpoint.contents.units[unit.name].parameters.items():
+    for key, dimensions in checkpoint.contents.units[name].parameters.items():
         shape = torch.Size(dimensions)
-        sources[name] = Source(shape, torch.float32, partial(_read, checkpoint, unit.name, start, shape))
+        sources[key] = Source(shape, torch.float32, partial(_read, checkpoint, name, what, start, shape))
         start += shape.numel()
     return sources
 
@@ -48,5 +57,5 @@ def _check_trained(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> Non
         raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
 
 
-def _read(checkpoint: Checkpoint, unit: str, start: int, shape: torch.Size) -> Tensor:
-    return checkpoint.part(unit, "master", start, start + shape.numel()).view(shape)
+def _read(checkpoint: Checkpoint, name: str, what: str, start: int, shape: torch.Size) -> Tensor:
+    return checkpoint.part(name, what, start, start + shape.numel()).view(shape)

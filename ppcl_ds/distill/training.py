@@ -179,8 +179,12 @@ class Training(ABC):
         if self.folder.begun:
             return self.saver.load()
         if dist.get_rank() == 0:
-            write_start(self.recipe, self.folder, self.plan)
+            self.begin()
         return 0
+
+    def begin(self) -> None:
+        """Write down what training starts with; one rank alone."""
+        write_start(self.recipe, self.folder, self.plan)
 
     def _journal(self) -> Journal:
         samples = self.settings.micro_batch * self.settings.micro_batches_per_step

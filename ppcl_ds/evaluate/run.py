@@ -18,14 +18,15 @@ from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.measure import Bench, ModelFigures
 from ppcl_ds.evaluate.report import draw_samples, write_report
-from ppcl_ds.export.card import write_card
+from ppcl_ds.export.card import FACTS, write_card
 from ppcl_ds.export.load import load_model
 from ppcl_ds.export.shards import weights_digest
+from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, open_teacher
-from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.planning.plan import UNDISTILLED, Plan, load_plan
 from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.watch.board import read_scalars, unit_losses
@@ -43,9 +44,10 @@ def evaluate(recipe: Recipe) -> None:
     decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data, device).decode
     rows: list[ModelFigures] = []
     pictures: dict[str, Tensor] = {}
-    for name, load in track(list(_models(recipe, files, anatomy, plan)), "evaluate", 1 + 2 * len(plan.variants)):
+    models = list(_models(recipe, files, anatomy, plan))
+    for name, load in track(models, "evaluate", len(models)):
         figures, pictures[name] = bench.measure(name, load(), decode)
-        if name in plan.variants:
+        if (recipe.pruned(name).parent / FACTS).exists():
             figures.weights = weights_digest(recipe.pruned(name).parent)
         rows.append(figures)
     draw_samples(pictures, bench.captions, recipe.run / "samples.png")
@@ -53,8 +55,8 @@ def evaluate(recipe: Recipe) -> None:
     prefix = "heldout/velocity_mse/"
     heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
     write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, files, device))
-    for variant in plan.variants:
-        write_card(recipe.pruned(variant).parent, [row.model_dump() for row in rows])
+    for name, _ in models:
+        write_card(recipe.pruned(name).parent, [row.model_dump() for row in rows])
     _show(rows)
     print(f"wrote samples.png, report.json and report.html into {recipe.run}")
 
@@ -66,8 +68,10 @@ def _models(
     dtype = DTYPES[recipe.teacher.precision]
     yield "teacher", partial(load_model, files.folder, dtype)
     for variant in plan.variants:
-        yield variant, partial(load_model, recipe.pruned(variant), dtype)
-        yield f"{variant}-undistilled", partial(_undistilled, files, anatomy, plan, variant, dtype)
+        for name in (finetuned(variant), variant):
+            if (recipe.pruned(name) / "config.json").exists():
+                yield name, partial(load_model, recipe.pruned(name), dtype)
+        yield variant + UNDISTILLED, partial(_undistilled, files, anatomy, plan, variant, dtype)
 
 
 def _undistilled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, dtype: torch.dtype) -> nn.Module:

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.shards import CARD, weights_digest
+from ppcl_ds.export.tuned import untuned
+from ppcl_ds.planning.plan import UNDISTILLED
 from ppcl_ds.whole import write_whole
 
 FACTS = "variant.json"
@@ -57,6 +59,7 @@ class Facts(BaseModel):
         block_share: parameters in the blocks over those in the teacher's.
         blocks, teacher_blocks: number of blocks.
         step: training steps behind the units.
+        finetuned: training steps of the whole variant after that, if any.
         single_file: name of the file for ComfyUI, where there is one.
     """
 
@@ -73,6 +76,7 @@ class Facts(BaseModel):
     teacher_blocks: int
     units: Sequence[UnitFacts]
     step: int
+    finetuned: int | None = None
     single_file: str | None
     quantised: Quantised | None = None
 
@@ -92,7 +96,8 @@ def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     rows = {str(row.get("name")): row for row in figures}
     measured = rows.get(facts.variant, {})
     current = measured.get("weights") is not None and measured["weights"] == weights_digest(folder)
-    names = ("teacher", facts.variant, f"{facts.variant}-undistilled")
+    variant = untuned(facts.variant)
+    names = dict.fromkeys(("teacher", facts.variant, variant, variant + UNDISTILLED))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ppcl_ds.export", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
     )

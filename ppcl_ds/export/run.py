@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipel
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.shards import MODELING, add_own_code, has_own_code, shard_bytes, write_file, write_model, write_sums
 from ppcl_ds.export.single import single_file_tensors
+from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, unit_shapes, untuned
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import find_class
 from ppcl_ds.families.heldout import HeldOut, mean_squared
@@ -91,13 +92,15 @@ def consolidate(
     """
     export = Export(recipe, form)
     plan = export.plan
-    names = list(dict.fromkeys(variants)) or list(plan.variants)
+    names = list(dict.fromkeys(variants)) or [*plan.variants, *(finetuned(v) for v in export.tuned)]
     for name in names:
-        plan.units_of(name)  # an unknown name is refused before anything is written
+        export.check(name)  # an unknown name is refused before anything is written
     if (plug or out) and len(names) != 1:
         raise UserError(
             f"--plug and --out: for one variant at a time; add --variant, one of {', '.join(plan.variants)}"
         )
+    if plug and names[0] not in plan.variants:
+        raise UserError(f"--plug: the units of '{names[0]}' have been trained together; choose a variant of the plan")
     if plug and not out:
         raise UserError("--plug: what it makes is no variant of the plan, so give it a folder of its own with --out")
     if plug:
@@ -138,12 +141,44 @@ class Export:
         """The plan that training began with."""
         return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
 
+    @cached_property
+    def tuned(self) -> dict[str, Tuned]:
+        """Variants of the plan that have been fine-tuned, and what came of it."""
+        begun = [variant for variant in self.plan.variants if self.recipe.finetuning(variant).begun]
+        return {variant: open_tuned(self.recipe.finetuning(variant)) for variant in begun}
+
+    def check(self, name: str) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            UserError: the plan has no such variant; or it has not been fine-tuned, or with other units.
+        """
+        variant = untuned(name)
+        units = self.plan.units_of(variant)
+        if name == variant:
+            return
+        if variant not in self.tuned:
+            raise UserError(f"'{name}' is not there yet; run `ppcl finetune RECIPE --variant {variant}` first")
+        folder = self.recipe.finetuning(variant)
+        before = load_plan(folder.plan, self.files, self.anatomy).units_of(variant)
+        if units != before:
+            plan = self.recipe.plan_file
+            raise UserError(f"{folder.path} was trained with other units than '{variant}' in {plan} has now")
+
+    def _layout(self, plan: Plan, name: str) -> Layout:
+        variant = untuned(name)
+        dtype = FORMATS[self.form.dtype] if self.form.dtype else None
+        if name == variant:
+            units = partial(unit_sources, self.checkpoint, self.trained)
+            return layout(self.files, self.anatomy, plan, variant, units, dtype)
+        shapes = partial(unit_shapes, teacher=self.files.empty_model(), anatomy=self.anatomy)
+        model = layout(self.files, self.anatomy, plan, variant, shapes, dtype)
+        return replace(model, tensors=self.tuned[variant].put_into(model.tensors))
+
     def write(self, plan: Plan, variant: str, out: Path) -> None:
         """Write one variant: its transformer, what is around it, card and checksums."""
         form = self.form
-        units = partial(unit_sources, self.checkpoint, self.trained)
-        dtype = FORMATS[form.dtype] if form.dtype else None
-        model = layout(self.files, self.anatomy, plan, variant, units, dtype)
+        model = self._layout(plan, variant)
         single = single_file_tensors(model) if form.single_file else None
         # Quantising needs room for the plain weights and, at most, as much again for its own.
         need_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
@@ -163,7 +198,8 @@ class Export:
             write_card(folder, read_figures(self.recipe.run / "report.json"))
 
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
-        places, chosen = plan.places(variant), plan.units_of(variant)
+        places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
+        tuned = self.tuned[untuned(variant)] if variant != untuned(variant) else None
         path, anatomy = self.recipe.teacher.path, self.anatomy
         saved = sum(parameters_saved(unit, self.files, anatomy) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
@@ -182,7 +218,8 @@ class Export:
             blocks=len(places),
             teacher_blocks=len(anatomy),
             units=[_unit_facts(unit) for unit in chosen],
-            step=self.checkpoint.contents.step,
+            step=tuned.origin.step if tuned else self.checkpoint.contents.step,
+            finetuned=tuned.checkpoint.contents.step if tuned else None,
             single_file=f"{variant}.safetensors" if self.form.single_file else None,
         )
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
+import torch
+
 from ppcl_ds import launch
-from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.distill.run import check_data, check_students
 from ppcl_ds.distill.start import check_resume
 from ppcl_ds.distill.trained import unit_sources
@@ -17,6 +17,7 @@ from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles, empty_model
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.families.sources import Sources
+from ppcl_ds.finetune.origin import Origin
 from ppcl_ds.finetune.parts import stage_bounds
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.planning.variant import Layout, layout
@@ -25,11 +26,12 @@ from ppcl_ds.sections import Finetune
 
 
 @dataclass(frozen=True)
-class Checked:
+class Start:
     """Everything that fine-tuning starts from, in order.
 
     Attributes:
-        units: gives a unit's tensors as its library left them.
+        library: the newest checkpoint of the units' own training.
+        trained: the plan of that training.
     """
 
     recipe: Recipe
@@ -38,26 +40,35 @@ class Checked:
     plan: Plan
     files: ModelFiles
     anatomy: Anatomy
-    units: Callable[[UnitPlan], Sources]
+    library: Checkpoint
+    trained: Plan
 
     @property
-    def layout(self) -> Layout:
+    def origin(self) -> Origin:
+        """Where the units were trained."""
+        return Origin(checkpoint=self.library.folder, step=self.library.contents.step)
+
+    def units(self, unit: UnitPlan) -> Sources:
+        """A unit's tensors as its library left them."""
+        return unit_sources(self.library, self.trained, unit)
+
+    def layout(self, dtype: torch.dtype | None = None) -> Layout:
         """The variant as it starts."""
-        return layout(self.files, self.anatomy, self.plan, self.variant, self.units)
+        return layout(self.files, self.anatomy, self.plan, self.variant, self.units, dtype)
 
 
-def check(recipe: Recipe, variant: str, library: Path | None) -> Checked:
+def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     """Everything that can be wrong before a process starts.
 
     Args:
-        library: the run folder whose library holds the units; None: the recipe's own.
+        from_run: the run folder whose library holds the units; None: the recipe's own.
 
     Raises:
         UserError: one line that says what.
     """
     if recipe.finetune is None:
         raise UserError(
-            "the recipe has no section 'finetune'; it says at least steps, micro_batch, micro_batches_per_step"
+            "the recipe has no section 'finetune'; add one with steps, micro_batch and micro_batches_per_step"
         )
     files, anatomy = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, files, anatomy)
@@ -69,38 +80,28 @@ def check(recipe: Recipe, variant: str, library: Path | None) -> Checked:
     launch.check_world(recipe.topology.world)
     check_data(recipe, heldout=bool(recipe.finetune.sample_every))
     check_students(recipe, "finetune")
-    source = (open_run(library) if library else recipe).distillation
-    checkpoint = newest_checkpoint(source.checkpoints)
+    source = (open_run(from_run) if from_run else recipe).distillation
+    library = newest_checkpoint(source.checkpoints)
     trained = load_plan(source.plan, files, anatomy)
-    checked = Checked(
-        recipe, recipe.finetune, variant, plan, files, anatomy, partial(unit_sources, checkpoint, trained)
-    )
-    start = checked.layout  # names a unit that the library lacks
-    keys = [block.key for block in Anatomy(empty_model(start.config)).blocks]
-    stage_bounds(start.config, keys, [1.0] * len(keys), recipe.topology.stages)
+    start = Start(recipe, recipe.finetune, variant, plan, files, anatomy, library, trained)
+    config = start.layout().config  # complains of a unit that the library lacks
+    keys = [block.key for block in Anatomy(empty_model(config)).blocks]
+    stage_bounds(config, keys, [1.0] * len(keys), recipe.topology.stages)
     folder = recipe.finetuning(variant)
     if folder.begun:
         check_resume(recipe, folder, "finetune", chosen, load_plan(folder.plan, files, anatomy))
-    return checked
+    return start
 
 
-def finetune(checked: Checked, until: int | None = None) -> None:
+def finetune(start: Start, until: int | None = None) -> None:
     """Fine-tune to the last step, or only `until` an earlier one; every rank must call this."""
-    launch.join(checked.settings.timeout)
+    launch.join(start.settings.timeout)
     from ppcl_ds.finetune.trainer import FineTuner
 
-    FineTuner(
-        checked.recipe,
-        checked.settings,
-        checked.variant,
-        checked.plan,
-        checked.files,
-        checked.anatomy,
-        checked.units,
-    ).train(until)
+    FineTuner(start).train(until)
     launch.leave()
 
 
-def rehearse(checked: Checked) -> None:
+def rehearse(start: Start) -> None:
     """What can be said before a run that `check` has let pass."""
     print("todo")

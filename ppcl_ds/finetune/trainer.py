@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -14,17 +14,15 @@ from ppcl_ds.distill.training import Training
 from ppcl_ds.estimate.rehearsal import rehearse
 from ppcl_ds.estimate.work import unit_passes
 from ppcl_ds.families.anatomy import Anatomy, Wanted
-from ppcl_ds.families.files import ModelFiles, empty_model
+from ppcl_ds.families.files import empty_model
 from ppcl_ds.families.reader import NoisyBatch
-from ppcl_ds.families.sources import Sources
 from ppcl_ds.finetune.look import look
 from ppcl_ds.finetune.parts import block_costs, parts_of, stage_bounds
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
+from ppcl_ds.finetune.run import Start
 from ppcl_ds.finetune.stage import parcel_of, weighted
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.planning.variant import layout
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.sections import Finetune
+from ppcl_ds.planning.plan import Plan
+from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.units.unit import Parcel
 
 
@@ -32,45 +30,33 @@ class FineTuner(Training):
     """A fine-tuning on this rank.
 
     Args:
-        recipe: the run.
-        settings: its section `finetune`.
-        variant: a variant of the plan.
-        plan: already checked against the teacher.
-        units: gives a unit's tensors, where the variant starts from.
+        start: what it starts from.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        settings: Finetune,
-        variant: str,
-        plan: Plan,
-        files: ModelFiles,
-        anatomy: Anatomy,
-        units: Callable[[UnitPlan], Sources],
-    ) -> None:
-        self.variant, self.units = variant, units
-        self.tuning = settings
+    def __init__(self, start: Start) -> None:
+        self.start, self.tuning = start, start.settings
+        settings, folder = start.settings, start.recipe.finetuning(start.variant)
         self.weights = {
             "flow": settings.flow_weight,
             "velocity": settings.velocity_weight,
             "boundary": settings.boundary_weight,
         }
-        super().__init__(recipe, settings, recipe.finetuning(variant), plan, files, anatomy, f"finetune {variant}")
+        title = f"finetune {start.variant}"
+        super().__init__(start.recipe, settings, folder, start.plan, start.files, start.anatomy, title)
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The variant, over the stages."""
         recipe, settings, plan = self.recipe, self.tuning, self.plan
-        whole = layout(self.files, self.anatomy, plan, self.variant, self.units, self.dtype)
+        whole = self.start.layout(self.dtype)
         empty = empty_model(whole.config)
         parts = parts_of(empty, whole.tensors, settings.trainable)
         shape, tokens = self.sample_shape()
         rehearsal = rehearse(self.files, self.anatomy, shape, tokens)
-        costs = block_costs(rehearsal.block_flops, self.anatomy, empty, plan.places(self.variant))
+        costs = block_costs(rehearsal.block_flops, self.anatomy, empty, plan.places(self.start.variant))
         keys = [block.key for block in Anatomy(empty).blocks]
         self.bounds = stage_bounds(whole.config, keys, costs, recipe.topology.stages)
         self.flops_of_sample = rehearsal.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
-        self.boundaries = boundaries_of(plan, self.variant) if settings.boundary_weight else {}
+        self.boundaries = boundaries_of(plan, self.start.variant) if settings.boundary_weight else {}
         exits = frozenset(block for block, _ in self.boundaries.values())
         self.wanted = Wanted(calls=frozenset(), exits=exits, to_the_end=True)
         self.queue: deque[Parcel] = deque()
@@ -115,6 +101,11 @@ class FineTuner(Training):
             parcels[name] = parcel_of(batch.latents, batch.prompts, batch.sigmas, targets)
         return parcels
 
+    def begin(self) -> None:
+        """Also write down where the units were trained."""
+        super().begin()
+        self.start.origin.write(self.folder)
+
     def settle(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
@@ -144,7 +135,7 @@ class FineTuner(Training):
     def skipped(self) -> dict[str, float]:
         """All parts skip together."""
         counts = self.engine.optimizer.skipped
-        return {f"{self.variant}/skipped_steps": float(max(counts.values(), default=0))}
+        return {f"{self.start.variant}/skipped_steps": float(max(counts.values(), default=0))}
 
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and pictures, the variant beside the teacher."""

@@ -34,6 +34,9 @@ Part = tuple[int, str]
 _WIDTH = 118
 """Longest line of a plan file, where names allow."""
 
+UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
+"""Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
+
 _BLOCK = ("rest", "text", "image ffn", "text ffn")
 """The parts of a block."""
 
@@ -259,8 +262,11 @@ def _ffn_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatomy
 
 
 def _variant_complaints(plan: Plan, variant: str) -> Iterator[str]:
-    if "/" in variant or variant in ("", ".", "..", "teacher") or variant.endswith("-undistilled"):
-        yield f"variant '{variant}' needs another name: one that can be a folder, not 'teacher' or '...-undistilled'"
+    if "/" in variant or variant in ("", ".", "..", "teacher") or variant.endswith((UNDISTILLED, FINETUNED)):
+        yield (
+            f"variant '{variant}' needs another name: one that can be a folder, not 'teacher', '...{UNDISTILLED}' or "
+            f"'...{FINETUNED}'"
+        )
     known = {unit.name for unit in plan.units}
     unknown = [name for name in plan.variants[variant] if name not in known]
     if unknown:
