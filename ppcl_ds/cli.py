@@ -128,9 +128,12 @@ def estimate(
     text_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a prompt.", show_default="data.captions.max_tokens, or 32")
     ] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
 ) -> None:
-    """Say what distilling will need: memory by part, work, traffic and time of a step, the smallest cluster that fits.
+    """Say what training will need: memory by part, work, traffic and time of a step, the smallest cluster that fits.
 
     Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
     spans are assumed. A cluster of another size than the topology's keeps its
@@ -149,6 +152,7 @@ def estimate(
         utilisation=utilisation,
         latent_size=latent_size,
         text_tokens=text_tokens,
+        variant=variant,
         json=json,
     )
     if not fits:

@@ -112,6 +112,19 @@ class Recipe(Section):
         return TrainingFolder(self.run / "finetune" / variant)
 
     @property
+    def tuning(self) -> Finetune:
+        """The section `finetune`.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.finetune is None:
+            raise UserError(
+                "the recipe has no section 'finetune'; add one with steps, micro_batch, micro_batches_per_step"
+            )
+        return self.finetune
+
+    @property
     def distilled(self) -> bool:
         """Whether `ppcl distill` has come to its last step."""
         return self.distillation.finished(self.distill.steps)

@@ -15,6 +15,7 @@ from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import open_teacher
 from ppcl_ds.planning.plan import Plan, load_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.sections import Training
 
 _NODE = 8
 """Accelerators of a node that a dry run assumes where they fill whole ones."""
@@ -78,14 +79,23 @@ def check_students(recipe: Recipe, section: str) -> None:
 
 def rehearse(recipe: Recipe) -> None:
     """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
+    nodes, gpus = nodes_of(recipe.topology.world)
+    show(size_run(recipe, nodes, gpus, ACCELERATORS["h100"]))
+    say_epochs(recipe, recipe.distill)
+
+
+def nodes_of(world: int) -> tuple[int, int]:
+    """Nodes, and accelerators of each, that so many processes are taken to run on."""
+    nodes = 1 if world % _NODE else world // _NODE
+    return nodes, world // nodes
+
+
+def say_epochs(recipe: Recipe, training: Training) -> None:
+    """The last lines of a dry run."""
     entries = split_entries(recipe.data, "train")
     samples = sum(entry.samples for entry in entries)
-    per_step = recipe.distill.micro_batch * recipe.distill.micro_batches_per_step
-    epochs = recipe.distill.steps * per_step / samples
-    world = recipe.topology.world
-    nodes = 1 if world % _NODE else world // _NODE
-    show(size_run(recipe, nodes, world // nodes, ACCELERATORS["h100"]))
-    print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {recipe.distill.steps} steps")
+    epochs = training.steps * training.micro_batch * training.micro_batches_per_step / samples
+    print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {training.steps} steps")
     print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 

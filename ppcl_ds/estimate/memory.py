@@ -44,7 +44,7 @@ def memory_of(stage: int, units: Sequence[Sequence[str]], layout: Layout, run: M
     Args:
         units: for each stage, the names of its units.
     """
-    resident = _teacher(layout, run, settings) | _library(units[stage], layout, run, settings)
+    resident = teacher_memory(layout, run, settings) | _library(units[stage], layout, run, settings)
     moments = _moments(stage, units, layout, run, settings)
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     peak = sum(resident.values()) + sum(moments[worst].values())
@@ -60,7 +60,7 @@ def partition_bytes(parameters: Iterable[tuple[int, int]], ranks: int) -> int:
     return sum(-(-elements // ranks) * size for elements, size in parameters)
 
 
-def _teacher(layout: Layout, run: Measured, settings: Settings) -> Parts:
+def teacher_memory(layout: Layout, run: Measured, settings: Settings) -> Parts:
     """The partition over all ranks; the one inside the node, if any; and what every rank has whole."""
     small = sum(n * size for n, size in run.parameters if n <= settings.persistent) if layout.world > 1 else 0
     copy = partition_bytes(run.parameters, settings.ranks_per_copy) if settings.secondary(layout) else 0
@@ -101,7 +101,7 @@ def _moments(
     parcels = run.held(own) + incoming
     moments: dict[str, Parts] = {
         "teacher forward": {
-            "gathered block": _gathered(layout, run, settings),
+            "gathered block": gathered_memory(layout, run, settings),
             "boundaries for units": recorded,
             "activations": run.teacher_activations,
         }
@@ -119,7 +119,8 @@ def _moments(
     return moments
 
 
-def _gathered(layout: Layout, run: Measured, settings: Settings) -> int:
+def gathered_memory(layout: Layout, run: Measured, settings: Settings) -> int:
+    """Parameters that are whole for a moment in the teacher's forward."""
     if layout.world == 1:
         return 0
     behind_it = sum(elements for elements, _ in run.used) - run.largest_block

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import accelerator_called
-from ppcl_ds.estimate.show import show
-from ppcl_ds.estimate.sizing import size_run
+from ppcl_ds.estimate.show import show, show_tuning
+from ppcl_ds.estimate.sizing import Estimate, size_run
+from ppcl_ds.estimate.tuning import Tuning, size_tuning
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.whole import write_whole
 
@@ -22,11 +24,13 @@ def estimate(
     utilisation: float = 0.4,
     latent_size: str | None = None,
     text_tokens: int | None = None,
+    variant: str | None = None,
     json: Path | None = None,
 ) -> bool:
     """Print the estimate, and write it to `json` if given.
 
     Args:
+        variant: that is to be fine-tuned; None: distilling is estimated.
         gpus_per_node: all processes of the recipe's topology by default.
         latent_size: as on the command line, see `read_size`.
 
@@ -40,16 +44,16 @@ def estimate(
         raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
     if text_tokens is not None and text_tokens < 1:
         raise UserError(f"--text-tokens {text_tokens}: a prompt has a token or more")
-    numbers = size_run(
-        recipe,
-        nodes,
-        recipe.topology.world if gpus_per_node is None else gpus_per_node,
-        accelerator_called(accelerator),
-        utilisation=utilisation,
-        latent_size=None if latent_size is None else read_size(latent_size),
-        text_tokens=text_tokens,
-    )
-    show(numbers)
+    cluster = nodes, recipe.topology.world if gpus_per_node is None else gpus_per_node, accelerator_called(accelerator)
+    size = None if latent_size is None else read_size(latent_size)
+    options: Any = {"utilisation": utilisation, "latent_size": size, "text_tokens": text_tokens}
+    numbers: Estimate | Tuning
+    if variant is None:
+        numbers = size_run(recipe, *cluster, **options)
+        show(numbers)
+    else:
+        numbers = size_tuning(recipe, recipe.tuning, variant, *cluster, **options)
+        show_tuning(numbers)
     if json is not None:
         try:
             write_whole(json, numbers.model_dump_json(indent=1) + "\n")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ppcl_ds.estimate.layout import Layout
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.sections import Training
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Settings:
         return layout.copy_group(rank, self.ranks_per_copy) if self.secondary(layout) else range(layout.world)
 
 
-def settings_of(recipe: Recipe, gpus_per_node: int) -> Settings:
+def settings_of(recipe: Recipe, training: Training, gpus_per_node: int) -> Settings:
     """Read recipe and the teacher's DeepSpeed file; what that leaves out has DeepSpeed's defaults.
 
     Raises:
@@ -47,5 +48,5 @@ def settings_of(recipe: Recipe, gpus_per_node: int) -> Settings:
         max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
         prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
-        offload=recipe.distill.optimizer.offload,
+        offload=training.optimizer.offload,
     )

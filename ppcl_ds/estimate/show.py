@@ -12,6 +12,7 @@ from ppcl_ds.estimate.accelerators import RESERVED
 from ppcl_ds.estimate.memory import Parts
 from ppcl_ds.estimate.sizing import Cluster, Estimate
 from ppcl_ds.estimate.traffic import Traffic
+from ppcl_ds.estimate.tuning import Tuning
 
 
 def show(estimate: Estimate) -> None:
@@ -25,6 +26,38 @@ def show(estimate: Estimate) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
 
+def show_tuning(tuning: Tuning) -> None:
+    """Print what fine-tuning a variant needs, and the verdict."""
+    console = Console(highlight=False)
+    lines = [
+        f"variant: {tuning.variant}, {_count(tuning.parameters)} parameters; plan: {tuning.plan}",
+        f"sample: latents {'x'.join(map(str, tuning.latents))}, {tuning.text_tokens} text tokens; {tuning.samples} samples "
+        f"a step, {tuning.micro_batches} micro-batches in each pipeline, {tuning.precision}",
+        f"cluster: {_words(tuning.cluster)}; {tuning.accelerator.name} at {tuning.utilisation:.0%} of "
+        f"{tuning.accelerator.tflops:g} TFLOP/s",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+    step = Table("", "seconds", title="A step")
+    step.add_row("teacher forwards", _seconds(tuning.teacher))
+    step.add_row(f"pipeline, of which each stage waits {tuning.idle:.0%}", _seconds(tuning.pipeline))
+    step.add_row("gradient reduction", _seconds(tuning.reducing))
+    step.add_section()
+    step.add_row("step", _seconds(tuning.seconds))
+    stages = Table("stage", "blocks", "parameters", "FLOPs", "peak", title="Stages")
+    for number, stage in enumerate(tuning.stages):
+        share = f"{stage.flop_share:.1%}"
+        stages.add_row(str(number), str(stage.blocks), _count(stage.parameters), share, _bytes(stage.memory.peak))
+    for table in (_memory(tuning), step, stages):
+        console.print(table)
+    console.print(_fit(tuning), soft_wrap=True, markup=False)
+
+
+def _fit(e: Estimate | Tuning) -> str:
+    peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
+    return f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+
+
 def _assumptions(e: Estimate) -> Iterator[str]:
     yield f"teacher: {e.teacher}, {_count(e.teacher_parameters)} parameters"
     yield f"plan: {e.plan}; {e.units} units, {_count(e.unit_parameters)} parameters"
@@ -35,7 +68,7 @@ def _assumptions(e: Estimate) -> Iterator[str]:
     yield from (f"note: {note}" for note in e.notes)
 
 
-def _memory(e: Estimate) -> Table:
+def _memory(e: Estimate | Tuning) -> Table:
     memory = e.fullest.memory
     title = f"Memory of a process of stage {memory.stage}" + (", the fullest" if len(e.stages) > 1 else "")
     table = Table("", "bytes", "of which", title=title)
@@ -90,8 +123,7 @@ def _probing(e: Estimate) -> Table:
 
 
 def _verdict(e: Estimate) -> Iterator[str]:
-    peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
-    yield f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+    yield _fit(e)
     if e.smallest is not None:
         yield f"smallest cluster that fits: {_words(e.smallest)}"
     else:

@@ -6,26 +6,18 @@ from pydantic import BaseModel, ConfigDict
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import Accelerator
-from ppcl_ds.estimate.assumed import assume_plan
-from ppcl_ds.estimate.layout import Layout, layout_on, layouts_of_growing_clusters, units_by_stage
+from ppcl_ds.estimate.layout import Layout, layouts_of_growing_clusters, units_by_stage
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import Memory, memory_of
 from ppcl_ds.estimate.probing import Probing, probing_of
-from ppcl_ds.estimate.rehearsal import latent_channels
-from ppcl_ds.estimate.settings import Settings, settings_of
+from ppcl_ds.estimate.question import ask
+from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import Step, step_of
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES
-from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import Recipe
 
 _MOST_NODES = 128
 """Largest cluster that is searched for one that is large enough."""
-
-_TEXT_TOKENS = 32
-"""Tokens of a prompt where the recipe does not say: captions of a sentence or two."""
 
 
 class Numbers(BaseModel):
@@ -138,38 +130,21 @@ def size_run(
     Raises:
         UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
     """
-    layout = layout_on(recipe.topology, nodes, gpus_per_node)
-    files = ModelFiles(recipe.teacher.path, weights=False)
-    caller_for(files.class_name)
-    model = files.empty_model()
-    anatomy = Anatomy(model)
-    if recipe.plan_file.exists():
-        plan, words = load_plan(recipe.plan_file, files, anatomy), str(recipe.plan_file)
-    elif recipe.plan.rule == "given" and recipe.plan.given:
-        plan, words = load_plan(recipe.plan.given, files, anatomy), str(recipe.plan.given)
-    else:
-        plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
+    settings = recipe.distill
+    asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens)
+    layout, files, anatomy, plan, sharing = asked.layout, asked.files, asked.anatomy, asked.plan, asked.sharing
     if not plan.units:
         raise UserError(f"plan {recipe.plan_file}: it has no units, so there is nothing to train")
-    side = recipe.data.images.latent_size
-    latents = (latent_channels(model), *(latent_size or (side, side)))
-    tokens = text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS
-    settings = recipe.distill
     run = measure(
         files,
         anatomy,
         plan,
-        latents,
-        tokens,
+        asked.latents,
+        asked.tokens,
         micro_batch=settings.micro_batch,
         dtype=DTYPES[recipe.teacher.precision],
         checkpointing=settings.activation_checkpointing,
     )
-    sharing = settings_of(recipe, gpus_per_node)
-    if layout.world % sharing.ranks_per_copy:
-        raise UserError(
-            f"teacher.ranks_per_copy is {sharing.ranks_per_copy}, which does not divide the {layout.world} processes"
-        )
     spread = units_by_stage(run.work.units, layout.stages)
     stages = tuple(_stage(index, spread, layout, run, sharing) for index in range(layout.stages))
     micro_batches = -(-settings.micro_batches_per_step // layout.world) * layout.world
@@ -187,13 +162,13 @@ def size_run(
     return Estimate(
         teacher=files.class_name,
         teacher_parameters=sum(elements for elements, _ in run.parameters),
-        plan=words,
+        plan=asked.words,
         units=len(plan.units),
         unit_parameters=sum(run.unit_parameters.values()),
-        latents=latents,
-        text_tokens=tokens,
+        latents=asked.latents,
+        text_tokens=asked.tokens,
         precision=recipe.teacher.precision,
-        cluster=_cluster(layout),
+        cluster=cluster_of(layout),
         accelerator=accelerator,
         utilisation=utilisation,
         notes=_notes(recipe, layout.world, micro_batches),
@@ -210,8 +185,8 @@ def size_run(
             files,
             anatomy,
             recipe.probe,
-            latents,
-            tokens,
+            asked.latents,
+            asked.tokens,
             world=layout.world,
             accelerator=accelerator,
             utilisation=utilisation,
@@ -252,7 +227,7 @@ def _smallest(
             continue
         spread = units_by_stage(run.work.units, layout.stages)
         if _fits([memory_of(stage, spread, layout, run, settings) for stage in range(layout.stages)], accelerator):
-            return _cluster(layout)
+            return cluster_of(layout)
     return None
 
 
@@ -260,7 +235,8 @@ def _fits(memories: list[Memory], accelerator: Accelerator) -> bool:
     return max(memory.peak for memory in memories) <= accelerator.usable_bytes
 
 
-def _cluster(layout: Layout) -> Cluster:
+def cluster_of(layout: Layout) -> Cluster:
+    """A layout as numbers."""
     return Cluster(
         nodes=layout.nodes, gpus_per_node=layout.gpus_per_node, stages=layout.stages, replicas=layout.replicas
     )

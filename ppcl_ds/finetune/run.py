@@ -9,10 +9,13 @@ import torch
 
 from ppcl_ds import launch
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.distill.run import check_data, check_students
+from ppcl_ds.distill.run import check_data, check_students, nodes_of, say_epochs
 from ppcl_ds.distill.start import check_resume
 from ppcl_ds.distill.trained import unit_sources
 from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.show import show_tuning
+from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles, empty_model
 from ppcl_ds.families.reader import open_teacher
@@ -66,10 +69,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     Raises:
         UserError: one line that says what.
     """
-    if recipe.finetune is None:
-        raise UserError(
-            "the recipe has no section 'finetune'; add one with steps, micro_batch and micro_batches_per_step"
-        )
+    settings = recipe.tuning
     files, anatomy = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, files, anatomy)
     chosen = plan.units_of(variant)
@@ -78,12 +78,12 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
             f"variant '{variant}' plugs no unit: it is the teacher itself, and there is nothing to fine-tune"
         )
     launch.check_world(recipe.topology.world)
-    check_data(recipe, heldout=bool(recipe.finetune.sample_every))
+    check_data(recipe, heldout=bool(settings.sample_every))
     check_students(recipe, "finetune")
     source = (open_run(from_run) if from_run else recipe).distillation
     library = newest_checkpoint(source.checkpoints)
     trained = load_plan(source.plan, files, anatomy)
-    start = Start(recipe, recipe.finetune, variant, plan, files, anatomy, library, trained)
+    start = Start(recipe, settings, variant, plan, files, anatomy, library, trained)
     config = start.layout().config  # complains of a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
     stage_bounds(config, keys, [1.0] * len(keys), recipe.topology.stages)
@@ -103,5 +103,8 @@ def finetune(start: Start, until: int | None = None) -> None:
 
 
 def rehearse(start: Start) -> None:
-    """What can be said before a run that `check` has let pass."""
-    print("todo")
+    """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
+    recipe, settings = start.recipe, start.settings
+    nodes, gpus = nodes_of(recipe.topology.world)
+    show_tuning(size_tuning(recipe, settings, start.variant, nodes, gpus, ACCELERATORS["h100"]))
+    say_epochs(recipe, settings)

@@ -12,7 +12,7 @@ from ppcl_ds.recipe import load_recipe
 
 def test_a_copy_of_the_teacher_lies_in_a_node_by_default(unprepared: Callable[..., Path]) -> None:
     recipe = load_recipe(unprepared("qwen", teacher={"precision": "bf16"}))
-    settings = settings_of(recipe, gpus_per_node=8)
+    settings = settings_of(recipe, recipe.distill, gpus_per_node=8)
     assert settings.ranks_per_copy == 8
     assert settings.persistent == 10_000
 
@@ -32,4 +32,4 @@ def test_the_users_own_file_counts(unprepared: Callable[..., Path], tmp_path: Pa
         distill={"optimizer": {"offload": True}},
     )
     expected = Settings(ranks_per_copy=2, max_live=300_000_000, prefetch=0, persistent=7, offload=True)
-    assert settings_of(load_recipe(path), gpus_per_node=8) == expected
+    assert settings_of(load_recipe(path), load_recipe(path).distill, gpus_per_node=8) == expected

@@ -1,0 +1,88 @@
+"""What an estimate is asked about: a recipe's teacher, plan and samples, on a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.assumed import assume_plan
+from ppcl_ds.estimate.layout import Layout, layout_on
+from ppcl_ds.estimate.rehearsal import latent_channels
+from ppcl_ds.estimate.settings import Settings, settings_of
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.planning.plan import Plan, load_plan
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import Training
+
+_TEXT_TOKENS = 32
+"""Tokens of a prompt where the recipe does not say: captions of a sentence or two."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A recipe on a cluster.
+
+    Attributes:
+        files: the teacher, without weights.
+        words: where the plan comes from.
+        latents: (C, H, W) of a sample.
+        tokens: of its prompt.
+    """
+
+    layout: Layout
+    files: ModelFiles
+    anatomy: Anatomy
+    plan: Plan
+    words: str
+    latents: tuple[int, int, int]
+    tokens: int
+    sharing: Settings
+
+
+def ask(
+    recipe: Recipe,
+    training: Training,
+    nodes: int,
+    gpus_per_node: int,
+    latent_size: tuple[int, int] | None,
+    text_tokens: int | None,
+) -> Question:
+    """Read everything that an estimate needs; no weights.
+
+    Args:
+        training: the section of the recipe that is estimated.
+        latent_size: H and W of a sample; the recipe's by default.
+        text_tokens: tokens of its prompt; the recipe's by default.
+
+    Raises:
+        UserError: recipe, plan, teacher and cluster do not go together; the message says which.
+    """
+    layout = layout_on(recipe.topology, nodes, gpus_per_node)
+    files = ModelFiles(recipe.teacher.path, weights=False)
+    caller_for(files.class_name)
+    model = files.empty_model()
+    anatomy = Anatomy(model)
+    if recipe.plan_file.exists():
+        plan, words = load_plan(recipe.plan_file, files, anatomy), str(recipe.plan_file)
+    elif recipe.plan.rule == "given" and recipe.plan.given:
+        plan, words = load_plan(recipe.plan.given, files, anatomy), str(recipe.plan.given)
+    else:
+        plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
+    side = recipe.data.images.latent_size
+    sharing = settings_of(recipe, training, gpus_per_node)
+    if layout.world % sharing.ranks_per_copy:
+        raise UserError(
+            f"teacher.ranks_per_copy is {sharing.ranks_per_copy}, which does not divide the {layout.world} processes"
+        )
+    return Question(
+        layout,
+        files,
+        anatomy,
+        plan,
+        words,
+        latents=(latent_channels(model), *(latent_size or (side, side))),
+        tokens=text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS,
+        sharing=sharing,
+    )
