@@ -119,9 +119,7 @@ class Recipe(Section):
             UserError: there is none.
         """
         if self.finetune is None:
-            raise UserError(
-                "the recipe has no section 'finetune'; add one with steps, micro_batch, micro_batches_per_step"
-            )
+            raise UserError("the recipe has no section 'finetune', which says how long and on how many samples")
         return self.finetune
 
     @property

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ppcl_ds.demo.digits import write_images
 from ppcl_ds.demo.teacher import train_teacher
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.recipe import Recipe
 
 
@@ -98,7 +100,9 @@ def _steps(path: Path, recipe: Recipe) -> list[Step]:
     run, file = recipe.run, str(path)
     raw, encoded = recipe.data.shards / "raw", recipe.data.shards / "encoded"
     report = [run / "samples.png", run / "report.json", run / "report.html"]
-    pruned = [recipe.pruned(variant) / "config.json" for variant in recipe.plan.variants]
+    tuned = recipe.finetune.variants if recipe.finetune else ()
+    names = [*recipe.plan.variants, *map(finetuned, tuned)]
+    pruned = [recipe.pruned(name) / "config.json" for name in names]
     return [
         Step(
             "write the digits as images with captions",
@@ -117,6 +121,14 @@ def _steps(path: Path, recipe: Recipe) -> list[Step]:
         _command(["ppcl", "probe", file], [recipe.probe_folder], all_exist(recipe.probe_folder / "report.json")),
         _command(["ppcl", "plan", file], [recipe.plan_file], all_exist(recipe.plan_file)),
         _command(["ppcl", "distill", file], [run / "distill"], lambda: recipe.distilled),
+        *(
+            _command(
+                ["ppcl", "finetune", file, "--variant", variant],
+                [recipe.finetuning(variant).path],
+                partial(recipe.finetuning(variant).finished, recipe.tuning.steps),
+            )
+            for variant in tuned
+        ),
         _command(["ppcl", "consolidate", file], [run / "pruned"], all_exist(*pruned)),
         _command(["ppcl", "evaluate", file], report, all_exist(*report)),
     ]

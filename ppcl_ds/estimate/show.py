@@ -31,8 +31,8 @@ def show_tuning(tuning: Tuning) -> None:
     console = Console(highlight=False)
     lines = [
         f"variant: {tuning.variant}, {_count(tuning.parameters)} parameters; plan: {tuning.plan}",
-        f"sample: latents {'x'.join(map(str, tuning.latents))}, {tuning.text_tokens} text tokens; {tuning.samples} samples "
-        f"a step, {tuning.micro_batches} micro-batches in each pipeline, {tuning.precision}",
+        f"sample: latents {'x'.join(map(str, tuning.latents))}, {tuning.text_tokens} text tokens; {tuning.samples} "
+        f"samples a step, {tuning.micro_batches} micro-batches in each pipeline, {tuning.precision}",
         f"cluster: {_words(tuning.cluster)}; {tuning.accelerator.name} at {tuning.utilisation:.0%} of "
         f"{tuning.accelerator.tflops:g} TFLOP/s",
     ]

@@ -25,6 +25,7 @@ FILES = [
     "report.html",
     "pruned/large/transformer/config.json",
     "pruned/medium/transformer/config.json",
+    "pruned/medium-finetuned/transformer/config.json",
     "pruned/small/transformer/config.json",
 ]
 
@@ -37,6 +38,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     recipe["run"] = str(folder / "run")
     recipe["demo"]["steps"] = 20
     recipe["distill"] |= {"steps": 6, "log_every": 2, "sample_every": 3, "checkpoint_every": 3, "micro_batch": 8}
+    recipe["finetune"] |= {"steps": 4, "log_every": 2, "sample_every": 2, "checkpoint_every": 2, "micro_batch": 8}
     recipe["probe"] = {"batch_size": 16, "batches": 2}
     recipe["evaluate"] |= {"samples": 32, "batch_size": 32, "steps": 4, "velocity_batches": 1}
     path = folder / "recipe.yaml"
@@ -49,7 +51,8 @@ def test_the_demo_leaves_everything_it_promises(short: tuple[Path, str]) -> None
     for name in FILES:
         assert (run / name).stat().st_size > 0, name
     models = {row["name"]: row for row in json.loads((run / "report.json").read_text())["models"]}
-    assert set(models) == {"teacher"} | {f"{v}{u}" for v in ("large", "medium", "small") for u in ("", "-undistilled")}
+    variants = {f"{variant}{ending}" for variant in ("large", "medium", "small") for ending in ("", "-undistilled")}
+    assert set(models) == {"teacher", "medium-finetuned"} | variants
     keys = {"name", "params", "block_params_ratio", "latency_ms", "accuracy", "frechet", "velocity_mse", "sample_mse"}
     for name, row in models.items():
         weights = row.pop("weights")
