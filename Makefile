@@ -21,7 +21,7 @@ lint: $(READY)  ## style and types
 	$(BIN)/mypy
 
 bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile
-	for program in data load consolidate schedule step published; do $(BIN)/python -m benchmarks.$$program || exit 1; done
+	for program in data load consolidate schedule step finetune published; do $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 clean:  ## forget the environment and every run
 	rm -rf .venv runs

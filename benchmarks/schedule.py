@@ -93,7 +93,7 @@ def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
     return engine
 
 
-def _trace(engine: Any, unit_seconds: float) -> list[tuple[float, float]]:
+def trace(engine: Any, unit_seconds: float) -> list[tuple[float, float]]:
     """Have an engine's passes sleep, and note when each began and ended."""
     spans: list[tuple[float, float]] = []
     costs = {ForwardPass: unit_seconds, BackwardPass: 2 * unit_seconds, TrainUnits: 3 * unit_seconds}
@@ -130,7 +130,7 @@ def idle_shares(recipe: str, unit_seconds: float, repeats: int) -> list[list[flo
         next(rounds)
         parcels.append(trainer.inbox.parcels)
     engines = [new_engine(kind, loaded, parcels * (repeats + 1)) for kind in (WithoutBubbles, OneForwardOneBackward)]
-    traces = [_trace(engine, unit_seconds) for engine in engines]
+    traces = [trace(engine, unit_seconds) for engine in engines]
     shares: list[list[float]] = [[], []]
     for step in range(repeats + 1):
         for own, engine, spans in zip(shares, engines, traces, strict=True):

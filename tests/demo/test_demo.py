@@ -93,7 +93,7 @@ def test_the_report_page_needs_no_other_file(short: tuple[Path, str]) -> None:
 
 def test_a_second_demo_repeats_nothing(short: tuple[Path, str]) -> None:
     printed = command("demo", short[0])
-    assert printed.count("(done before)") == 9
+    assert printed.count("(done before)") == 10
     assert "distill:" not in printed
 
 
@@ -101,7 +101,7 @@ def test_a_lost_result_is_made_again_with_all_that_follows(short: tuple[Path, st
     run = short[0].parent / "run"
     shutil.rmtree(run / "pruned" / "small")
     printed = command("demo", short[0])
-    assert printed.count("(done before)") == 7
+    assert printed.count("(done before)") == 8
     assert (run / "pruned" / "small" / "transformer" / "config.json").exists()
 
 
