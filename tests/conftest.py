@@ -200,7 +200,7 @@ def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0)
         [sys.executable, "-m", program, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=environment | {"OMP_NUM_THREADS": "1"},
     )
     printed = done.stdout + done.stderr

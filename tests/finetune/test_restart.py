@@ -1,0 +1,134 @@
+"""Whatever stops a fine-tuning, it goes on as if nothing had happened, nobody hangs, and what it shows is complete."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.distill.trained import unit_state
+from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.reader import NoisyStream, open_teacher
+from ppcl_ds.planning.variant import assembled
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.watch.board import read_scalars
+from tests.conftest import command
+from tests.distill.test_restart import ENVIRONMENT, LAUNCHER, ranks_of
+from tests.export.trained import plan_of, pretend_trained
+
+STEPS = 6
+SETTINGS = {
+    "steps": STEPS,
+    "micro_batch": 4,
+    "micro_batches_per_step": 4,
+    "optimizer": {"lr": 1e-3, "warmup_steps": 1},
+    "boundary_weight": 0.1,
+    "ema": 0.5,
+    "log_every": 1,
+    "sample_every": 3,
+    "checkpoint_every": 2,
+    "timeout": 20,
+}
+DEATHS = {"1:forward:20": 2, "0:checkpoint:1": 2, "1:exchange:3": 2}
+"""Who dies where and when (see `tests/distill/dying.py`) -> the newest whole checkpoint it leaves behind."""
+
+
+def new(new_run: Callable[..., Path], **changes: Any) -> Path:
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = SETTINGS | changes
+    path.write_text(yaml.safe_dump(raw))
+    pretend_trained(path, "qwen")
+    return path
+
+
+def outcome(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Everything in TensorBoard but times and memory, and every tensor of the last checkpoint."""
+    folder = load_recipe(path).finetuning("small")
+    shown = read_scalars(folder.board)
+    timed = ("seconds/", "memory_gib/", "run/samples", "run/flops", "run/share")
+    curves = {name: points for name, points in shown.items() if not name.startswith(timed)}
+    checkpoint = newest_checkpoint(folder.checkpoints)
+    assert checkpoint.contents.step == STEPS
+    kinds = ("master", "exp_avg", "exp_avg_sq", "ema")
+    tensors = {f"{part}/{what}": flat(checkpoint, part, what) for part in checkpoint.contents.units for what in kinds}
+    return curves, tensors
+
+
+def flat(checkpoint: Any, part: str, what: str) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in checkpoint.unit(part, what).values()])
+
+
+def test_a_run_whose_ranks_are_killed_ends_as_one_that_never_was(new_run: Callable[..., Path]) -> None:
+    straight, stopped = new(new_run), new(new_run)
+    command("finetune", straight, "--variant", "small")
+    for death, newest in DEATHS.items():
+        began = time.monotonic()
+        done = subprocess.run(
+            [*LAUNCHER, "-m", "tests.distill.dying", "finetune", str(stopped), "--variant", "small"],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=Path(__file__).parents[2],
+            env=ENVIRONMENT | {"DIE": death},
+        )
+        assert done.returncode != 0
+        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+        assert time.monotonic() - began < 90
+        assert not ranks_of(stopped)
+        assert newest_checkpoint(load_recipe(stopped).finetuning("small").checkpoints).contents.step == newest
+    command("finetune", stopped, "--variant", "small", "--until", "3")
+    command("finetune", stopped, "--variant", "small")
+    (curves, tensors), (expected_curves, expected_tensors) = outcome(stopped), outcome(straight)
+    assert curves == expected_curves
+    torch.testing.assert_close(tensors, expected_tensors, rtol=0, atol=0)
+
+    levels = ("0.1", "0.3", "0.5", "0.7", "0.9")
+    held_out = {f"heldout/{kind}/{level}" for kind in ("flow", "velocity") for level in levels}
+    boundaries = {"boundary/0/image/loss", "boundary/2/image/loss"}
+    assert {"run/loss", "run/learning_rate", "flow/loss", "velocity/loss"} | held_out | boundaries <= curves.keys()
+    assert [step for step, _ in curves["heldout/flow/0.5"]] == [3, 6]
+    parts = [values(curves, name) for name in ("velocity/loss", *boundaries)]
+    total = [velocity + 0.1 * (one + other) for velocity, one, other in zip(*parts, strict=True)]
+    assert values(curves, "run/loss") == pytest.approx(total, rel=1e-5)
+    events = EventAccumulator(str(load_recipe(straight).finetuning("small").board))
+    events.Reload()
+    assert set(events.Tags()["images"]) == {"samples/teacher", "samples/variant"}
+
+
+def values(curves: dict[str, Any], name: str) -> list[float]:
+    return [value for _, value in curves[name]]
+
+
+def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[..., Path]) -> None:
+    """Untrained yet: the pipeline's held-out losses against those of the assembled model in one process."""
+    path = new(new_run, optimizer={"lr": 1e-3, "warmup_steps": 10}, steps=1, checkpoint_every=1, sample_every=1)
+    command("finetune", path, "--variant", "small")  # its first step has a learning rate of zero
+    recipe = load_recipe(path)
+
+    files, anatomy = open_teacher(recipe)
+    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan_of("qwen"))
+    student: Any = assembled(files, anatomy, plan_of("qwen"), "small", state)
+    assert files.model_class is not None
+    teacher = files.model_class.from_pretrained(files.folder)
+    caller = caller_for(files.class_name)
+    [(_, clean)] = islice(NoisyStream(recipe, "heldout", 8, torch.device("cpu")).clean.take(0, 1), 1)
+    shown = read_scalars(recipe.finetuning("small").board)
+    for number, level in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+        noise = torch.randn(clean.latents.shape, generator=torch.Generator().manual_seed(recipe.seed + number))
+        noisy, sigmas = (1 - level) * clean.latents + level * noise, torch.full((8,), level)
+        with torch.no_grad():
+            own, true = (caller(model, noisy, clean.prompts, sigmas) for model in (student, teacher))
+        flow, velocity = ((own - target).square().mean() for target in (noise - clean.latents, true))
+        assert shown[f"heldout/flow/{level:g}"][0][1] == pytest.approx(float(flow), rel=1e-4)
+        assert shown[f"heldout/velocity/{level:g}"][0][1] == pytest.approx(float(velocity), rel=1e-4)
