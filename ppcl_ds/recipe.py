@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import (
+    Cluster,
     Data,
     DeepSpeedFiles,
     DemoTeacher,
@@ -46,6 +47,7 @@ class Recipe(Section):
     distill: Distill
     evaluate: Evaluate = Evaluate()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
+    cluster: Cluster = Cluster()
     demo: DemoTeacher | None = None
 
     @property
