@@ -74,6 +74,7 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
     # shellcheck disable=SC2016
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
+    export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
     mkdir -p "$logs/$SLURMD_NODENAME"
     exec "$python" -c "$block_usr1" -m torch.distributed.run \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$each" --max-restarts=0 \

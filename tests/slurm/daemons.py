@@ -6,7 +6,6 @@ a cluster; what the jobs run inherits it.
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -52,7 +51,7 @@ class Daemons:
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
             for name in NODES:
                 self._start(f"slurmd-{name}", "slurmd", "-D", "-N", name, "-f", str(self.conf))
-            self.wait_for("both nodes idle", lambda: self._states() == ["idle"] * len(NODES), 60)
+            self.wait_for("both nodes idle", lambda: self._nodes() == ["idle"] * len(NODES), 60)
         except BaseException:
             self.stop()
             raise
@@ -112,7 +111,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
             )
         self.started.append(process)
 
-    def _states(self) -> list[str]:
+    def _nodes(self) -> list[str]:
         done = subprocess.run(
             ["sinfo", "--Node", "--noheader", "--format=%T"], capture_output=True, text=True, env=self.environment
         )
@@ -144,20 +143,22 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
-    def jobs(self) -> dict[str, dict[str, Any]]:
-        """What `squeue --json` says of every job and array task that the controller still knows: id -> job."""
-        jobs = json.loads(self.run("squeue", "--json", "--states=all"))["jobs"]
-        return {str(job["job_id"]): job for job in jobs}
+    def states(self) -> list[tuple[str, str]]:
+        """Job (of an array task: its array) and state, of all that the controller still knows."""
+        listed = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%F %T")
+        return [(job, state) for job, state in map(str.split, listed.splitlines())]
 
-    def processes(self) -> list[psutil.Process]:
-        """Everything that runs because a job does: the children of the node daemons."""
+    def processes(self, node: str = "") -> list[psutil.Process]:
+        """Everything that runs because a job does, on one node or all: Slurm marks it by its environment."""
         found = []
-        for process in self.started:
+        for process in psutil.process_iter():
             try:
-                children = psutil.Process(process.pid).children(recursive=True)
-            except psutil.NoSuchProcess:
+                environment = process.environ()
+            except psutil.Error:  # it is gone, or the kernel's
                 continue
-            found += [child for child in children if child.name() not in ("slurmd", "munged", "slurmctld")]
+            ours = environment.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in environment
+            if ours and (not node or environment.get("SLURMD_NODENAME") == node):
+                found.append(process)
         return found
 
     def stop(self) -> None:
