@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ppcl_ds.cluster.chain import Step
 from ppcl_ds.data.index import Index, split_entries
+from ppcl_ds.distill import run as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
 from ppcl_ds.estimate.sizing import Estimate, size_run
@@ -64,6 +65,8 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     else:
         for split in ("train", "heldout"):
             split_entries(recipe.data, split)
+        if recipe.plan_file.exists() and any(step.name == "distill" for step in chosen):
+            distill.check(recipe)
     if recipe.cluster.probe_parts > recipe.probe.batches:
         raise UserError(
             f"cluster.probe_parts is {recipe.cluster.probe_parts}, but probe.batches is {recipe.probe.batches}; "

@@ -161,7 +161,7 @@ def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
     ]
     if step.array:
         options.append(f"--array={step.array}")
-    if cluster.gpus and step.name != "plan":
+    if cluster.gpus:
         options.append(f"--gpus-per-node={recipe.topology.world // nodes if step.ranks else 1}")
     if step.ranks:
         options.append(f"--signal=B:USR1@{cluster.notice}")

@@ -91,7 +91,7 @@ class Account:
         jobs = self.daemons.states()
         return {step: {state for job, state in jobs if job == number} for step, number in self.chain().items()}
 
-    def waits(self, seconds: float = 240) -> None:
+    def waits(self, seconds: float = 420) -> None:
         """Until the chain has ended well."""
         end = time.monotonic() + seconds
         while True:
@@ -118,4 +118,4 @@ def daemons(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemons]:
     started = Daemons(tmp_path_factory.mktemp("slurm") / "daemons")
     yield started
     started.stop()
-    assert not [process for process in started.processes() if process.is_running()]
+    assert not started.processes()

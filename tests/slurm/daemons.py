@@ -148,34 +148,45 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
         listed = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%F %T")
         return [(job, state) for job, state in map(str.split, listed.splitlines())]
 
+    def ended(self, *jobs: str) -> bool:
+        """Whether none of these jobs will run again."""
+        over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        return all(state in over for job, state in self.states() if job in jobs)
+
     def processes(self, node: str = "") -> list[psutil.Process]:
         """Everything that runs because a job does, on one node or all: Slurm marks it by its environment."""
+        return [
+            process
+            for process, environment in self._ours()
+            if "SLURM_JOB_ID" in environment and (not node or environment.get("SLURMD_NODENAME") == node)
+        ]
+
+    def _ours(self) -> list[tuple[psutil.Process, dict[str, str]]]:
+        """Daemons, their helpers and what they started."""
         found = []
         for process in psutil.process_iter():
             try:
                 environment = process.environ()
             except psutil.Error:  # it is gone, or the kernel's
                 continue
-            ours = environment.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in environment
-            if ours and (not node or environment.get("SLURMD_NODENAME") == node):
-                found.append(process)
+            if environment.get("SLURM_CONF") == str(self.conf):
+                found.append((process, environment))
         return found
 
     def stop(self) -> None:
-        """End all jobs, then the daemons."""
-        subprocess.run(["scancel", "--user=root"], capture_output=True, env=self.environment)
-        everything = self.processes()
+        """End all jobs, then the daemons; whatever does not end by itself is killed."""
+        subprocess.run(["scancel", "--user=root"], capture_output=True, env=self.environment, timeout=30)
+        psutil.wait_procs(self.processes(), timeout=20)
         for process in reversed(self.started):
             process.terminate()
         for process in reversed(self.started):
             try:
-                process.wait(20)
+                process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for left in everything:
-            if left.is_running():
-                left.kill()
+        for left, _ in self._ours():
+            left.kill()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 
 from ppcl_ds.sections import shipped
 from tests.conftest import command
-from tests.slurm.conftest import CLUSTER, Account
+from tests.slurm.conftest import CLUSTER, SITE, Account
 from tests.slurm.daemons import Daemons
 
 pytestmark = pytest.mark.slurm
@@ -66,3 +67,55 @@ def test_the_chain_gives_the_numbers_of_a_single_machine(account: Account, local
     assert found.keys() == expected.keys()
     for name, row in expected.items():
         assert {key: found[name][key] for key in FIGURES} == {key: row[key] for key in FIGURES}, name
+
+
+def test_each_step_ran_as_its_jobs(account: Account) -> None:
+    tasks = {"encode": 2, "probe": 2, "merge": 1, "plan": 1, "distill": 1, "consolidate": 3, "evaluate": 1}
+    assert list(account.chain()) == list(tasks)
+    logs = account.run / "slurm" / "logs"
+    assert {step: len(list(logs.glob(f"{step}-*.out"))) for step in tasks} == tasks
+    ranks = logs / f"distill-{account.chain()['distill']}" / "start-0"
+    for node in ("n1", "n2"):
+        [log] = (ranks / node).glob("*/attempt_0/*/stdout.log")
+        assert log.exists()
+    printed = account.types("look")
+    assert [f" {step} " in printed for step in tasks] == [True] * len(tasks)
+    assert "12 of 12" in printed
+    assert "samples/s" in printed
+
+
+def test_a_prompt_with_quotes_is_drawn(account: Account) -> None:
+    account.shell(f"""
+        ppcl sample {account.quoted_run}/pruned/small/transformer --recipe my.yaml --prompt 'it'"'"'s "three"' \
+            --steps 1 --out "it's a picture.png"
+    """)
+    assert (account.home / "it's a picture.png").stat().st_size
+
+
+def test_what_is_done_is_not_done_again(account: Account) -> None:
+    assert "every step is done" in account.shell("ppcl submit my.yaml")
+    lines = account.shell("ppcl submit my.yaml --from consolidate --dry-run").splitlines()
+    assert [line.split("-")[-1] for line in lines if line.startswith("sbatch ")]
+    assert sum(line.startswith("sbatch ") for line in lines) == 2
+
+
+def test_scripts_are_submitted_by_hand(account: Account) -> None:
+    (account.home / "slurm" / "site.env").open("a").write(SITE)
+    jobs = re.findall(r"Submitted batch job (\d+)", account.types("by-hand"))
+    assert len(jobs) == 2
+    account.daemons.wait_for("their end", lambda: account.daemons.ended(*jobs), 120)
+    assert {state for job, state in account.daemons.states() if job in jobs} == {"COMPLETED"}
+
+
+def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
+    [lost] = (account.run / "distill" / "checkpoints").glob("step-*/rank-00001.safetensors")
+    lost.unlink()
+    account.shell("ppcl submit my.yaml --from distill")
+    account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 120)
+    assert account.states() == {"distill": {"FAILED"}, "consolidate": {"CANCELLED"}, "evaluate": {"CANCELLED"}}
+    assert "without a checkpoint since this start; not requeued" in account.log("distill")
+    printed = account.shell(f"ppcl status {account.quoted_run}")
+    [line] = [line for line in printed.splitlines() if line.startswith("distill: ")]
+    assert "error: checkpoint " in line
+    assert "rank-00001.safetensors cannot be read" in line
+    assert not account.daemons.processes()

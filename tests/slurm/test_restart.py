@@ -22,7 +22,7 @@ from tests.slurm.daemons import Daemons
 pytestmark = pytest.mark.slurm
 
 RUN = 'my "2nd" run\'s'
-EVERY = 20
+EVERY = 10
 """Steps between checkpoints."""
 
 
@@ -34,7 +34,7 @@ def account(tmp_path_factory: pytest.TempPathFactory, daemons: Daemons, prepared
     account.types("prepare")
     recipe = make_recipe("qwen", Path("runs") / RUN)
     recipe["distill"] |= {"steps": 100000, "checkpoint_every": EVERY, "timeout": 60, "micro_batch": 8}
-    account.edits(recipe | {"cluster": CLUSTER | {"time": "1", "requeues": 9}})
+    account.edits(recipe | {"cluster": CLUSTER | {"time": "1", "notice": 15, "requeues": 9}})
     PLAN.save(account.run / "plan.yaml")
     account.shell("ppcl submit my.yaml")
     return account
@@ -102,6 +102,8 @@ def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(
     before = distillation.saved
     distillation.is_requeued(seconds=100)
     assert distillation.saved > before
+    if limit == "second":  # from here on, other things happen to it
+        distillation.daemons.run("scontrol", "update", f"jobid={distillation.job}", "timelimit=30")
     log = distillation.account.log("distill")
     assert f"time is up, and there is a checkpoint: requeue {1 if limit == 'first' else 2} of at most 9" in log
     assert f"stops behind step {distillation.saved} (SIGUSR1), with a checkpoint" in log
