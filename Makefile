@@ -17,8 +17,9 @@ demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 test: $(READY)  ## the whole test suite, a test file a core
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host; installs it (Debian, as root) if it is missing
-	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -qq && apt-get install -qq --no-install-recommends slurm-wlm munge; }
+test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host, as root; on Debian, installs it first
+	@which slurmctld slurmd munged >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pytest -m slurm tests/slurm
 
 lint: $(READY)  ## style and types
