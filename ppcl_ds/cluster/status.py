@@ -105,7 +105,7 @@ def _report(logs: Path, queued: Queued) -> Report:
         starts=starts,
         step=f"{done} of {total}" if last else "",
         rate=rates[-1] if rates else "",
-        left=max((match["left"] or "" for match in last), default=""),
+        left=(last[-1]["left"] or "") if last else "",
         fault=faults[0] if faults else "",
     )
 

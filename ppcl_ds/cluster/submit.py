@@ -158,6 +158,7 @@ def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
         f"--time={cluster.time}",
         f"--nodes={nodes}",
         "--kill-on-invalid-dep=yes",
+        "--export=ALL",
     ]
     if step.array:
         options.append(f"--array={step.array}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.watch.board import read_scalars
 from tests.conftest import command, make_recipe
 from tests.distill.test_library import PLAN
-from tests.slurm.conftest import CLUSTER, Account
+from tests.slurm.conftest import CLUSTER, PAGE, RAN, Account, blocks
 from tests.slurm.daemons import Daemons
 
 pytestmark = pytest.mark.slurm
@@ -179,3 +180,13 @@ def test_it_goes_on_and_is_cancelled(distillation: Distillation) -> None:
     account.types("cancel")
     distillation.wait("the end", lambda: set().union(*account.states().values()) == {"CANCELLED"}, 60)
     distillation.wait("the end of all processes", lambda: not distillation.daemons.processes(), 30)
+
+
+def test_every_command_of_the_page_has_been_run() -> None:
+    """By the tests of this folder, of which this is the last."""
+    assert re.findall(r"^```(\w*)", PAGE.read_text(), re.MULTILINE)[::2] == [
+        "bash",
+        "yaml",
+        *["bash"] * (len(blocks()) - 1),
+    ]
+    assert set(blocks()) == RAN
