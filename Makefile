@@ -7,7 +7,9 @@ BIN := .venv/bin
 READY := .venv/ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: setup demo test test-slurm lint bench clean
+
+setup: $(READY)  ## only the environment
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
@@ -15,10 +17,16 @@ demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 test: $(READY)  ## the whole test suite, a test file a core
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host, as root; on Debian, installs it first
+	@which slurmctld slurmd munged >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurm-wlm munge; }
+	$(BIN)/pytest -m slurm tests/slurm
+
 lint: $(READY)  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources slurm/*
 
 bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile
 	for program in data load consolidate schedule step finetune published; do $(BIN)/python -m benchmarks.$$program || exit 1; done

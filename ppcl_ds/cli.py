@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ppcl_ds import console, launch
+from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.recipe import load_recipe, open_run
@@ -29,6 +30,7 @@ app = typer.Typer(
 
 lora_app = typer.Typer(help="LoRAs of the teacher, for its variants.", no_args_is_help=True)
 app.add_typer(lora_app, name="lora")
+app.add_typer(cluster_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]

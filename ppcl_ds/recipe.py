@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import (
+    Cluster,
     Data,
     DeepSpeedFiles,
     DemoTeacher,
@@ -85,6 +86,7 @@ class Recipe(Section):
     finetune: Finetune | None = None
     evaluate: Evaluate = Evaluate()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
+    cluster: Cluster = Cluster()
     demo: DemoTeacher | None = None
 
     @property

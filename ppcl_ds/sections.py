@@ -328,6 +328,32 @@ class Evaluate(Section):
     returns `{"accuracy": ..., "frechet": ...}`. Empty: those columns are left out."""
 
 
+class Cluster(Section):
+    """The Slurm jobs of `ppcl submit`. See `docs/cluster.md`."""
+
+    processes_per_node: int = Field(default=8, gt=0)
+    """Processes of a full node, one for each accelerator; how many nodes there are follows from the topology."""
+    gpus: bool = True
+    """Ask for a GPU a process (`--gpus-per-node`); false: nodes have none, or `options` asks in another way."""
+    accelerator: str = ""
+    """One of those that `ppcl estimate` knows: a run that does not fit on it is refused. Empty: nobody knows."""
+    time: str = "24:00:00"
+    """Time limit of each job. Distillation gets in line again when it is over, and goes on."""
+    notice: int = Field(default=300, gt=0)
+    """Seconds before the limit at which distillation is told: longer than its slowest step and a checkpoint take."""
+    requeues: int = Field(default=20, ge=0)
+    """How often a job may get in line again: with time limits, the longest that distillation may take."""
+    encode_tasks: int = Field(default=8, gt=0)
+    """Jobs that share the shards to encode."""
+    probe_parts: int = Field(default=8, gt=0)
+    """Jobs that share the probe's batches, each on all processes of the topology."""
+    options: tuple[str, ...] = ()
+    """More options of sbatch, for every job: `--partition=gpu`, `--account=vision`, `--mem=0`. They override those
+    above. What one step alone needs goes into its script."""
+    scripts: Path = shipped("slurm")
+    """Folder of the scripts and of `site.env`; name your own copy here once you edit them."""
+
+
 class DemoTeacher(Section):
     """The demo's own teacher, trained from scratch."""
 

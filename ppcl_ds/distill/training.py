@@ -34,6 +34,7 @@ from ppcl_ds.units.unit import Parcel
 from ppcl_ds.watch.board import gather, peak_memory_gib
 from ppcl_ds.watch.clock import Clock, matrix_rate
 from ppcl_ds.watch.stall import StallWatch
+from ppcl_ds.watch.stop import StopWatch
 
 
 class Training(ABC):
@@ -72,6 +73,7 @@ class Training(ABC):
         words, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
         self.exchange = Exchange(self.group, words, self.engine.stage_id, readers)
         self.stall = StallWatch(settings.timeout)
+        self.stop = StopWatch(recipe.run, folder.path)
         self.clock = Clock(self.stall.tell)
         self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.stall.moves)
         # A phase may hold many forwards; each is a sign of life.
@@ -164,8 +166,11 @@ class Training(ABC):
                         note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
                         logged = step
                     advance(1, note)
-                    if due(step, settings.checkpoint_every):
-                        self._save(step, step == last)
+                    stops = step < last and self.stop.asked(step)
+                    if stops or due(step, settings.checkpoint_every):
+                        self._save(step, stops or step == last)
+                    if stops:
+                        break
                     if due(step, settings.sample_every):
                         with self.clock.phase("pictures"):
                             figures, pictures = self.look()

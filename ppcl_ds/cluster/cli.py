@@ -1,0 +1,53 @@
+"""The commands of a Slurm cluster: submit, status, cancel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ppcl_ds.recipe import load_recipe
+
+app = typer.Typer()
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, as the recipe names it.")]
+
+
+@app.command()
+def submit(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe; its section `cluster` is for this.")],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="STEP", help="Do this step and all that follow, whether done or not."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, write the scripts, print sbatch's lines; queue nothing.")
+    ] = False,
+) -> None:
+    """Queue the whole road as Slurm jobs: encode, probe, merge, plan, distill, consolidate, evaluate.
+
+    Each job starts when those before it have ended well; what is done already is left out. Whatever can be known to be
+    wrong is refused before anything is queued. Recipe, plan and scripts as used, logs, versions and job numbers lie in
+    RUN/slurm/. A file RUN/STOP ends the run behind its next step; this command removes it.
+    """
+    loaded = load_recipe(recipe)
+    from ppcl_ds.cluster.submit import submit
+
+    submit(recipe, loaded, start, dry_run)
+
+
+@app.command()
+def status(run: RunFolder) -> None:
+    """Say how a run's jobs are: state, step, samples a second, time left, and the first error of what has failed."""
+    from ppcl_ds.cluster.status import status
+
+    status(run)
+
+
+@app.command()
+def cancel(run: RunFolder) -> None:
+    """Cancel what is left of a run's jobs."""
+    from ppcl_ds.cluster.submit import cancel
+
+    cancel(run)

@@ -1,0 +1,122 @@
+"""The page's road on a real Slurm: one `ppcl submit`, from raw shards to models as good as a single machine's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ppcl_ds.sections import shipped
+from tests.conftest import command
+from tests.slurm.conftest import CLUSTER, SITE, Account
+from tests.slurm.daemons import Daemons
+
+pytestmark = pytest.mark.slurm
+
+RUN = 'it\'s "my" run'
+FIGURES = ("params", "block_params_ratio", "accuracy", "frechet", "velocity_mse", "sample_mse", "weights")
+
+
+def recipe(run: str) -> dict[str, Any]:
+    """The demo's recipe, shortened."""
+    short = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
+    short["run"] = run
+    short["demo"]["steps"] = 20
+    short["distill"] |= {"steps": 12, "log_every": 2, "sample_every": 0, "checkpoint_every": 100, "micro_batch": 8}
+    short["finetune"] |= {"steps": 4, "log_every": 2, "sample_every": 0, "checkpoint_every": 100, "micro_batch": 8}
+    short["probe"] = {"batch_size": 16, "batches": 2}
+    short["evaluate"] |= {"samples": 16, "batch_size": 16, "steps": 2, "velocity_batches": 1}
+    return short
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of the demo on this machine alone."""
+    if Path("/tmp/h7-local/run/report.json").exists():  # DEV
+        return Path("/tmp/h7-local/run")  # DEV
+    folder = tmp_path_factory.mktemp("local")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(str(folder / "run"))))
+    command("demo", path)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory, daemons: Daemons, local: Path) -> Account:
+    """After one `ppcl submit`, with the demo's pictures and teacher as what a user has."""
+    account = Account(tmp_path_factory.mktemp("home") / "ann's home", daemons, RUN)
+    account.types("prepare")
+    account.edits(recipe(f"runs/{RUN}") | {"cluster": CLUSTER})
+    for name in ("images", "teacher"):
+        shutil.copytree(local / name, account.run / name)
+    account.types("submit")
+    account.waits()
+    return account
+
+
+def test_the_chain_gives_the_numbers_of_a_single_machine(account: Account, local: Path) -> None:
+    assert (account.run / "plan.yaml").read_text() == (local / "plan.yaml").read_text()
+    found, expected = (
+        {row["name"]: row for row in json.loads((run / "report.json").read_text())["models"]}
+        for run in (account.run, local)
+    )
+    assert found.keys() == expected.keys()
+    for name, row in expected.items():
+        assert {key: found[name][key] for key in FIGURES} == {key: row[key] for key in FIGURES}, name
+
+
+def test_each_step_ran_as_its_jobs(account: Account) -> None:
+    tasks = {"encode": 2, "probe": 2, "merge": 1, "plan": 1, "distill": 1, "consolidate": 3, "evaluate": 1}
+    assert list(account.chain()) == list(tasks)
+    logs = account.run / "slurm" / "logs"
+    assert {step: len(list(logs.glob(f"{step}-*.out"))) for step in tasks} == tasks
+    ranks = logs / f"distill-{account.chain()['distill']}" / "start-0"
+    for node in ("n1", "n2"):
+        [log] = (ranks / node).glob("*/attempt_0/*/stdout.log")
+        assert log.exists()
+    printed = account.types("look")
+    assert [f" {step} " in printed for step in tasks] == [True] * len(tasks)
+    assert "12 of 12" in printed
+    assert "samples/s" in printed
+
+
+def test_a_prompt_with_quotes_is_drawn(account: Account) -> None:
+    account.shell(f"""
+        ppcl sample {account.quoted_run}/pruned/small/transformer --recipe my.yaml --prompt 'it'"'"'s "three"' \
+            --steps 1 --out "it's a picture.png"
+    """)
+    assert (account.home / "it's a picture.png").stat().st_size
+
+
+def test_what_is_done_is_not_done_again(account: Account) -> None:
+    assert "every step is done" in account.shell("ppcl submit my.yaml")
+    lines = account.shell("ppcl submit my.yaml --from consolidate --dry-run").splitlines()
+    assert [line.split("-")[-1] for line in lines if line.startswith("sbatch ")]
+    assert sum(line.startswith("sbatch ") for line in lines) == 2
+
+
+def test_scripts_are_submitted_by_hand(account: Account) -> None:
+    (account.home / "slurm" / "site.env").open("a").write(SITE)
+    jobs = re.findall(r"Submitted batch job (\d+)", account.types("by-hand"))
+    assert len(jobs) == 2
+    account.daemons.wait_for("their end", lambda: account.daemons.ended(*jobs), 120)
+    assert {state for job, state in account.daemons.states() if job in jobs} == {"COMPLETED"}
+
+
+def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
+    [lost] = (account.run / "distill" / "checkpoints").glob("step-*/rank-00001.safetensors")
+    lost.unlink()
+    account.shell("ppcl submit my.yaml --from distill")
+    account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 120)
+    assert account.states() == {"distill": {"FAILED"}, "consolidate": {"CANCELLED"}, "evaluate": {"CANCELLED"}}
+    assert "without a checkpoint since this start; not requeued" in account.log("distill")
+    printed = account.shell(f"ppcl status {account.quoted_run}")
+    [line] = [line for line in printed.splitlines() if line.startswith("distill: ")]
+    assert "error: checkpoint " in line
+    assert "rank-00001.safetensors cannot be read" in line
+    assert not account.daemons.processes()

@@ -1,0 +1,192 @@
+"""One distillation on two nodes, to which everything happens in turn; its loss curve is that of a run left in peace."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ppcl_ds.distill.checkpoint import newest_checkpoint
+from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.watch.board import read_scalars
+from tests.conftest import command, make_recipe
+from tests.distill.test_library import PLAN
+from tests.slurm.conftest import CLUSTER, PAGE, RAN, Account, blocks
+from tests.slurm.daemons import Daemons
+
+pytestmark = pytest.mark.slurm
+
+RUN = 'my "2nd" run\'s'
+EVERY = 10
+"""Steps between checkpoints."""
+
+
+@pytest.fixture(scope="module")
+def account(tmp_path_factory: pytest.TempPathFactory, daemons: Daemons, prepared: Callable[[str], Path]) -> Account:
+    """With a chain that begins at distill, its jobs limited to a minute; more steps than it will ever take."""
+    account = Account(tmp_path_factory.mktemp("home") / "ben's home", daemons, RUN)
+    shutil.copytree(prepared("qwen"), account.run)
+    account.types("prepare")
+    recipe = make_recipe("qwen", Path("runs") / RUN)
+    recipe["distill"] |= {"steps": 100000, "checkpoint_every": EVERY, "timeout": 60, "micro_batch": 8}
+    account.edits(recipe | {"cluster": CLUSTER | {"time": "1", "notice": 15, "requeues": 9}})
+    PLAN.save(account.run / "plan.yaml")
+    account.shell("ppcl submit my.yaml")
+    return account
+
+
+class Distillation:
+    """The job `distill` of the account, watched and tampered with."""
+
+    def __init__(self, account: Account) -> None:
+        self.account, self.daemons = account, account.daemons
+        self.job = account.chain()["distill"]
+
+    @property
+    def recipe(self) -> Recipe:
+        """With the run folder as this process sees it."""
+        return load_recipe(self.account.recipe).model_copy(update={"run": self.account.run})
+
+    @property
+    def state(self) -> str:
+        return self.daemons.run("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T").strip()
+
+    @property
+    def saved(self) -> int:
+        """Step of the newest checkpoint; every byte of it can be read."""
+        if not (self.recipe.distillation.checkpoints / "latest").exists():
+            return 0
+        checkpoint = newest_checkpoint(self.recipe.distillation.checkpoints)
+        for unit in PLAN.units:
+            assert checkpoint.unit(unit.name)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                assert checkpoint.part(unit.name, moment, 0, 10**9).numel()
+        return checkpoint.contents.step
+
+    def wait(self, what: str, is_so: Callable[[], object], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not is_so():
+            assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.account.everything()}"
+            time.sleep(0.3)
+
+    def makes_progress(self) -> int:
+        """Wait for a new checkpoint by a start that is running; returns its step."""
+        self.wait("a start", lambda: self.state == "RUNNING")
+        before = self.saved
+        self.wait("a checkpoint", lambda: self.saved > before)
+        return self.saved
+
+    def is_requeued(self, seconds: float = 90) -> None:
+        """Wait until it is in line again, see that nothing of it runs any more, and release Slurm's hold at once."""
+        self.wait("the requeue", lambda: self.state == "PENDING", seconds)
+        self.wait("the end of its processes", lambda: not self.daemons.processes(), 30)
+        assert self.saved
+        self.daemons.run("scontrol", "update", f"jobid={self.job}", "starttime=now")
+
+
+@pytest.fixture(scope="module")
+def distillation(account: Account) -> Distillation:
+    return Distillation(account)
+
+
+@pytest.mark.parametrize("limit", ["first", "second"])
+def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(
+    distillation: Distillation, limit: str
+) -> None:
+    distillation.wait("a start", lambda: distillation.state == "RUNNING")
+    before = distillation.saved
+    distillation.is_requeued(seconds=100)
+    assert distillation.saved > before
+    if limit == "second":  # from here on, other things happen to it
+        distillation.daemons.run("scontrol", "update", f"jobid={distillation.job}", "timelimit=30")
+    log = distillation.account.log("distill")
+    assert f"time is up, and there is a checkpoint: requeue {1 if limit == 'first' else 2} of at most 9" in log
+    assert f"stops behind step {distillation.saved} (SIGUSR1), with a checkpoint" in log
+
+
+def test_a_node_whose_processes_are_killed_ends_all_and_requeues_the_job(distillation: Distillation) -> None:
+    step = distillation.makes_progress()
+    for process in distillation.daemons.processes("n2"):
+        if process.name() != "slurmstepd":
+            process.send_signal(signal.SIGKILL)
+    distillation.is_requeued()
+    assert distillation.saved in (step, step + EVERY)
+    log = distillation.account.log("distill")
+    assert "the ranks have failed (exit code 137), but have made a checkpoint since this start: requeue 3" in log
+
+
+def test_a_signal_by_hand_does_what_the_time_limit_does(distillation: Distillation) -> None:
+    distillation.makes_progress()
+    distillation.account.types("signal")
+    distillation.is_requeued()
+    assert "time is up, and there is a checkpoint: requeue 4" in distillation.account.log("distill")
+
+
+def test_a_node_that_is_lost_requeues_the_job(distillation: Distillation) -> None:
+    distillation.makes_progress()
+    distillation.daemons.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    distillation.wait("the requeue", lambda: distillation.state == "PENDING", 60)
+    distillation.wait("the end of its processes", lambda: not distillation.daemons.processes(), 60)
+    distillation.daemons.run("scontrol", "update", "nodename=n2", "state=resume")
+    distillation.is_requeued()
+
+
+def test_status_says_how_it_is(distillation: Distillation) -> None:
+    distillation.makes_progress()
+    printed = distillation.account.types("look")
+    assert "RUNNING" in printed
+    assert " of 100000" in printed
+
+
+def test_a_stop_file_ends_the_run_and_what_waits_for_it(distillation: Distillation) -> None:
+    account = distillation.account
+    distillation.makes_progress()
+    account.types("stop")
+    distillation.wait("its end", lambda: distillation.state == "CANCELLED", 60)
+    distillation.wait("the others' end", lambda: account.states()["evaluate"] == {"CANCELLED"}, 60)
+    distillation.wait("the end of its processes", lambda: not distillation.daemons.processes(), 30)
+    assert "to go on: ppcl submit RECIPE --from distill" in account.log("distill")
+    assert "CANCELLED" in account.shell(f"ppcl status {account.quoted_run}")
+
+
+def test_the_loss_curve_is_that_of_a_run_which_nothing_stopped(distillation: Distillation, tmp_path: Path) -> None:
+    interrupted = distillation.recipe
+    step = distillation.saved
+    run = tmp_path / "run"
+    shutil.copytree(interrupted.run, run, ignore=shutil.ignore_patterns("distill", "slurm", "STOP"))
+    recipe = yaml.safe_load(distillation.account.recipe.read_text()) | {"run": str(run)}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    command("distill", path, "--until", str(step))
+    found, expected = (
+        {name: points for name, points in read_scalars(board).items() if "/loss/" in name or name == "run/loss"}
+        for board in (interrupted.board, load_recipe(path).board)
+    )
+    assert [number for number, _ in expected["run/loss"]] == list(range(1, step + 1))
+    assert found == expected
+
+
+def test_it_goes_on_and_is_cancelled(distillation: Distillation) -> None:
+    account = distillation.account
+    account.types("go-on")
+    assert not (account.run / "STOP").exists()
+    assert "ppcl cancel" in account.shell("ppcl submit my.yaml", code=2)
+    account.types("cancel")
+    distillation.wait("the end", lambda: set().union(*account.states().values()) == {"CANCELLED"}, 60)
+    distillation.wait("the end of all processes", lambda: not distillation.daemons.processes(), 30)
+
+
+def test_every_command_of_the_page_has_been_run() -> None:
+    """By the tests of this folder, of which this is the last."""
+    assert re.findall(r"^```(\w*)", PAGE.read_text(), re.MULTILINE)[::2] == [
+        "bash",
+        "yaml",
+        *["bash"] * (len(blocks()) - 1),
+    ]
+    assert set(blocks()) == RAN
