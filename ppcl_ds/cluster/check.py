@@ -90,9 +90,10 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     ]
     for tuning in tunings:
         if name and not tuning.fits:
+            needed, there = (size / 2**30 for size in (tuning.fullest.memory.peak, accelerator.usable_bytes))
             raise UserError(
-                f"fine-tuning '{tuning.variant}' needs {tuning.fullest.memory.peak / 2**30:.3g} GiB on an {name}, which "
-                f"has {accelerator.usable_bytes / 2**30:.3g}; `ppcl estimate --variant {tuning.variant}` says more"
+                f"fine-tuning '{tuning.variant}' needs {needed:.3g} GiB on an {name}, which has {there:.3g}; "
+                f"`ppcl estimate --variant {tuning.variant}` says more"
             )
     need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings))
 

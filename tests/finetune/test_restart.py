@@ -95,7 +95,7 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_that_never_was(new_run: Callab
 
     levels = ("0.1", "0.3", "0.5", "0.7", "0.9")
     held_out = {f"heldout/{kind}/{level}" for kind in ("flow", "velocity") for level in levels}
-    boundaries = {"boundary/0/image/loss", "boundary/2/image/loss"}
+    boundaries = {"boundary/0/image/loss", "boundary/1/image/loss"}
     assert {"run/loss", "run/learning_rate", "flow/loss", "velocity/loss"} | held_out | boundaries <= curves.keys()
     assert [step for step, _ in curves["heldout/flow/0.5"]] == [3, 6]
     parts = [values(curves, name) for name in ("velocity/loss", *boundaries)]

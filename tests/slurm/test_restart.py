@@ -166,7 +166,7 @@ def test_the_loss_curve_is_that_of_a_run_which_nothing_stopped(distillation: Dis
     command("distill", path, "--until", str(step))
     found, expected = (
         {name: points for name, points in read_scalars(board).items() if "/loss/" in name or name == "run/loss"}
-        for board in (interrupted.board, load_recipe(path).board)
+        for board in (interrupted.distillation.board, load_recipe(path).distillation.board)
     )
     assert [number for number, _ in expected["run/loss"]] == list(range(1, step + 1))
     assert found == expected
