@@ -5,25 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+import yaml
+
 from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.recipe import load_recipe
 from ppcl_ds.watch.board import read_scalars
 from tests.conftest import command
-from tests.distill.test_library import PLAN
+from tests.export.trained import pretend_trained
+
+TRAININGS = {"distill": ["distill"], "finetune": ["finetune", "--variant", "small"]}
 
 
-def test_a_stop_file_ends_a_run_behind_its_next_step(new_run: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_stop_file_ends_a_run_behind_its_next_step(new_run: Callable[..., Path], training: str) -> None:
+    name, *options = TRAININGS[training]
     path = new_run("qwen", distill={"steps": 4})
-    recipe = load_recipe(path)
-    PLAN.save(recipe.plan_file)
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = raw["distill"] | {"steps": 4}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = pretend_trained(path, "qwen")
+    folder = recipe.distillation
+    if training == "distill":
+        (folder.checkpoints / "latest").unlink()
+    else:
+        folder = recipe.finetuning("small")
     stop = recipe.run / "STOP"
     stop.touch()
-    assert f"stops behind step 1 ({stop}), with a checkpoint" in command("distill", path)
-    assert newest_checkpoint(recipe.distillation.checkpoints).contents.step == 1
-    assert (recipe.run / "distill" / "stopped").read_text() == "STOP\n"
-    assert "stops behind step 2" in command("distill", path)
+    assert f"stops behind step 1 ({stop}), with a checkpoint" in command(name, path, *options)
+    assert newest_checkpoint(folder.checkpoints).contents.step == 1
+    assert (folder.path / "stopped").read_text() == "STOP\n"
+    assert "stops behind step 2" in command(name, path, *options)
     stop.unlink()
-    command("distill", path)
-    assert recipe.distilled
-    assert not (recipe.run / "distill" / "stopped").exists()
-    assert [step for step, _ in read_scalars(recipe.distillation.board)["run/loss"]] == [1, 2, 3, 4]
+    command(name, path, *options)
+    assert folder.finished(4)
+    assert not (folder.path / "stopped").exists()
+    assert [step for step, _ in read_scalars(folder.board)["run/loss"]] == [1, 2, 3, 4]
