@@ -20,8 +20,8 @@ from ppcl_ds.sections import shipped
 app = typer.Typer(
     help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
     "[bold]encode[/], then [bold]ppcl probe[/], [bold]plan[/], [bold]distill[/], [bold]finetune[/], "
-    "[bold]consolidate[/] and [bold]evaluate[/]. Every step reads the same recipe and writes into its run folder. [bold]ppcl demo[/] walks it "
-    "all on real handwritten digits in a few minutes.",
+    "[bold]consolidate[/] and [bold]evaluate[/]. Every step reads the same recipe and writes into its run folder. "
+    "[bold]ppcl demo[/] walks it all on real handwritten digits in a few minutes.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -382,7 +382,7 @@ def demo(
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
 ) -> None:
-    """The whole road on 1,797 real handwritten digits: data, teacher, probe, plan, distill, finetune, consolidate, evaluate.
+    """The whole road on 1,797 real handwritten digits, from data and a teacher to pictures and figures.
 
     What is already done is not repeated.
     """

@@ -72,6 +72,7 @@ class Reference:
     norms: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -202,9 +203,26 @@ def test_a_run_that_changes_its_topology_equals_a_plain_loop(new_run: Callable[.
         assert norms == pytest.approx(found.norms, rel=1e-5)
         torch.testing.assert_close(tensors_of(recipe, "master"), found.weights, rtol=0, atol=1e-5)
         torch.testing.assert_close(tensors_of(recipe, "ema"), found.averages, rtol=0, atol=1e-5)
+        torch.testing.assert_close(tensors_of(recipe, "exp_avg"), found.moments, rtol=0, atol=1e-5)
 
 
 def part_norms(scalars: dict[str, list[tuple[int, float]]]) -> list[tuple[float, ...]]:
     """Step by step, the gradient norm of every part."""
     curves = [[v for _, v in points] for name, points in scalars.items() if name.endswith("/gradient_norm")]
     return list(zip(*curves, strict=True))
+
+
+def test_in_bf16_it_follows_the_plain_loop(new_run: Callable[..., Path]) -> None:
+    """Parameters and what goes between stages are rounded, gradients and weights are summed up in float32."""
+    plan = plan_of("qwen")
+    path = prepare(new_run, "qwen", plan, ema=0.0)
+    found = reference(load_recipe(path), plan, "qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["teacher"]["precision"] = "bf16"
+    path.write_text(yaml.safe_dump(raw))
+    recipe = tune(path, 0, 2, 1)
+    losses = [value for _, value in read_scalars(recipe.finetuning("small").board)["run/loss"]]
+    assert losses == pytest.approx([losses["run/loss"] for losses in found.losses], rel=0.02)
+    for name, tensor in tensors_of(recipe, "master").items():
+        assert tensor.dtype == torch.float32
+        assert float((tensor - found.weights[name]).norm()) <= 2**-7 * float(found.weights[name].norm()) + 1e-3, name

@@ -1,0 +1,105 @@
+"""What is wrong with a fine-tuning is said in one line before a process starts; what it will need, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.tuning import size_tuning
+from ppcl_ds.families.files import empty_model
+from ppcl_ds.finetune.run import check
+from ppcl_ds.recipe import load_recipe
+from tests.conftest import command
+from tests.export.trained import pretend_trained
+
+Raw = dict[str, Any]
+
+
+def clip(raw: Raw) -> None:
+    folder = Path(raw["run"])
+    (folder / "students.json").write_text('{"gradient_clipping": 1.0}')
+    raw["deepspeed"] = {"students": str(folder / "students.json")}
+
+
+CHANGES: dict[str, Callable[[Raw], object]] = {
+    "the recipe has no section 'finetune'": lambda raw: raw.pop("finetune"),
+    "variant 'tiny' is not in the plan; it has: small, medium": lambda raw: raw.update(variant="tiny"),
+    "topology.stages is 8, but the variant's 3 blocks can be cut into 3": lambda raw: raw.update(
+        topology={"stages": 8},
+        finetune=raw["finetune"] | {"micro_batches_per_step": 8},
+        distill=raw["distill"] | {"micro_batches_per_step": 8},
+    ),
+    "recipe key finetune.optimizer.clip_norm says it": clip,
+    "no checkpoint in .*; run `ppcl distill` first": lambda raw: Path(
+        raw["run"], "distill", "checkpoints", "latest"
+    ).unlink(),
+    "elsewhere is not the folder of a run that was trained": lambda raw: raw.update(from_run="elsewhere"),
+}
+
+
+@pytest.mark.parametrize("complaint", CHANGES)
+def test_a_fault_is_named_before_anything_starts(new_run: Callable[..., Path], complaint: str, tmp_path: Path) -> None:
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
+    path.write_text(yaml.safe_dump(raw))
+    pretend_trained(path, "qwen")
+    CHANGES[complaint](raw)
+    variant, library = raw.pop("variant", "small"), raw.pop("from_run", None)
+    if library:
+        (tmp_path / library).mkdir()
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(UserError, match=complaint):
+        check(load_recipe(path), variant, tmp_path / library if library else None)
+
+
+def test_a_begun_fine_tuning_goes_on_only_as_it_began(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = pretend_trained(path, "qwen")
+    command("finetune", path, "--variant", "small", "--until", "1")
+    check(recipe, "small", None)
+    for key, value in (("velocity_weight", 0.5), ("trainable", "units"), ("micro_batch", 4)):
+        path.write_text(yaml.safe_dump(raw | {"finetune": raw["finetune"] | {key: value}}))
+        with pytest.raises(UserError, match=f"recipe key 'finetune.{key}' is not what .* was trained with"):
+            check(load_recipe(path), "small", None)
+    plan = recipe.plan_file.read_text()
+    recipe.plan_file.write_text(plan.replace("span: [3, 4]", "span: [2, 4]").replace("[early, late]", "[late]"))
+    with pytest.raises(UserError, match=r"unit 'late' on blocks .* was not trained"):
+        check(recipe, "small", None)
+
+
+def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 6}
+    raw |= {"topology": {"stages": 3}, "distill": raw["distill"] | {"micro_batches_per_step": 6}}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = pretend_trained(path, "qwen")
+    begin = check(recipe, "small", None)
+    whole = begin.layout()
+    model = empty_model(whole.config)
+    tuning = size_tuning(recipe, begin.settings, "small", 1, 3, ACCELERATORS["h100"])
+    assert tuning.parameters == whole.parameters
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer_blocks]  # type: ignore[union-attr]
+    rest = whole.parameters - sum(blocks)
+    assert [stage.parameters for stage in tuning.stages] == blocks
+    for stage, own in zip(tuning.stages, blocks, strict=True):
+        assert stage.memory.resident["gradients"] == 4 * (own + rest)
+        assert stage.memory.resident["optimizer"] == 12 * (own + rest)
+    assert (tuning.micro_batches, tuning.idle) == (6, pytest.approx(2 / 8))
+    # 1F1B: the first stage holds the activations of three micro-batches, the last one's of one.
+    flights = [stage.memory.moments["pipeline"]["activations in flight"] for stage in tuning.stages]
+    assert flights == [3 * flights[-1], 2 * flights[-1], flights[-1]]
+    assert tuning.fits
+    printed = command("finetune", path, "--variant", "small", "--dry-run")
+    assert "pipeline, of which each stage waits 25%" in printed
+    assert not recipe.finetuning("small").path.exists()
