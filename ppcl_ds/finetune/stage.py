@@ -132,7 +132,6 @@ class Stage(nn.Module):
         layout: Layout,
         parts: Sequence[Part],
         caller: Caller,
-        dtype: torch.dtype,
         inbox: deque[Parcel],
         weights: Mapping[str, float],
         magnitude_weight: float,
@@ -144,7 +143,7 @@ class Stage(nn.Module):
         self.magnitude_weight = magnitude_weight
         self.means = Means()
         self.reached: dict[int, Streams] = {}
-        """What left each block of this stage in the forward that runs."""
+        """What has left each block of this stage, while its forward runs."""
         first, stop = bounds[number], bounds[number + 1]
         self.last = number == len(bounds) - 2
         model: Any = empty_model(layout.config)
@@ -176,16 +175,17 @@ class Stage(nn.Module):
     def forward(self, wire: Tensor) -> Tensor:
         """What the stage before sent -> what this one sends."""
         parcel = self.inbox.popleft()
-        self.reached = {}
         if self.before is not None:
             self.before.arriving = wire
         given = parcel.conditioning
         prompts = Prompts(given["embeds"], given["mask"], given["pooled"])
         try:
             velocity = self.caller(self.model, parcel.inputs["latents"], prompts, given["sigmas"])
+            return self._loss(velocity, parcel) if self.training else velocity
         except _Left:
             return self._sent(parcel)
-        return self._loss(velocity, parcel) if self.training else velocity
+        finally:
+            self.reached = {}
 
     def _note(self, block: Block, leaves: bool, module: nn.Module, args: Any, output: Any) -> None:
         self.reached[block.index] = block.read_output(output)
@@ -201,9 +201,7 @@ class Stage(nn.Module):
         measured = self._boundary_losses(parcel)
         self.means.add(measured)
         if measured:
-            wire = _AddLoss.apply(
-                wire, self.weights["boundary"] * torch.stack(list(measured.values())).sum(), self.scale
-            )
+            wire = _AddLoss.apply(wire, weighted(measured, self.weights), self.scale)
         return wire
 
     def _loss(self, velocity: Tensor, parcel: Parcel) -> Tensor:

@@ -66,7 +66,6 @@ class FineTuner(Training):
             parts,
             settings.kept_lr,
             caller=self.caller,
-            dtype=self.dtype,
             inbox=self.queue,
             weights=self.weights,
             magnitude_weight=recipe.distill.magnitude_weight,
