@@ -77,7 +77,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 KillWait=15
 InactiveLimit=0
 SlurmctldPidFile={state}/slurmctld.pid
