@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.chain import Step, due, steps
+from ppcl_ds.cluster.chain import STEPS, Step, due, steps
 from ppcl_ds.cluster.check import check, nodes_of, variants_of
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
 from ppcl_ds.errors import UserError
@@ -64,6 +65,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
             print(shlex.join(["sbatch", *order]))
         print(f"recipe, shards, topology and Slurm's options are in order; {folder} has the scripts, nothing is queued")
         return
+    stop_file(recipe.run).unlink(missing_ok=True)
     _show(chosen, _queue(recipe.run, chosen, orders))
     print(f"ppcl status {shlex.quote(str(recipe.run))} says how they are, ppcl cancel ends them")
 
@@ -71,8 +73,9 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
 def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     """Everything that the jobs will read, and what it will be good to know later."""
     sources = [file for pattern in _SCRIPTS for file in sorted(recipe.cluster.scripts.glob(pattern))]
-    if not any(file.name == "ranks.sh" for file in sources):
-        raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no ranks.sh; copy the whole folder that ships")
+    needed = [f"{name}.sbatch" for name in STEPS] + ["ranks.sh", "site.env"]
+    if lost := [name for name in needed if name not in {file.name for file in sources}]:
+        raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no {lost[0]}; copy the whole folder that ships")
     files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": path.read_bytes()}
     if recipe.plan_file.exists():
         files["plan.yaml"] = recipe.plan_file.read_bytes()
@@ -80,24 +83,26 @@ def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     for name, content in files.items():
         write_whole(folder / name, content)
     (folder / "logs").mkdir(exist_ok=True)
-    stop_file(recipe.run).unlink(missing_ok=True)
 
 
 def _environment(recipe: Recipe) -> dict[str, object]:
-    source = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
     return {
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version(), "slurm": slurm.version()},
         "topology": recipe.topology.model_dump() | {"nodes": nodes_of(recipe)},
-        "git": git.stdout.strip() or None,
+        "git": _revision(Path(__file__).parent),
         "command": shlex.join(sys.argv),
         "folder": str(Path.cwd()),
     }
+
+
+def _revision(folder: Path) -> str | None:
+    """Of the checkout that a folder is in, with `-dirty` where it has been changed; None if it is in none."""
+    if not shutil.which("git"):
+        return None
+    words = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
