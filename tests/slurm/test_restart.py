@@ -69,7 +69,7 @@ class Distillation:
                 assert checkpoint.part(unit.name, moment, 0, 10**9).numel()
         return checkpoint.contents.step
 
-    def wait(self, what: str, is_so: Callable[[], object], seconds: float = 120) -> None:
+    def wait(self, what: str, is_so: Callable[[], object], seconds: float = 300) -> None:
         end = time.monotonic() + seconds
         while not is_so():
             assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.account.everything()}"
@@ -82,14 +82,16 @@ class Distillation:
         self.wait("a checkpoint", lambda: self.saved > before)
         return self.saved
 
-    def is_requeued(self, seconds: float = 90) -> None:
+    def is_requeued(self, seconds: float = 120) -> None:
         """Wait until it is in line again; see that nothing of it runs any more and that its checkpoint is whole."""
         self.wait("the requeue", lambda: self.state == "PENDING", seconds)
         self.wait("the end of its processes", lambda: not self.daemons.processes(), 30)
         assert self.saved
-        time.sleep(
-            2
-        )  # Slurm counts in seconds: a job that starts in the one it was requeued in has no valid credential
+
+    def is_released(self) -> None:
+        """Have it start now, not in the two minutes that Slurm holds a requeued job."""
+        # Slurm counts in seconds: what starts in the one in which it was requeued has no valid credential.
+        time.sleep(2)
         self.daemons.run("scontrol", "update", f"jobid={self.job}", "starttime=now")
 
 
@@ -104,7 +106,7 @@ def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(
 ) -> None:
     distillation.wait("a start", lambda: distillation.state == "RUNNING")
     before = distillation.saved
-    distillation.is_requeued(seconds=100)
+    distillation.is_requeued(seconds=120)
     distillation.is_released()
     assert distillation.saved > before
     if limit == "second":  # from here on, other things happen to it
