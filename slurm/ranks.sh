@@ -3,7 +3,7 @@
 # Sourced by the scripts whose step runs on several processes, behind site.env:
 #
 #   about RECIPE                 sets: run, the run folder; processes, in all; requeues, how many are allowed
-#   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, whose checkpoints are in FOLDER/checkpoints, to its end
+#   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, the step first, whose checkpoints are in FOLDER/checkpoints
 #
 # How it ends:
 #   all is done                         exit code 0, and what waits for this job starts
@@ -32,7 +32,7 @@ run_ranks() {
     read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # below the ports that systems give away
     each=$((processes / SLURM_JOB_NUM_NODES))
-    logs=$run/slurm/logs/${folder##*/}-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    logs=$run/slurm/logs/$1-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     logs+=/start-$start
     export MASTER_ADDR MASTER_PORT python each logs
     echo "start $start, $(date -Is): $processes processes on $SLURM_JOB_NODELIST, a log of each in $logs"
@@ -57,7 +57,7 @@ run_ranks() {
     elif [[ ! -e $folder/stopped ]]; then
         return
     elif [[ $(cat "$folder/stopped") == STOP ]]; then
-        echo "stopped by $run/STOP; to go on: ppcl submit RECIPE --from ${folder##*/}"
+        echo "stopped by $run/STOP; to go on: ppcl submit RECIPE --from $1"
         scancel "$SLURM_JOB_ID"  # and with it what waits for this job
     else
         requeue "time is up, and there is a checkpoint"
