@@ -3,7 +3,7 @@
 # Sourced by the scripts whose step runs on several processes, behind site.env:
 #
 #   about RECIPE                 sets: run, the run folder; processes, in all; requeues, how many are allowed
-#   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, whose checkpoints are in FOLDER/checkpoints, to its end
+#   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, the step first, whose checkpoints are in FOLDER/checkpoints
 #
 # How it ends:
 #   all is done                         exit code 0, and what waits for this job starts
@@ -13,7 +13,7 @@
 #   a node is lost                      Slurm requeues the job
 
 start=${SLURM_RESTART_COUNT:-0}
-# The number of one of an array's tasks is that of the whole array.
+# SLURM_JOB_ID of an array's last task is that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 told=''
 # Before anything starts, for time may be up while the ranks load. Only this shell is signalled (B:), and passes it on.
@@ -21,12 +21,12 @@ trap 'told=1' USR1 TERM
 
 about() {
     local facts
-    facts=$(srun --nodes=1 --ntasks=1 "${container[@]}" "$python" -m ppcl_ds.cluster.about "$1")
+    facts=$(srun --overlap --nodes=1 --ntasks=1 "${container[@]}" "$python" -m ppcl_ds.cluster.about "$1")
     { read -r run && read -r processes && read -r requeues; } <<<"$facts"
 }
 
 run_ranks() {
-    local folder=$1 latest=$1/checkpoints/latest step=$2 before ranks code=0
+    local folder=$1 latest=$1/checkpoints/latest before ranks code=0
     shift
     before=$(cat "$latest" 2>/dev/null || true)
     rm -f "$folder/stopped"
@@ -34,7 +34,7 @@ run_ranks() {
     read -r MASTER_ADDR < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000))  # below the ports that systems give away
     each=$((processes / SLURM_JOB_NUM_NODES))
-    logs=$run/slurm/logs/$step-$job/start-$start
+    logs=$run/slurm/logs/$1-$job/start-$start
     export MASTER_ADDR MASTER_PORT python each logs
     echo "start $start, $(date -Is): $processes processes on $SLURM_JOB_NODELIST, a log of each in $logs"
 
@@ -58,7 +58,7 @@ run_ranks() {
     elif [[ ! -e $folder/stopped ]]; then
         return
     elif [[ $(cat "$folder/stopped") == STOP ]]; then
-        echo "stopped by $run/STOP; to go on: ppcl submit RECIPE --from $step"
+        echo "stopped by $run/STOP; to go on: ppcl submit RECIPE --from $1"
         scancel "$job"  # and with it what waits for this job
     else
         requeue "time is up, and there is a checkpoint"

@@ -48,6 +48,6 @@ def status(run: RunFolder) -> None:
 @app.command()
 def cancel(run: RunFolder) -> None:
     """Cancel what is left of a run's jobs."""
-    from ppcl_ds.cluster.submit import cancel
+    from ppcl_ds.cluster.submitted import cancel
 
     cancel(run)

@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.submit import Queued, chain_of, folder_of
-from ppcl_ds.errors import UserError
+from ppcl_ds.cluster.submitted import Queued, folder_of, need_chain
 
 _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
@@ -53,10 +52,7 @@ def status(run: Path) -> None:
     Raises:
         UserError: nothing was submitted, or Slurm does not answer.
     """
-    slurm.need_slurm()
-    chain = chain_of(run)
-    if not chain:
-        raise UserError(f"{run}: nothing was submitted (no {folder_of(run)}/jobs.json)")
+    chain = need_chain(run)
     jobs = slurm.jobs_of([queued.job for queued in chain])
     table = Table("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
     faults = []

@@ -1,4 +1,4 @@
-"""`ppcl submit` and `ppcl cancel`: the chain of a run as Slurm jobs, each started when those before it have ended well.
+"""`ppcl submit`: the chain of a run as Slurm jobs, each started when those before it have ended well.
 
 RUN/slurm/
   recipe.yaml, plan.yaml        as they were when the chain was submitted; the jobs read this recipe
@@ -13,20 +13,21 @@ from __future__ import annotations
 import json
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.chain import Step, due, steps
+from ppcl_ds.cluster.chain import STEPS, Step, due, steps
 from ppcl_ds.cluster.check import check, nodes_of, variants_of
+from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.watch.stop import stop_file
@@ -34,37 +35,6 @@ from ppcl_ds.whole import write_whole
 
 _SCRIPTS = ("*.sbatch", "ranks.sh", "site.env")
 _PACKAGES = ("ppcl-ds", "torch", "deepspeed", "diffusers", "transformers", "accelerate", "numpy")
-
-
-class Queued(BaseModel):
-    """A step that has been submitted."""
-
-    step: str
-    job: str
-    tasks: int
-
-
-_CHAIN = TypeAdapter(list[Queued])
-
-
-def folder_of(run: Path) -> Path:
-    """What `ppcl submit` writes of a run."""
-    return run / "slurm"
-
-
-def chain_of(run: Path) -> list[Queued]:
-    """The newest chain that was submitted for a run folder; empty before the first.
-
-    Raises:
-        UserError: the file that says so is damaged.
-    """
-    path = folder_of(run) / "jobs.json"
-    try:
-        return _CHAIN.validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return []
-    except ValidationError:
-        raise UserError(f"{path} is damaged; remove it once none of the run's jobs is in the queue") from None
 
 
 def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None:
@@ -79,7 +49,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
         print(f"{recipe.run}: every step is done; --from STEP does one again, and all that follow")
         return
     check(recipe, chosen)
-    queued = [each.job for each in chain_of(recipe.run)]
+    queued = [each.job for each in read_chain(recipe.run)]
     if busy := [job.number for job in slurm.jobs_of(queued) if not job.over]:
         raise UserError(f"{recipe.run} has jobs in the queue ({', '.join(busy)}); run `ppcl cancel {recipe.run}` first")
     folder = folder_of(recipe.run)
@@ -95,31 +65,17 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
             print(shlex.join(["sbatch", *order]))
         print(f"recipe, shards, topology and Slurm's options are in order; {folder} has the scripts, nothing is queued")
         return
-    _show(chosen, _queue(chosen, orders, folder))
+    stop_file(recipe.run).unlink(missing_ok=True)
+    _show(chosen, _queue(recipe.run, chosen, orders))
     print(f"ppcl status {shlex.quote(str(recipe.run))} says how they are, ppcl cancel ends them")
-
-
-def cancel(run: Path) -> None:
-    """Cancel what is left of a run's newest chain.
-
-    Raises:
-        UserError: none was submitted.
-    """
-    slurm.need_slurm()
-    chain = chain_of(run)
-    if not chain:
-        raise UserError(f"{run}: nothing was submitted (no {folder_of(run)}/jobs.json)")
-    alive = {job.array for job in slurm.jobs_of([each.job for each in chain]) if not job.over}
-    slurm.cancel(sorted(alive))
-    for each in chain:
-        print(f"{each.step} ({each.job}): {'cancelled' if each.job in alive else 'was over'}")
 
 
 def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     """Everything that the jobs will read, and what it will be good to know later."""
     sources = [file for pattern in _SCRIPTS for file in sorted(recipe.cluster.scripts.glob(pattern))]
-    if not any(file.name == "ranks.sh" for file in sources):
-        raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no ranks.sh; copy the whole folder that ships")
+    needed = [f"{name}.sbatch" for name in STEPS] + ["ranks.sh", "site.env"]
+    if lost := [name for name in needed if name not in {file.name for file in sources}]:
+        raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no {lost[0]}; copy the whole folder that ships")
     files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": path.read_bytes()}
     if recipe.plan_file.exists():
         files["plan.yaml"] = recipe.plan_file.read_bytes()
@@ -127,24 +83,26 @@ def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     for name, content in files.items():
         write_whole(folder / name, content)
     (folder / "logs").mkdir(exist_ok=True)
-    stop_file(recipe.run).unlink(missing_ok=True)
 
 
 def _environment(recipe: Recipe) -> dict[str, object]:
-    source = Path(__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        capture_output=True,
-        text=True,
-    )
     return {
         "versions": {name: version(name) for name in _PACKAGES}
         | {"python": platform.python_version(), "slurm": slurm.version()},
         "topology": recipe.topology.model_dump() | {"nodes": nodes_of(recipe)},
-        "git": git.stdout.strip() or None,
+        "git": _revision(Path(__file__).parent),
         "command": shlex.join(sys.argv),
         "folder": str(Path.cwd()),
     }
+
+
+def _revision(folder: Path) -> str | None:
+    """Of the checkout that a folder is in, with `-dirty` where it has been changed; None if it is in none."""
+    if not shutil.which("git"):
+        return None
+    words = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
@@ -170,9 +128,9 @@ def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
     return [*options, *cluster.options, str(script), str(folder / "recipe.yaml"), *step.arguments]
 
 
-def _queue(chosen: Sequence[Step], orders: dict[str, list[str]], folder: Path) -> dict[str, str]:
+def _queue(run: Path, chosen: Sequence[Step], orders: dict[str, list[str]]) -> dict[str, str]:
     """Queue the steps, each behind those it waits for; all or none."""
-    environment = {"PPCL_SLURM": str(folder.resolve()), "PPCL_PYTHON": sys.executable}
+    environment = {"PPCL_SLURM": str(folder_of(run).resolve()), "PPCL_PYTHON": sys.executable}
     jobs: dict[str, str] = {}
     chain: list[Queued] = []
     try:
@@ -180,8 +138,8 @@ def _queue(chosen: Sequence[Step], orders: dict[str, list[str]], folder: Path) -
             waits = [jobs[name] for name in step.after if name in jobs]
             dependency = [f"--dependency=afterok:{':'.join(waits)}"] if waits else []
             jobs[step.name] = slurm.submit([*dependency, *orders[step.name]], environment)
-            chain.append(Queued(step=step.name, job=jobs[step.name], tasks=_tasks(step)))
-            write_whole(folder / "jobs.json", _CHAIN.dump_json(chain, indent=1))
+            chain.append(Queued(step=step.name, job=jobs[step.name]))
+            write_chain(run, chain)
     except BaseException:
         slurm.cancel(list(jobs.values()))
         raise

@@ -70,7 +70,7 @@ class Account:
             cwd=self.home,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=300,
             env=self.daemons.environment | {"PATH": f"{HERE}/.venv/bin:{os.environ['PATH']}", "COLUMNS": "200"},
         )
         assert done.returncode == code, f"{lines}\n{done.stdout}{done.stderr}"
@@ -91,7 +91,7 @@ class Account:
         jobs = self.daemons.states()
         return {step: {state for job, state in jobs if job == number} for step, number in self.chain().items()}
 
-    def waits(self, seconds: float = 420) -> None:
+    def waits(self, seconds: float = 600) -> None:
         """Until the chain has ended well."""
         end = time.monotonic() + seconds
         while True:

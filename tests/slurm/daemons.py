@@ -21,7 +21,7 @@ import psutil
 NODES = ("n1", "n2")
 CORES = 2
 """That each node says it has, whatever this host has."""
-_NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+_NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 
 
 class Daemons:
@@ -77,7 +77,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,sched_min_interval=0
 SlurmdParameters=config_overrides
-ReturnToService=2
+ReturnToService=1
 KillWait=15
 InactiveLimit=0
 SlurmctldPidFile={state}/slurmctld.pid
@@ -99,11 +99,23 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
         self.wait_for("munge's socket", socket_file.exists, 20)
 
     def _start(self, name: str, *command: str) -> None:
-        """In a mount namespace in which /etc/hosts is our own."""
+        """In a mount namespace in which /etc/hosts is our own; it ends with us, even if we are killed."""
         script = 'mount --bind "$1" /etc/hosts && shift && exec "$@"'
         with (self.folder / f"{name}.out").open("wb") as out:
             process = subprocess.Popen(
-                ["unshare", "--mount", "sh", "-c", script, "sh", str(self.hosts), *command],
+                [
+                    "setpriv",
+                    "--pdeathsig",
+                    "TERM",
+                    "unshare",
+                    "--mount",
+                    "sh",
+                    "-c",
+                    script,
+                    "sh",
+                    str(self.hosts),
+                    *command,
+                ],
                 stdout=out,
                 stderr=out,
                 env=self.environment,
