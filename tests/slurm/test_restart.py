@@ -5,20 +5,16 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.watch.board import read_scalars
-from tests.conftest import command, make_recipe
+from tests.conftest import make_recipe
 from tests.distill.test_library import PLAN
 from tests.slurm.conftest import CLUSTER, PAGE, RAN, Account, blocks
 from tests.slurm.daemons import Daemons
+from tests.slurm.training import Training, expect_undisturbed
 
 pytestmark = pytest.mark.slurm
 
@@ -41,69 +37,13 @@ def account(tmp_path_factory: pytest.TempPathFactory, daemons: Daemons, prepared
     return account
 
 
-class Distillation:
-    """The job `distill` of the account, watched and tampered with."""
-
-    def __init__(self, account: Account) -> None:
-        self.account, self.daemons = account, account.daemons
-        self.job = account.chain()["distill"]
-
-    @property
-    def recipe(self) -> Recipe:
-        """With the run folder as this process sees it."""
-        return load_recipe(self.account.recipe).model_copy(update={"run": self.account.run})
-
-    @property
-    def state(self) -> str:
-        return self.daemons.run("squeue", "--noheader", "--states=all", f"--jobs={self.job}", "--format=%T").strip()
-
-    @property
-    def saved(self) -> int:
-        """Step of the newest checkpoint; every byte of it can be read."""
-        if not (self.recipe.distillation.checkpoints / "latest").exists():
-            return 0
-        checkpoint = newest_checkpoint(self.recipe.distillation.checkpoints)
-        for unit in PLAN.units:
-            assert checkpoint.unit(unit.name)
-            for moment in ("exp_avg", "exp_avg_sq"):
-                assert checkpoint.part(unit.name, moment, 0, 10**9).numel()
-        return checkpoint.contents.step
-
-    def wait(self, what: str, is_so: Callable[[], object], seconds: float = 300) -> None:
-        end = time.monotonic() + seconds
-        while not is_so():
-            assert time.monotonic() < end, f"waited {seconds} s for {what}\n{self.account.everything()}"
-            time.sleep(0.3)
-
-    def makes_progress(self) -> int:
-        """Wait for a new checkpoint by a start that is running; returns its step."""
-        self.wait("a start", lambda: self.state == "RUNNING")
-        before = self.saved
-        self.wait("a checkpoint", lambda: self.saved > before)
-        return self.saved
-
-    def is_requeued(self, seconds: float = 120) -> None:
-        """Wait until it is in line again; see that nothing of it runs any more and that its checkpoint is whole."""
-        self.wait("the requeue", lambda: self.state == "PENDING", seconds)
-        self.wait("the end of its processes", lambda: not self.daemons.processes(), 30)
-        assert self.saved
-
-    def is_released(self) -> None:
-        """Have it start now, not in the two minutes that Slurm holds a requeued job."""
-        # Slurm counts in seconds: what starts in the one in which it was requeued has no valid credential.
-        time.sleep(2)
-        self.daemons.run("scontrol", "update", f"jobid={self.job}", "starttime=now")
-
-
 @pytest.fixture(scope="module")
-def distillation(account: Account) -> Distillation:
-    return Distillation(account)
+def distillation(account: Account) -> Training:
+    return Training(account, "distill", [unit.name for unit in PLAN.units])
 
 
 @pytest.mark.parametrize("limit", ["first", "second"])
-def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(
-    distillation: Distillation, limit: str
-) -> None:
+def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(distillation: Training, limit: str) -> None:
     distillation.wait("a start", lambda: distillation.state == "RUNNING")
     before = distillation.saved
     distillation.is_requeued(seconds=120)
@@ -116,7 +56,7 @@ def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(
     assert f"stops behind step {distillation.saved} (SIGUSR1), with a checkpoint" in log
 
 
-def test_a_node_whose_processes_are_killed_ends_all_and_requeues_the_job(distillation: Distillation) -> None:
+def test_a_node_whose_processes_are_killed_ends_all_and_requeues_the_job(distillation: Training) -> None:
     step = distillation.makes_progress()
     for process in distillation.daemons.processes("n2"):
         if process.name() != "slurmstepd":
@@ -130,7 +70,7 @@ def test_a_node_whose_processes_are_killed_ends_all_and_requeues_the_job(distill
     assert "the ranks have failed (exit code 137), but have made a checkpoint since this start: requeue 3" in log
 
 
-def test_a_signal_by_hand_does_what_the_time_limit_does(distillation: Distillation) -> None:
+def test_a_signal_by_hand_does_what_the_time_limit_does(distillation: Training) -> None:
     distillation.makes_progress()
     distillation.account.types("signal")
     distillation.is_requeued()
@@ -138,7 +78,7 @@ def test_a_signal_by_hand_does_what_the_time_limit_does(distillation: Distillati
     assert "time is up, and there is a checkpoint: requeue 4" in distillation.account.log("distill")
 
 
-def test_a_node_that_is_lost_requeues_the_job(distillation: Distillation) -> None:
+def test_a_node_that_is_lost_requeues_the_job(distillation: Training) -> None:
     distillation.makes_progress()
     distillation.daemons.run("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     distillation.is_requeued()
@@ -146,14 +86,14 @@ def test_a_node_that_is_lost_requeues_the_job(distillation: Distillation) -> Non
     distillation.is_released()
 
 
-def test_status_says_how_it_is(distillation: Distillation) -> None:
+def test_status_says_how_it_is(distillation: Training) -> None:
     distillation.makes_progress()
     printed = distillation.account.types("look")
     assert "RUNNING" in printed
     assert " of 100000" in printed
 
 
-def test_a_stop_file_ends_the_run_and_what_waits_for_it(distillation: Distillation) -> None:
+def test_a_stop_file_ends_the_run_and_what_waits_for_it(distillation: Training) -> None:
     account = distillation.account
     distillation.makes_progress()
     account.types("stop")
@@ -164,24 +104,11 @@ def test_a_stop_file_ends_the_run_and_what_waits_for_it(distillation: Distillati
     assert "CANCELLED" in account.shell(f"ppcl status {account.quoted_run}")
 
 
-def test_the_loss_curve_is_that_of_a_run_which_nothing_stopped(distillation: Distillation, tmp_path: Path) -> None:
-    interrupted = distillation.recipe
-    step = distillation.saved
-    run = tmp_path / "run"
-    shutil.copytree(interrupted.run, run, ignore=shutil.ignore_patterns("distill", "slurm", "STOP"))
-    recipe = yaml.safe_load(distillation.account.recipe.read_text()) | {"run": str(run)}
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    command("distill", path, "--until", str(step))
-    found, expected = (
-        {name: points for name, points in read_scalars(board).items() if "/loss/" in name or name == "run/loss"}
-        for board in (interrupted.distillation.board, load_recipe(path).distillation.board)
-    )
-    assert [number for number, _ in expected["run/loss"]] == list(range(1, step + 1))
-    assert found == expected
+def test_the_loss_curve_is_that_of_a_run_which_nothing_stopped(distillation: Training, tmp_path: Path) -> None:
+    expect_undisturbed(distillation, tmp_path, "distill")
 
 
-def test_it_goes_on_and_is_cancelled(distillation: Distillation) -> None:
+def test_it_goes_on_and_is_cancelled(distillation: Training) -> None:
     account = distillation.account
     account.types("go-on")
     assert not (account.run / "STOP").exists()
