@@ -135,7 +135,7 @@ def estimate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
 ) -> None:
-    """Say what training will need: memory by part, work, traffic and time of a step, the smallest cluster that fits.
+    """Say what training will need: memory by part, time of a step; for distilling also traffic and the smallest cluster.
 
     Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
     spans are assumed. A cluster of another size than the topology's keeps its
@@ -197,13 +197,13 @@ def finetune(
         typer.Option("--from", metavar="RUN", help="Run whose trained units it starts with.", show_default="own run"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything that distill checks, print the estimate, stop there.")
+        bool, typer.Option("--dry-run", help="Check everything, print the estimate, stop there.")
     ] = False,
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Stop behind this step; the next start goes on.")
     ] = None,
 ) -> None:
-    """Train one variant end to end: its blocks over the pipeline stages, against data and the teacher's velocity.
+    """Train one variant end to end, its blocks over the pipeline stages, against the teacher's velocity, data, or both.
 
     Starts processes, streams shards and goes on from its newest checkpoint as `ppcl distill` does, in
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.

@@ -148,6 +148,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _tunes_what_it_plans(self) -> Recipe:
+        tuned = self.finetune.variants if self.finetune else ()
+        unknown = [name for name in tuned if name not in self.plan.variants]
+        if unknown and self.plan.rule != "given":  # whose variants stand in another file
+            raise ValueError(f"finetune.variants names '{unknown[0]}', which is not in plan.variants")
+        return self
+
+    @model_validator(mode="after")
     def _fits_the_topology(self) -> Recipe:
         world = self.topology.world
         for name, training in (("distill", self.distill), ("finetune", self.finetune)):
@@ -205,7 +213,8 @@ def open_run(path: Path) -> Recipe:
     """
     if not path.is_dir():
         return load_recipe(path)
-    trained = path / "distill" / "recipe.json"
+    written = [path / "distill" / "recipe.json", *sorted(path.glob("finetune/*/recipe.json"))]
+    trained = next(filter(Path.exists, written), written[0])
     try:
         # The folder may have been moved since: what lies in it is read from where it is now.
         return Recipe.model_validate_json(trained.read_bytes()).model_copy(update={"run": path})

@@ -93,8 +93,9 @@ class WholeOptimizer(UnitOptimizer):
     Args:
         stages: the pipe group, whose ranks hold the model between them; they step together.
         copies: parts whose gradients another stage counts, as it holds the same ones.
-        ema: decay of a moving average of the masters, which starts with those behind the first step; 0: none. It stands
-            in the optimizer's state, as `ema`.
+        ema: largest decay of a moving average of the masters, 0: none. It starts with those behind the first step; behind
+            step t its decay is at most (1 + t) / (10 + t), as in diffusers' `EMAModel`, so that a short training leaves
+            its beginning behind. It stands in the optimizer's state, as `ema`.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class WholeOptimizer(UnitOptimizer):
         for master in self.masters if self.ema else ():
             state = self.optimizer.state[master]
             if "ema" in state:
-                state["ema"].lerp_(master, 1 - self.ema)
+                steps = float(state["step"])
+                state["ema"].lerp_(master, 1 - min(self.ema, (1 + steps) / (10 + steps)))
             elif state:
                 state["ema"] = master.detach().clone()

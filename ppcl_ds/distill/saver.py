@@ -136,6 +136,8 @@ class Saver:
         checkpoint = newest_checkpoint(self.folder)
         step, optimizer, schedule = checkpoint.contents.step, self.engine.optimizer, self.engine.lr_scheduler
         for name, master, start, stop in self._shares():
+            if name not in checkpoint.contents.units and name in self.engine.module.copies:
+                continue  # nothing that was ever written
             master.data[: stop - start] = checkpoint.part(name, "master", start, stop)
             steps = checkpoint.steps_of(name)
             if steps is not None:  # else it has skipped every one so far

@@ -18,9 +18,17 @@ from ppcl_ds.whole import write_whole
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
-_FIXED = ("seed", "noise", "data.captions", "data.images", "data.window", "teacher.precision")
+_FIXED = (
+    "seed",
+    "noise",
+    "data.captions",
+    "data.images",
+    "data.window",
+    "teacher.precision",
+    "distill.magnitude_weight",
+)
 _FIXED_BY_KIND = {
-    "distill": ("micro_batch", "micro_batches_per_step", "magnitude_weight"),
+    "distill": ("micro_batch", "micro_batches_per_step"),
     "finetune": (
         "micro_batch",
         "micro_batches_per_step",

@@ -205,7 +205,8 @@ class Training(ABC):
     def _measured(self) -> dict[str, float]:
         own = self.measured() | self.skipped()
         own["data/bad_samples"] = float(self.data.clean.share())
-        own["run/learning_rate"] = float(self.engine.get_lr()[0])
+        schedule = self.engine.lr_scheduler  # the first part's rate may be a multiple of the recipe's
+        own["run/learning_rate"] = self.settings.optimizer.lr * schedule.lr_lambdas[0](schedule.last_epoch)
         own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
         return own
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -113,3 +113,25 @@ def balanced_bounds(costs: tuple[int, ...], stages: int) -> list[int]:
     finally:
         logging.disable(before)
     return [int(bound) for bound in partition_balanced(list(costs), stages)]
+
+
+def stage_bounds(joined: Sequence[bool], costs: Sequence[float], stages: int) -> list[int]:
+    """First block of each stage of a variant, and behind them the number of blocks: neighbours of about equal cost.
+
+    Args:
+        joined: for each block, whether it has to stay with the one before.
+        costs: of each block, in any unit.
+
+    Raises:
+        UserError: there are more stages than can be cut.
+    """
+    starts = [place for place, stays in enumerate(joined) if not stays]
+    if stages > len(starts):
+        text = "; blocks with linear text stay with the one whose text they read" if any(joined) else ""
+        raise UserError(
+            f"topology.stages is {stages}, but the variant's {len(joined)} blocks can be cut into {len(starts)} stages "
+            f"at most{text}"
+        )
+    edges = [*starts, len(joined)]
+    groups = tuple(int(sum(costs[a:b])) for a, b in pairwise(edges))
+    return [edges[bound] for bound in balanced_bounds(groups, stages)]

@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import Accelerator
-from ppcl_ds.estimate.layout import balanced_bounds
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import Memory, Parts, gathered_memory, teacher_memory
 from ppcl_ds.estimate.question import Question, ask
@@ -20,6 +18,7 @@ from ppcl_ds.estimate.traffic import gathers, ring
 from ppcl_ds.estimate.work import unit_passes
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.planning.parcels import boundaries_of
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Finetune
@@ -111,8 +110,6 @@ def size_tuning(
     asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens)
     layout = asked.layout
     blocks = _blocks_as_units(asked.plan, variant)
-    if layout.stages > len(blocks.units):
-        raise UserError(f"topology.stages is {layout.stages}, but variant '{variant}' has {len(blocks.units)} blocks")
     run = measure(
         asked.files,
         asked.anatomy,
@@ -126,7 +123,9 @@ def size_tuning(
     left = _left(asked, variant, run)
     names = [unit.name for unit in blocks.units]
     costs = [run.work.units[name] * left[name] for name in names]
-    bounds = balanced_bounds(tuple(map(int, costs)), layout.stages)
+    text = {block for unit in asked.plan.width_units(variant) if unit.kind == "text" for block in unit.members}
+    bounds = stage_bounds([unit.span[0] in text for unit in blocks.units], costs, layout.stages)
+    targets = boundaries_of(asked.plan, variant) if settings.boundary_weight else {}
     spread = [names[a:b] for a, b in pairwise(bounds)]
     parameters = {name: round(run.unit_parameters[name] * left[name]) for name in names}
     rest = sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks)
@@ -137,7 +136,16 @@ def size_tuning(
             blocks=len(own),
             parameters=sum(parameters[name] for name in own),
             flop_share=sum(costs[bounds[number] : bounds[number + 1]]) / sum(costs),
-            memory=_memory(number, own, sum(parameters[n] for n in own) + rest, count, asked, run, settings),
+            memory=_memory(
+                number,
+                own,
+                sum(parameters[name] for name in own) + rest,
+                count,
+                sum(len(streams) for place, (_, streams) in targets.items() if names[place] in own),
+                asked,
+                run,
+                settings,
+            ),
         )
         for number, own in enumerate(spread)
     )
@@ -173,10 +181,11 @@ def size_tuning(
 
 
 def _blocks_as_units(plan: Plan, variant: str) -> Plan:
-    """The variant's blocks as units of one block each."""
+    """The variant's blocks as units, the last one up to the teacher's last: the teacher runs to its end."""
+    origins = [origin for origin, _ in plan.places(variant)]
     units = tuple(
-        UnitPlan(name=f"block {number}", span=(origin, origin), streams=("image",))
-        for number, (origin, _) in enumerate(plan.places(variant))
+        UnitPlan(name=f"block {n}", span=(o, plan.blocks - 1 if o == origins[-1] else o), streams=("image",))
+        for n, o in enumerate(origins)
     )
     return Plan(teacher=plan.teacher, blocks=plan.blocks, units=units, variants={})
 
@@ -199,6 +208,7 @@ def _memory(
     own: Sequence[str],
     parameters: int,
     micro_batches: int,
+    targets: int,
     asked: Question,
     run: Measured,
     settings: Finetune,
@@ -207,7 +217,11 @@ def _memory(
 
     - Teacher forward: the block at work, gathered parameters.
     - Pipeline: 1F1B holds the activations of as many micro-batches as there are stages from this one on; with
-      checkpointing what enters each block, and beside it all activations of one block. And every micro-batch's inputs.
+      checkpointing what enters each block, and beside it all activations of one block. And every micro-batch's inputs
+      and targets, as all teacher forwards of a step come first.
+
+    Args:
+        targets: boundary streams that the stage is judged by.
     """
     layout, averages = asked.layout, 4 if settings.ema else 0
     share = -(-parameters // layout.replicas)
@@ -228,7 +242,8 @@ def _memory(
         "pipeline": {
             "activations in flight": in_flight * kept,
             "one block": largest if settings.activation_checkpointing else 0,
-            "inputs": micro_batches * entering[0],  # at most: prompts and latents have fewer channels than streams
+            "inputs": micro_batches * entering[0],  # about: prompts and latents are no larger than what they become
+            "boundary targets": micro_batches * targets * max(entering),  # at most: both streams together
             "gradient on its way to its sum": run.largest_parameter * 4 if run.element < 4 else 0,
         },
     }

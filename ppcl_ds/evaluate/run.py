@@ -37,7 +37,7 @@ def evaluate(recipe: Recipe) -> None:
     files, anatomy = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, files, anatomy)
     for variant in plan.variants:
-        if not (recipe.pruned(variant) / "config.json").exists():
+        if not any((recipe.pruned(name) / "config.json").exists() for name in (variant, finetuned(variant))):
             raise UserError(f"{recipe.pruned(variant)} is missing; run `ppcl consolidate RECIPE` first")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(recipe, caller_for(files.class_name), device)

@@ -59,7 +59,7 @@ class Facts(BaseModel):
         block_share: parameters in the blocks over those in the teacher's.
         blocks, teacher_blocks: number of blocks.
         step: training steps behind the units.
-        finetuned: training steps of the whole variant after that, if any.
+        finetuned: what was trained end to end after that, and how, in a sentence or two; None: nothing.
         single_file: name of the file for ComfyUI, where there is one.
     """
 
@@ -76,7 +76,7 @@ class Facts(BaseModel):
     teacher_blocks: int
     units: Sequence[UnitFacts]
     step: int
-    finetuned: int | None = None
+    finetuned: str | None = None
     single_file: str | None
     quantised: Quantised | None = None
 

@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,13 @@ from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipel
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.shards import MODELING, add_own_code, has_own_code, shard_bytes, write_file, write_model, write_sums
 from ppcl_ds.export.single import single_file_tensors
-from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, unit_shapes, untuned
+from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, untuned
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.files import find_class
 from ppcl_ds.families.heldout import HeldOut, mean_squared
 from ppcl_ds.families.reader import DTYPES, open_teacher
 from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.planning.building import blank_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.planning.variant import Layout, layout
 from ppcl_ds.recipe import Recipe
@@ -92,7 +93,7 @@ def consolidate(
     """
     export = Export(recipe, form)
     plan = export.plan
-    names = list(dict.fromkeys(variants)) or [*plan.variants, *(finetuned(v) for v in export.tuned)]
+    names = list(dict.fromkeys(variants)) or export.names
     for name in names:
         export.check(name)  # an unknown name is refused before anything is written
     if (plug or out) and len(names) != 1:
@@ -141,11 +142,17 @@ class Export:
         """The plan that training began with."""
         return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
 
-    @cached_property
-    def tuned(self) -> dict[str, Tuned]:
-        """Variants of the plan that have been fine-tuned, and what came of it."""
-        begun = [variant for variant in self.plan.variants if self.recipe.finetuning(variant).begun]
-        return {variant: open_tuned(self.recipe.finetuning(variant)) for variant in begun}
+    @property
+    def names(self) -> list[str]:
+        """Everything that can be written; without a library of its own, what was fine-tuned from another run's."""
+        recipe, plan = self.recipe, self.plan
+        tuned = [finetuned(variant) for variant in plan.variants if recipe.finetuning(variant).begun]
+        return [*(plan.variants if recipe.distillation.begun or not tuned else ()), *tuned]
+
+    @lru_cache  # noqa: B019 - an export lives as long as its command
+    def tuned(self, variant: str) -> Tuned:
+        """What fine-tuning left of a variant."""
+        return open_tuned(self.recipe.finetuning(variant))
 
     def check(self, name: str) -> None:
         """Refuse what cannot be written.
@@ -157,13 +164,16 @@ class Export:
         units = self.plan.units_of(variant)
         if name == variant:
             return
-        if variant not in self.tuned:
+        if not self.recipe.finetuning(variant).begun:
             raise UserError(f"'{name}' is not there yet; run `ppcl finetune RECIPE --variant {variant}` first")
         folder = self.recipe.finetuning(variant)
         before = load_plan(folder.plan, self.files, self.anatomy).units_of(variant)
         if units != before:
             plan = self.recipe.plan_file
-            raise UserError(f"{folder.path} was trained with other units than '{variant}' in {plan} has now")
+            raise UserError(
+                f"{folder.path} was trained with other units than '{variant}' in {plan} has now; name other variants with "
+                "--variant, or move it away and fine-tune anew"
+            )
 
     def _layout(self, plan: Plan, name: str) -> Layout:
         variant = untuned(name)
@@ -171,9 +181,9 @@ class Export:
         if name == variant:
             units = partial(unit_sources, self.checkpoint, self.trained)
             return layout(self.files, self.anatomy, plan, variant, units, dtype)
-        shapes = partial(unit_shapes, teacher=self.files.empty_model(), anatomy=self.anatomy)
-        model = layout(self.files, self.anatomy, plan, variant, shapes, dtype)
-        return replace(model, tensors=self.tuned[variant].put_into(model.tensors))
+        blank = partial(blank_unit, files=self.files, anatomy=self.anatomy)
+        model = layout(self.files, self.anatomy, plan, variant, blank, dtype)
+        return replace(model, tensors=self.tuned(variant).put_into(model.tensors))
 
     def write(self, plan: Plan, variant: str, out: Path) -> None:
         """Write one variant: its transformer, what is around it, card and checksums."""
@@ -199,7 +209,7 @@ class Export:
 
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
         places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
-        tuned = self.tuned[untuned(variant)] if variant != untuned(variant) else None
+        tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
         path, anatomy = self.recipe.teacher.path, self.anatomy
         saved = sum(parameters_saved(unit, self.files, anatomy) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
@@ -219,7 +229,7 @@ class Export:
             teacher_blocks=len(anatomy),
             units=[_unit_facts(unit) for unit in chosen],
             step=tuned.origin.step if tuned else self.checkpoint.contents.step,
-            finetuned=tuned.checkpoint.contents.step if tuned else None,
+            finetuned=tuned.words if tuned else None,
             single_file=f"{variant}.safetensors" if self.form.single_file else None,
         )
 

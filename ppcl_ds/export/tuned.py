@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from pydantic import ValidationError
 
 from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.distill.trained import sources_of
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.sources import Source, Sources, held
+from ppcl_ds.errors import UserError
+from ppcl_ds.families.sources import Source, Sources
 from ppcl_ds.finetune.origin import Origin, read_origin
-from ppcl_ds.planning.building import rehearse_unit
-from ppcl_ds.planning.plan import FINETUNED, UnitPlan
-from ppcl_ds.recipe import TrainingFolder
+from ppcl_ds.planning.plan import FINETUNED
+from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.sections import Finetune
 
 
 def finetuned(variant: str) -> str:
@@ -32,6 +32,24 @@ class Tuned:
 
     checkpoint: Checkpoint
     origin: Origin
+    settings: Finetune
+
+    @property
+    def words(self) -> str:
+        """What was trained, for how long, and against what."""
+        settings = self.settings
+        losses = {
+            "the teacher's velocity": settings.velocity_weight,
+            "the data": settings.flow_weight,
+            "the teacher's boundaries": settings.boundary_weight,
+        }
+        what, rest = {
+            "all": ("the whole model was", ""),
+            "neighbours": ("the units and what lies beside them were", " Everything else is the teacher's, unchanged."),
+            "units": ("the units were", " Everything else is the teacher's, unchanged."),
+        }[settings.trainable]
+        against = " and ".join(words for words, weight in losses.items() if weight)
+        return f"Then {what} trained end to end for {self.checkpoint.contents.step:,} steps, against {against}.{rest}"
 
     def put_into(self, tensors: Sources) -> dict[str, Source]:
         """The variant's tensors, those that were trained in the place of what they were before."""
@@ -46,13 +64,8 @@ def open_tuned(folder: TrainingFolder) -> Tuned:
     Raises:
         UserError: it cannot be read.
     """
-    return Tuned(newest_checkpoint(folder.checkpoints), read_origin(folder))
-
-
-def unit_shapes(unit: UnitPlan, teacher: nn.Module, anatomy: Anatomy) -> Sources:
-    """A unit's tensors on the meta device, for a layout whose units all come from somewhere else.
-
-    Args:
-        teacher: on the meta device.
-    """
-    return held(rehearse_unit(unit, teacher, anatomy, next(teacher.parameters()).dtype).core.state_dict())
+    try:
+        settings = Recipe.model_validate_json(folder.recipe.read_bytes()).tuning
+    except (OSError, ValidationError) as fault:
+        raise UserError(f"{folder.recipe} cannot be read ({str(fault).splitlines()[0]})") from None
+    return Tuned(newest_checkpoint(folder.checkpoints), read_origin(folder), settings)

@@ -1,16 +1,13 @@
-"""What of a variant is trained, and how its blocks are cut into stages."""
+"""What of a variant is trained, what its blocks cost, and which of them must stay together."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 from torch import nn
 
-from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.layout import balanced_bounds
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.sources import Sources
 
@@ -18,6 +15,9 @@ Trainable = Literal["all", "neighbours", "units"]
 
 REST = "rest"
 """What belongs to no block: embeddings, the head. Every stage has it."""
+
+IDLE = "idle"
+"""The one part of a stage that has nothing to train: a number that nobody uses."""
 
 
 @dataclass(frozen=True)
@@ -66,29 +66,15 @@ def parts_of(model: nn.Module, tensors: Sources, trainable: Trainable) -> list[P
     return parts
 
 
-def stage_bounds(config: dict[str, Any], keys: Sequence[str], costs: Sequence[float], stages: int) -> list[int]:
-    """First block of each stage, and behind them the number of blocks: neighbours of about equal cost.
-
-    A block whose attention reads a linear of another block's text stays on that block's stage.
+def joined(config: dict[str, Any], keys: Sequence[str]) -> list[bool]:
+    """For each block of a variant, whether it has to stay with the one before: it reads a linear of that one's text.
 
     Args:
         config: the variant's.
         keys: its blocks, as in a state dict.
-        costs: of each block, in any unit.
-
-    Raises:
-        UserError: there are more stages than can be cut.
     """
     reads = set(config.get("linear_text") or ())
-    starts = [place for place, key in enumerate(keys) if key not in reads]
-    if stages > len(starts):
-        text = "; blocks with linear text stay with the one whose text they read" if reads else ""
-        raise UserError(
-            f"topology.stages is {stages}, but the variant's {len(keys)} blocks can be cut into {len(starts)} stages "
-            f"at most{text}"
-        )
-    groups = [sum(costs[a:b]) for a, b in pairwise([*starts, len(keys)])]
-    return [[*starts, len(keys)][bound] for bound in balanced_bounds(tuple(map(int, groups)), stages)]
+    return [key in reads for key in keys]
 
 
 def block_costs(

@@ -16,7 +16,7 @@ from ppcl_ds.data.batch import Prompts
 from ppcl_ds.distill.engine import StudentsEngine
 from ppcl_ds.distill.optimizer import WholeOptimizer
 from ppcl_ds.distill.students import Students
-from ppcl_ds.finetune.parts import REST, Part
+from ppcl_ds.finetune.parts import IDLE, REST, Part
 from ppcl_ds.finetune.stage import Stage, parcel_of
 from ppcl_ds.planning.variant import Layout
 from ppcl_ds.sections import Finetune, Precision
@@ -56,8 +56,8 @@ class Variant(Students):
 
     @property
     def copies(self) -> frozenset[str]:
-        """What belongs to no block, everywhere but on the first stage."""
-        return frozenset(name for name in self.trained if _everywhere(name) and self.stage_id)
+        """What belongs to no block, everywhere but on the first stage; and what stands for nothing."""
+        return frozenset(name for name in self.trained if (_everywhere(name) and self.stage_id) or name == IDLE)
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """One group a part of this stage."""

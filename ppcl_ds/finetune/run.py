@@ -2,69 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from ppcl_ds import launch
-from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.distill.run import check_data, check_students, nodes_of, say_epochs
 from ppcl_ds.distill.start import check_resume
-from ppcl_ds.distill.trained import unit_sources
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.estimate.show import show_tuning
 from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles, empty_model
+from ppcl_ds.families.files import empty_model
 from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.families.sources import Sources
-from ppcl_ds.finetune.origin import Origin
-from ppcl_ds.finetune.parts import stage_bounds
-from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
-from ppcl_ds.planning.variant import Layout, layout
+from ppcl_ds.finetune.parts import joined
+from ppcl_ds.finetune.start import Library, Start
+from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import Recipe, open_run
-from ppcl_ds.sections import Finetune
-
-
-@dataclass(frozen=True)
-class Start:
-    """Everything that fine-tuning starts from, in order.
-
-    Attributes:
-        library: the newest checkpoint of the units' own training.
-        trained: the plan of that training.
-    """
-
-    recipe: Recipe
-    settings: Finetune
-    variant: str
-    plan: Plan
-    files: ModelFiles
-    anatomy: Anatomy
-    library: Checkpoint
-    trained: Plan
-
-    @property
-    def origin(self) -> Origin:
-        """Where the units were trained."""
-        return Origin(checkpoint=self.library.folder, step=self.library.contents.step)
-
-    def units(self, unit: UnitPlan) -> Sources:
-        """A unit's tensors as its library left them."""
-        return unit_sources(self.library, self.trained, unit)
-
-    def layout(self, dtype: torch.dtype | None = None) -> Layout:
-        """The variant as it starts."""
-        return layout(self.files, self.anatomy, self.plan, self.variant, self.units, dtype)
 
 
 def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     """Everything that can be wrong before a process starts.
 
     Args:
-        from_run: the run folder whose library holds the units; None: the recipe's own.
+        from_run: the run folder whose library holds the units; None: the recipe's own. What has begun goes on from its
+            own checkpoint, and needs neither.
 
     Raises:
         UserError: one line that says what.
@@ -80,16 +43,23 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     launch.check_world(recipe.topology.world)
     check_data(recipe, heldout=bool(settings.sample_every))
     check_students(recipe, "finetune")
-    source = (open_run(from_run) if from_run else recipe).distillation
-    library = newest_checkpoint(source.checkpoints)
-    trained = load_plan(source.plan, files, anatomy)
-    start = Start(recipe, settings, variant, plan, files, anatomy, library, trained)
+    folder = recipe.finetuning(variant)
+    library = None
+    if folder.begun:
+        before = load_plan(folder.plan, files, anatomy)
+        check_resume(recipe, folder, "finetune", chosen, before)
+        if before.units_of(variant) != chosen:
+            raise UserError(
+                f"{folder.path} was trained with other units than '{variant}' in {recipe.plan_file} has now; restore "
+                f"the plan, or move {folder.path} away to fine-tune anew"
+            )
+    else:
+        source = (open_run(from_run) if from_run else recipe).distillation
+        library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, files, anatomy))
+    start = Start(recipe, settings, variant, plan, files, anatomy, library)
     config = start.layout().config  # complains of a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
-    stage_bounds(config, keys, [1.0] * len(keys), recipe.topology.stages)
-    folder = recipe.finetuning(variant)
-    if folder.begun:
-        check_resume(recipe, folder, "finetune", chosen, load_plan(folder.plan, files, anatomy))
+    stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
     return start
 
 

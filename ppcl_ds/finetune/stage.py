@@ -24,7 +24,7 @@ from ppcl_ds.distill.students import Means
 from ppcl_ds.families.anatomy import Anatomy, Block, Streams
 from ppcl_ds.families.call import Caller
 from ppcl_ds.families.files import empty_model
-from ppcl_ds.finetune.parts import Part
+from ppcl_ds.finetune.parts import IDLE, Part
 from ppcl_ds.planning.variant import Layout
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
@@ -159,6 +159,9 @@ class Stage(nn.Module):
         named = dict(model.named_parameters())
         here = [part for part in parts if part.place is None or first <= part.place < stop]
         self.parts = {part.name: {name: named[name].requires_grad_(True) for name in part.parameters} for part in here}
+        if not self.parts:  # torch's optimizers want something
+            self.idle = nn.Parameter(torch.zeros(1))
+            self.parts = {IDLE: {IDLE: self.idle}}
         reads = set(layout.config.get("linear_text") or ())
         for block in self.blocks:
             module = model.get_submodule(block.key)

@@ -11,17 +11,19 @@ from torch import Tensor
 from ppcl_ds.distill.engine import StudentsEngine
 from ppcl_ds.distill.rounds import Rounds
 from ppcl_ds.distill.training import Training
+from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.estimate.rehearsal import rehearse
 from ppcl_ds.estimate.work import unit_passes
 from ppcl_ds.families.anatomy import Anatomy, Wanted
 from ppcl_ds.families.files import empty_model
 from ppcl_ds.families.reader import NoisyBatch
 from ppcl_ds.finetune.look import look
-from ppcl_ds.finetune.parts import block_costs, parts_of, stage_bounds
+from ppcl_ds.finetune.origin import Origin
+from ppcl_ds.finetune.parts import block_costs, joined, parts_of
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
-from ppcl_ds.finetune.run import Start
 from ppcl_ds.finetune.stage import parcel_of, weighted
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.finetune.start import Start
+from ppcl_ds.planning.parcels import boundaries_of
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.units.unit import Parcel
 
@@ -43,6 +45,8 @@ class FineTuner(Training):
         }
         title = f"finetune {start.variant}"
         super().__init__(start.recipe, settings, folder, start.plan, start.files, start.anatomy, title)
+        # A step may hold many passes; each is a sign of life.
+        self.pipeline.stage.register_forward_pre_hook(lambda *_: self.stall.moves())
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The variant, over the stages."""
@@ -54,7 +58,7 @@ class FineTuner(Training):
         rehearsal = rehearse(self.files, self.anatomy, shape, tokens)
         costs = block_costs(rehearsal.block_flops, self.anatomy, empty, plan.places(self.start.variant))
         keys = [block.key for block in Anatomy(empty).blocks]
-        self.bounds = stage_bounds(whole.config, keys, costs, recipe.topology.stages)
+        self.bounds = stage_bounds(joined(whole.config, keys), costs, recipe.topology.stages)
         self.flops_of_sample = rehearsal.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
         self.boundaries = boundaries_of(plan, self.start.variant) if settings.boundary_weight else {}
         exits = frozenset(block for block, _ in self.boundaries.values())
@@ -103,7 +107,9 @@ class FineTuner(Training):
     def begin(self) -> None:
         """Also write down where the units were trained."""
         super().begin()
-        self.start.origin.write(self.folder)
+        assert self.start.library is not None
+        checkpoint = self.start.library.checkpoint
+        Origin(checkpoint=checkpoint.folder, step=checkpoint.contents.step).write(self.folder)
 
     def settle(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
@@ -114,7 +120,7 @@ class FineTuner(Training):
         for _ in range(self.engine.micro_batches):
             next(rounds)
             self.queue.append(self.inbox.parcels[own])
-        self.inbox.parcels = {}
+        self.inbox.parcels, rounds.arriving = {}, iter(())  # nothing is kept but what the stage will read
         with self.clock.phase("students"):
             self.engine.train_step()
 
@@ -139,19 +145,3 @@ class FineTuner(Training):
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and pictures, the variant beside the teacher."""
         return look(self.recipe, self.tuning.quantiles, self.caller, self.teacher, self.engine, self.device)
-
-
-def boundaries_of(plan: Plan, variant: str) -> dict[int, tuple[int, tuple[str, ...]]]:
-    """Where a variant can be compared with its teacher: behind each unit.
-
-    Returns:
-        Number of the variant's block -> the teacher's block whose leaving streams its own should be, and which streams.
-    """
-    origins = [origin for origin, _ in plan.places(variant)]
-    found: dict[int, tuple[int, tuple[str, ...]]] = {}
-    for unit in plan.units_of(variant):
-        last = unit.span[1]
-        place = max(number for number, origin in enumerate(origins) if origin <= last)
-        streams = unit.streams if unit.kind == "depth" else ("image", *(unit.streams if unit.kind == "text" else ()))
-        found[place] = (last, streams)
-    return found

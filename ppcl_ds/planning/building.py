@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from ppcl_ds.families.anatomy import Anatomy, Block, Streams
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.modeling_pruned import ModulatedText, make_text_linear, narrow_ffn
+from ppcl_ds.families.sources import Source
 from ppcl_ds.planning.plan import UnitPlan
 from ppcl_ds.units.depth import DepthUnit, depth_unit
 from ppcl_ds.units.unit import Unit
@@ -56,3 +58,12 @@ def rehearse_unit(plan: UnitPlan, model: nn.Module, anatomy: Anatomy, dtype: tor
     if plan.kind == "text":
         return TextUnit(plan.outputs, block.text_channels, dtype).to("meta")
     return FFNUnit({s: module.get_submodule(block.ffn[s]) for s in plan.streams}, plan.keep, dtype)
+
+
+def blank_unit(plan: UnitPlan, files: ModelFiles, anatomy: Anatomy) -> dict[str, Source]:
+    """A unit's tensors, all zeros, where others are going to take their place; float32, by their name in the unit."""
+    tensors = rehearse_unit(plan, files.empty_model(), anatomy, torch.float32).core.state_dict()
+    return {
+        name: Source(tensor.shape, torch.float32, partial(torch.zeros, tensor.shape))
+        for name, tensor in tensors.items()
+    }

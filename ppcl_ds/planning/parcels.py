@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppcl_ds.families.anatomy import ATTENTION, Anatomy, Capture, Wanted
-from ppcl_ds.planning.plan import Plan, UnitPlan, modulated
+from ppcl_ds.planning.plan import Plan, Stream, UnitPlan, modulated
 from ppcl_ds.units.unit import Parcel
 
 
@@ -55,3 +55,22 @@ def _of_ffn(unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy:
         targets={stream: returned for stream, (_, returned) in parts.items()},
         text_mask=text_mask,
     )
+
+
+def boundaries_of(plan: Plan, variant: str) -> dict[int, tuple[int, tuple[Stream, ...]]]:
+    """Where a variant can be compared with its teacher: behind each unit.
+
+    Returns:
+        Number of the variant's block -> the teacher's block whose leaving streams its own should be, and which streams.
+    """
+    origins = [origin for origin, _ in plan.places(variant)]
+    found: dict[int, tuple[int, tuple[Stream, ...]]] = {}
+    for unit in plan.units_of(variant):
+        last = unit.span[1]
+        place = max(number for number, origin in enumerate(origins) if origin <= last)
+        streams = unit.streams
+        if unit.kind != "depth":  # attention mixes the streams; nobody reads the text behind the last block
+            streams = ("image", *(stream for stream in streams if stream == "text" and last < plan.blocks - 1))
+        _, others = found.get(place, (last, ()))
+        found[place] = last, tuple(dict.fromkeys((*others, *streams)))
+    return found

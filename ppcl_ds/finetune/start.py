@@ -1,0 +1,58 @@
+"""What a fine-tuning starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ppcl_ds.distill.checkpoint import Checkpoint
+from ppcl_ds.distill.trained import unit_sources
+from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.families.sources import Sources
+from ppcl_ds.planning.building import blank_unit
+from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.variant import Layout, layout
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import Finetune
+
+
+@dataclass(frozen=True)
+class Library:
+    """Trained units.
+
+    Attributes:
+        checkpoint: of their training.
+        trained: the plan of that training.
+    """
+
+    checkpoint: Checkpoint
+    trained: Plan
+
+
+@dataclass(frozen=True)
+class Start:
+    """Everything that fine-tuning starts from, in order.
+
+    Attributes:
+        library: where the units were trained; None: the variant has a checkpoint of its own to go on from.
+    """
+
+    recipe: Recipe
+    settings: Finetune
+    variant: str
+    plan: Plan
+    files: ModelFiles
+    anatomy: Anatomy
+    library: Library | None
+
+    def units(self, unit: UnitPlan) -> Sources:
+        """A unit's tensors as its library left them; zeros where they will come from the variant's own checkpoint."""
+        if self.library is None:
+            return blank_unit(unit, self.files, self.anatomy)
+        return unit_sources(self.library.checkpoint, self.library.trained, unit)
+
+    def layout(self, dtype: torch.dtype | None = None) -> Layout:
+        """The variant as it starts."""
+        return layout(self.files, self.anatomy, self.plan, self.variant, self.units, dtype)
