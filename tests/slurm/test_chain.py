@@ -105,7 +105,7 @@ def test_scripts_are_submitted_by_hand(account: Account) -> None:
     (account.home / "slurm" / "site.env").open("a").write(SITE)
     jobs = re.findall(r"Submitted batch job (\d+)", account.types("by-hand"))
     assert len(jobs) == 2
-    account.daemons.wait_for("their end", lambda: account.daemons.ended(*jobs), 120)
+    account.daemons.wait_for("their end", lambda: account.daemons.ended(*jobs), 300)
     assert {state for job, state in account.daemons.states() if job in jobs} == {"COMPLETED"}
 
 
@@ -113,7 +113,7 @@ def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
     [lost] = (account.run / "distill" / "checkpoints").glob("step-*/rank-00001.safetensors")
     lost.unlink()
     account.shell("ppcl submit my.yaml --from distill")
-    account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 120)
+    account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 300)
     assert account.states() == {"distill": {"FAILED"}, "consolidate": {"CANCELLED"}, "evaluate": {"CANCELLED"}}
     assert "without a checkpoint since this start; not requeued" in account.log("distill")
     printed = account.shell(f"ppcl status {account.quoted_run}")
