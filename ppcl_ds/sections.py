@@ -300,8 +300,8 @@ class Finetune(Training):
     kept_lr: float = Field(default=1.0, gt=0)
     """Learning rate of whatever is not a unit, as a multiple of `optimizer.lr`."""
     ema: Share = 0.0
-    """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. Behind step t it is
-    at most (1 + t) / (10 + t). Held-out losses and pictures are of the weights themselves."""
+    """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. Behind step t it
+    is at most (1 + t) / (10 + t). Held-out losses and pictures are of the weights themselves."""
     quantiles: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Noise levels at which losses on held-out data are taken, every `sample_every` steps."""
 

@@ -93,9 +93,9 @@ class WholeOptimizer(UnitOptimizer):
     Args:
         stages: the pipe group, whose ranks hold the model between them; they step together.
         copies: parts whose gradients another stage counts, as it holds the same ones.
-        ema: largest decay of a moving average of the masters, 0: none. It starts with those behind the first step; behind
-            step t its decay is at most (1 + t) / (10 + t), as in diffusers' `EMAModel`, so that a short training leaves
-            its beginning behind. It stands in the optimizer's state, as `ema`.
+        ema: largest decay of a moving average of the masters, 0: none. It starts with those behind the first step;
+            behind step t its decay is at most (1 + t) / (10 + t), as in diffusers' `EMAModel`, so that a short training
+            leaves its beginning behind. It stands in the optimizer's state, as `ema`.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ppcl_ds.estimate.accelerators import Accelerator
+from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import Memory, Parts, gathered_memory, teacher_memory
 from ppcl_ds.estimate.question import Question, ask

@@ -171,8 +171,8 @@ class Export:
         if units != before:
             plan = self.recipe.plan_file
             raise UserError(
-                f"{folder.path} was trained with other units than '{variant}' in {plan} has now; name other variants with "
-                "--variant, or move it away and fine-tune anew"
+                f"{folder.path} was trained with other units than '{variant}' in {plan} has now; name other variants "
+                "with --variant, or move it away and fine-tune anew"
             )
 
     def _layout(self, plan: Plan, name: str) -> Layout:

@@ -27,7 +27,7 @@ from ppcl_ds.watch.board import read_scalars
 from tests.conftest import TEACHERS, command, mix_shapes
 from tests.export.trained import pretend_trained
 
-STEPS = 5
+STEPS = 8
 SETTINGS = {
     "steps": STEPS,
     "micro_batch": 4,
@@ -43,7 +43,7 @@ SETTINGS = {
     "keep_checkpoints": STEPS,
 }
 TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2)]
-"""Stages and replicas; a run goes on with the next pair where the one before was stopped."""
+"""Stages and replicas; a run goes on with the next pair a step later than the one before, for at least five steps."""
 
 SPANS = {
     "qwen": {"early": (0, 1), "late": (4, 5)},
@@ -133,10 +133,9 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
         optimizer.zero_grad()
         found.losses.append(sums)
         found.weights = {name: p.detach().clone() for name, p in student.named_parameters()}
-        found.averages = {
-            name: torch.lerp(found.averages.get(name, now), now, 1 - settings.ema)
-            for name, now in found.weights.items()
-        }
+        found.moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in student.named_parameters()}
+        before, decay = found.averages or found.weights, min(settings.ema, (2 + step) / (11 + step))
+        found.averages = {name: before[name].lerp(now, 1 - decay) for name, now in found.weights.items()}
     return found
 
 

@@ -73,7 +73,10 @@ def test_a_begun_fine_tuning_goes_on_only_as_it_began(new_run: Callable[..., Pat
             check(load_recipe(path), "small", None)
     plan = recipe.plan_file.read_text()
     recipe.plan_file.write_text(plan.replace("span: [3, 4]", "span: [2, 4]").replace("[early, late]", "[late]"))
-    with pytest.raises(UserError, match=r"unit 'late' on blocks .* was not trained"):
+    with pytest.raises(UserError, match=r"was trained with other units than .* has, such as 'late'"):
+        check(recipe, "small", None)
+    recipe.plan_file.write_text(plan.replace("[early, late]", "[late]"))
+    with pytest.raises(UserError, match=r"was trained with other units than 'small' in .* has now"):
         check(recipe, "small", None)
 
 

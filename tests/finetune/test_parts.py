@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,12 @@ from torch import Tensor
 import ppcl_ds
 from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.distill.trained import unit_state
+from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.families.call import caller_for
 from ppcl_ds.families.reader import NoisyStream, open_teacher
-from ppcl_ds.finetune.parts import stage_bounds
-from ppcl_ds.planning.plan import load_plan
+from ppcl_ds.finetune.parts import joined
+from ppcl_ds.planning.parcels import boundaries_of
+from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe
 from tests.conftest import command
@@ -97,7 +100,7 @@ def test_everything_is_trained_and_leaves_the_run_as_a_model(new_run: Callable[.
     averages = {name: t for part in checkpoint.contents.units for name, t in checkpoint.unit(part, "ema").items()}
     torch.testing.assert_close({name: after[name] for name in averages}, averages, rtol=0, atol=0)
     card = (plain.pruned("mixed-finetuned").parent / "README.md").read_text()
-    assert "Then the whole model was trained for 2 steps" in card
+    assert "Then the whole model was trained end to end for 2 steps, against the teacher's velocity." in card
     assert "Everything else is the teacher's, unchanged" not in card
     assert "Everything else is the teacher's, unchanged" in (plain.pruned("mixed").parent / "README.md").read_text()
 
@@ -105,7 +108,36 @@ def test_everything_is_trained_and_leaves_the_run_as_a_model(new_run: Callable[.
 def test_blocks_that_share_their_text_stay_together() -> None:
     config = {"linear_text": ["blocks.2", "blocks.3"]}
     keys = [f"blocks.{number}" for number in range(6)]
-    assert stage_bounds(config, keys, [1.0] * 6, 2) == [0, 4, 6]
-    assert stage_bounds({}, keys, [1.0] * 6, 3) == [0, 2, 4, 6]
+    assert stage_bounds(joined(config, keys), [1.0] * 6, 2) == [0, 4, 6]
+    assert stage_bounds(joined({}, keys), [1.0] * 6, 3) == [0, 2, 4, 6]
     with pytest.raises(ppcl_ds.errors.UserError, match="can be cut into 4 stages at most; blocks with linear text"):
-        stage_bounds(config, keys, [1.0] * 6, 5)
+        stage_bounds(joined(config, keys), [1.0] * 6, 5)
+
+
+def test_a_stage_with_nothing_to_train_passes_on_what_the_others_need(new_run: Callable[..., Path]) -> None:
+    """Both units are on the first of two stages, and its moving average is there after a restart, too."""
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = SETTINGS | {"trainable": "units", "ema": 0.5}
+    path.write_text(yaml.safe_dump(raw))
+    spans = {"one": (0, 1), "two": (2, 3)}
+    units = tuple(UnitPlan(name=name, span=span, streams=("image", "text")) for name, span in spans.items())
+    plan = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=units, variants={"small": ("one", "two")})
+    recipe = pretend_trained(path, "qwen", plan=plan)
+    command("finetune", path, "--variant", "small", "--until", "1")
+    shutil.rmtree(recipe.distillation.path)  # what has begun needs the library no more
+    command("finetune", path, "--variant", "small")
+    checkpoint = newest_checkpoint(recipe.finetuning("small").checkpoints)
+    assert list(checkpoint.contents.units) == ["transformer_blocks.0", "transformer_blocks.1"]
+    assert checkpoint.contents.step == 2
+    command("consolidate", path)
+    assert [folder.name for folder in recipe.pruned("small").parents[1].iterdir()] == ["small-finetuned"]
+    command("evaluate", path)
+
+
+def test_a_variant_is_compared_with_its_teacher_behind_each_unit() -> None:
+    group = UnitPlan(name="group", kind="text", span=(1, 3), streams=("text",))
+    line = UnitPlan(name="line", kind="ffn", span=(3, 3), streams=("image",))
+    span = UnitPlan(name="span", span=(4, 5), streams=("image",))
+    plan = Plan(teacher="", blocks=6, units=(group, line, span), variants={"all": ("group", "line", "span")})
+    assert boundaries_of(plan, "all") == {3: (3, ("image", "text")), 4: (5, ("image",))}
