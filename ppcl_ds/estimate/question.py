@@ -48,6 +48,7 @@ def ask(
     gpus_per_node: int,
     latent_size: tuple[int, int] | None,
     text_tokens: int | None,
+    variant: str | None = None,
 ) -> Question:
     """Read everything that an estimate needs; no weights.
 
@@ -55,6 +56,7 @@ def ask(
         training: the section of the recipe that is estimated.
         latent_size: H and W of a sample; the recipe's by default.
         text_tokens: tokens of its prompt; the recipe's by default.
+        variant: that is asked about; the whole library by default.
 
     Raises:
         UserError: recipe, plan, teacher and cluster do not go together; the message says which.
@@ -69,7 +71,10 @@ def ask(
     elif recipe.plan.rule == "given" and recipe.plan.given:
         plan, words = load_plan(recipe.plan.given, files, anatomy), str(recipe.plan.given)
     else:
-        plan, words = assume_plan(recipe.plan.variants, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
+        shares = {name: share for name, share in recipe.plan.variants.items() if variant in (None, name)}
+        if not shares:
+            raise UserError(f"variant '{variant}' is not in plan.variants: {', '.join(recipe.plan.variants)}")
+        plan, words = assume_plan(shares, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
     side = recipe.data.images.latent_size
     sharing = settings_of(recipe, training, gpus_per_node)
     if layout.world % sharing.ranks_per_copy:

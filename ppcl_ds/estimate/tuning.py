@@ -108,7 +108,7 @@ def size_tuning(
     Raises:
         UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
     """
-    asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens)
+    asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens, variant)
     layout = asked.layout
     blocks = _blocks_as_units(asked.plan, variant)
     run = measure(
