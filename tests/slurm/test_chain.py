@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ppcl_ds.cluster.chain import STEPS
 from ppcl_ds.sections import shipped
 from tests.slurm.conftest import CLUSTER, SITE, Account
 from tests.slurm.daemons import Daemons
@@ -72,16 +73,7 @@ def test_the_chain_gives_the_numbers_of_a_single_machine(account: Account, local
 
 
 def test_each_step_ran_as_its_jobs(account: Account) -> None:
-    tasks = {
-        "encode": 2,
-        "probe": 2,
-        "merge": 1,
-        "plan": 1,
-        "distill": 1,
-        "finetune": 1,
-        "consolidate": 4,
-        "evaluate": 1,
-    }
+    tasks = dict.fromkeys(STEPS, 1) | {"encode": 2, "probe": 2, "consolidate": 4}
     assert list(account.chain()) == list(tasks)
     logs = account.run / "slurm" / "logs"
     assert {step: len(list(logs.glob(f"{step}-*.out"))) for step in tasks} == tasks
@@ -123,8 +115,7 @@ def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
     lost.unlink()
     account.shell("ppcl submit my.yaml --from distill")
     account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 300)
-    waiting = dict.fromkeys(("finetune", "consolidate", "evaluate"), {"CANCELLED"})
-    assert account.states() == {"distill": {"FAILED"}, **waiting}
+    assert account.states() == {"distill": {"FAILED"}} | {step: {"CANCELLED"} for step in STEPS[5:]}
     assert "without a checkpoint since this start; not requeued" in account.log("distill")
     printed = account.shell(f"ppcl status {account.quoted_run}")
     [line] = [line for line in printed.splitlines() if line.startswith("distill: ")]
