@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,8 @@ from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("no deadline", deadline=None)  # the machine may be busy with other test files
+hypothesis.settings.load_profile("no deadline")
 
 WORDS = ["zero", "one", "two", "three"]
 

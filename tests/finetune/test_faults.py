@@ -106,7 +106,7 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     recipe.plan_file.rename(recipe.run / "kept.yaml")  # before there is a plan, one is assumed
     for variant, share in (("small", 0.5), ("medium", 0.34)):
         early = size_tuning(recipe, begin.settings, variant, 1, 3, ACCELERATORS["h100"])
-        assert early.parameters - rest == pytest.approx((1 - share) * 6 * blocks[0], rel=0.01)
+        assert early.parameters - rest == pytest.approx((1 - share) * 6 * blocks[0], abs=blocks[0] / 2)
     (recipe.run / "kept.yaml").rename(recipe.plan_file)
     printed = command("finetune", path, "--variant", "small", "--dry-run")
     assert "pipeline, of which each stage waits 25%" in printed

@@ -88,9 +88,8 @@ def test_a_node_that_is_lost_requeues_the_job(distillation: Training) -> None:
 
 def test_status_says_how_it_is(distillation: Training) -> None:
     distillation.makes_progress()
-    printed = distillation.account.types("look")
-    assert "RUNNING" in printed
-    assert " of 100000" in printed
+    distillation.wait("a line of progress", lambda: " of 100000" in distillation.account.types("look"))
+    assert "RUNNING" in distillation.account.types("look")
 
 
 def test_a_stop_file_ends_the_run_and_what_waits_for_it(distillation: Training) -> None:
