@@ -27,6 +27,9 @@ from benchmarks.schedule import trace
 from benchmarks.step import time_in_turns
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
+from ppcl_ds.finetune.run import check
+from ppcl_ds.finetune.trainer import FineTuner
+from ppcl_ds.recipe import load_recipe
 
 STAGES = 4
 VARIANT = "half"
@@ -43,12 +46,8 @@ def ready(folder: Path, work: Workload) -> Path:
     return path
 
 
-def tuner(recipe: str) -> Any:
+def tuner(recipe: str) -> FineTuner:
     """The product's fine-tuning on this rank; all ranks together."""
-    from ppcl_ds.finetune.run import check
-    from ppcl_ds.finetune.trainer import FineTuner
-    from ppcl_ds.recipe import load_recipe
-
     return FineTuner(check(load_recipe(Path(recipe)), VARIANT, None))
 
 
@@ -63,7 +62,8 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     ours = tuner(recipe)
     rounds = ours.rounds(0)
     start = ours.start
-    state = partial(unit_state, start.library, start.trained)
+    assert start.library is not None
+    state = partial(unit_state, start.library.checkpoint, start.library.trained)
     student: Any = assembled(start.files, start.anatomy, start.plan, VARIANT, state).requires_grad_(True)
     assert start.files.model_class is not None
     teacher = start.files.model_class.from_pretrained(start.files.folder).eval()
@@ -132,7 +132,7 @@ def idle_row(folder: Path, micro_batches: int, block_seconds: float, repeats: in
 def main(json: JsonFile = None, quick: Quick = False) -> None:
     """Time a step against a plain loop, and measure idle shares."""
     repeats = 2 if quick else 5
-    work = Workload(8, 256, micro_batch=2) if quick else Workload(8, 512, micro_batch=4, micro_batches=8)
+    work = Workload(8, 256, micro_batch=2) if quick else Workload(8, 256, micro_batch=4, micro_batches=8)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for stages in (1, 2):
