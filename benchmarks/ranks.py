@@ -14,6 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+from ppcl_ds import launch
+
 Device = Literal["cpu", "cuda"]
 
 THREADS = 1
@@ -68,6 +70,7 @@ def be_a_rank(folder: Path) -> None:
     module, _, function = order["task"].partition(":")
     answer = getattr(importlib.import_module(module), function)(**order["arguments"])
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(answer))
+    launch.end()
 
 
 if __name__ == "__main__":

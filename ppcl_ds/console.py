@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ppcl_ds import launch
 from ppcl_ds.errors import UserError
 
 Item = TypeVar("Item")
@@ -44,7 +45,14 @@ def run(app: typer.Typer) -> None:
         app()
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except SystemExit as way_out:
+        code = int(way_out.code or 0)
+    else:
+        code = 0
+    if launch.is_rank():
+        launch.end(code)
+    sys.exit(code)
 
 
 def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:

@@ -5,6 +5,7 @@ torch and DeepSpeed are imported where they are used: the commands that start no
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -127,3 +128,16 @@ def leave() -> None:
 
     dist.barrier()
     dist.destroy_process_group()
+
+
+def end(code: int = 0) -> NoReturn:
+    """End this rank's process, once there is nothing more to do, without taking its interpreter down.
+
+    DeepSpeed keeps process groups for as long as it is loaded, and with them threads of gloo, each of which may hold
+    the last reference to a tensor that went to another rank. Such a thread needs the interpreter to let go of it, and
+    aborts the process where the interpreter is on its way down (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -81,6 +81,7 @@ def be_a_rank(path: Path) -> None:
     }
     torch.save(found, path.parent / f"rank{dist.get_rank()}.pt")
     launch.leave()
+    launch.end()
 
 
 Found = dict[str, tuple[list[Weights], dict[str, int]]]

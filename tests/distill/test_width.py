@@ -254,6 +254,7 @@ def be_a_rank(path: Path) -> None:
         found[name, "teacher"] = velocity(teacher, recipe, dtype)
     torch.save(found, path.parent / f"velocities {rank}.pt")
     launch.leave()
+    launch.end()
 
 
 @torch.no_grad()

@@ -92,6 +92,7 @@ def be_a_rank(folder: Path) -> None:
                 found[f"{family} afterwards"] = velocity(family, engine, dtype, seed=rank)
     torch.save(found, folder / f"rank{rank}.pt")
     launch.leave()
+    launch.end()
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,7 @@ def be_a_rank(folder: Path) -> None:
         found[f"{family} poisoned"] = velocity(family, engine, batch)
     torch.save(found, folder / f"rank{rank}.pt")
     launch.leave()
+    launch.end()
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def main(path: Path) -> None:
     if dist.get_rank() == 0:
         merge_parts(recipe, files, anatomy)
     launch.leave()
+    launch.end()
 
 
 if __name__ == "__main__":
