@@ -135,7 +135,7 @@ def estimate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
 ) -> None:
-    """Say what training will need: memory by part, time of a step; for distilling, traffic and the smallest cluster.
+    """Say what training will need: memory by part, traffic and time of a step, and the smallest cluster.
 
     Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
     spans are assumed. A cluster of another size than the topology's keeps its

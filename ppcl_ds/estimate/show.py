@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
@@ -17,52 +17,49 @@ from ppcl_ds.estimate.tuning import Tuning
 
 def show(estimate: Estimate) -> None:
     """Print what a run needs, where it goes, and the verdict."""
-    console = Console(highlight=False)
-    for line in _assumptions(estimate):
-        console.print(line, soft_wrap=True, markup=False)
-    for table in (_memory(estimate), _step(estimate), _stages(estimate), _probing(estimate)):
-        console.print(table)
-    for line in _verdict(estimate):
-        console.print(line, soft_wrap=True, markup=False)
+    tables = _memory(estimate), _step(estimate, "unit training"), _stages(estimate), _probing(estimate)
+    _print(_assumptions(estimate), tables, _verdict(estimate, "distill"))
 
 
 def show_tuning(tuning: Tuning) -> None:
     """Print what fine-tuning a variant needs, and the verdict."""
-    console = Console(highlight=False)
-    lines = [
-        f"variant: {tuning.variant}, {_count(tuning.parameters)} parameters; plan: {tuning.plan}",
-        f"sample: latents {'x'.join(map(str, tuning.latents))}, {tuning.text_tokens} text tokens; {tuning.samples} "
-        f"samples a step, {tuning.micro_batches} micro-batches in each pipeline, {tuning.precision}",
-        f"cluster: {_words(tuning.cluster)}; {tuning.accelerator.name} at {tuning.utilisation:.0%} of "
-        f"{tuning.accelerator.tflops:g} TFLOP/s",
-    ]
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
-    step = Table("", "seconds", title="A step")
-    step.add_row("teacher forwards", _seconds(tuning.teacher))
-    step.add_row(f"pipeline, of which each stage waits {tuning.idle:.0%}", _seconds(tuning.pipeline))
-    step.add_row("gradient reduction", _seconds(tuning.reducing))
-    step.add_section()
-    step.add_row("step", _seconds(tuning.seconds))
     stages = Table("stage", "blocks", "parameters", "FLOPs", "peak", title="Stages")
     for number, stage in enumerate(tuning.stages):
         share = f"{stage.flop_share:.1%}"
         stages.add_row(str(number), str(stage.blocks), _count(stage.parameters), share, _bytes(stage.memory.peak))
-    for table in (_memory(tuning), step, stages):
+    step = _step(tuning, "pipeline")
+    step.caption = f"{step.caption}\na stage waits {tuning.idle:.0%} of the pipeline's time"
+    lines = (
+        f"variant: {tuning.variant}, {_count(tuning.parameters)} parameters; plan: {tuning.plan}",
+        f"{_sample(tuning)}, {tuning.micro_batches} micro-batches of them in each pipeline",
+        *_where(tuning),
+    )
+    _print(lines, (_memory(tuning), step, stages), _verdict(tuning, "finetune"))
+
+
+def _print(before: Iterable[str], tables: Iterable[Table], behind: Iterable[str]) -> None:
+    console = Console(highlight=False)
+    for line in before:
+        console.print(line, soft_wrap=True, markup=False)
+    for table in tables:
         console.print(table)
-    console.print(_fit(tuning), soft_wrap=True, markup=False)
-
-
-def _fit(e: Estimate | Tuning) -> str:
-    peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
-    return f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+    for line in behind:
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _assumptions(e: Estimate) -> Iterator[str]:
     yield f"teacher: {e.teacher}, {_count(e.teacher_parameters)} parameters"
     yield f"plan: {e.plan}; {e.units} units, {_count(e.unit_parameters)} parameters"
+    yield _sample(e)
+    yield from _where(e)
+
+
+def _sample(e: Estimate | Tuning) -> str:
     size = "x".join(map(str, e.latents))
-    yield f"sample: latents {size}, {e.text_tokens} text tokens; {e.samples} samples a step, {e.precision}"
+    return f"sample: latents {size}, {e.text_tokens} text tokens, {e.precision}; {e.samples} samples a step"
+
+
+def _where(e: Estimate | Tuning) -> Iterator[str]:
     speed = f"{e.utilisation:.0%} of {e.accelerator.tflops:g} TFLOP/s"
     yield f"cluster: {_words(e.cluster)}; {e.accelerator.name} at {speed}"
     yield from (f"note: {note}" for note in e.notes)
@@ -85,11 +82,11 @@ def _memory(e: Estimate | Tuning) -> Table:
     return table
 
 
-def _step(e: Estimate) -> Table:
+def _step(e: Estimate | Tuning, training: str) -> Table:
     step = e.step
     table = Table("", "computed", "in the node", "between nodes", "seconds", title="A step of the busiest process")
     table.add_row("teacher forward", _flops(step.teacher_flops), *_links(step.gathers), _seconds(step.teacher))
-    table.add_row("unit training", _flops(step.unit_flops), *_links(step.exchange), _seconds(step.units))
+    table.add_row(training, _flops(step.unit_flops), *_links(step.exchange), _seconds(step.units))
     table.add_row("gradient reduction", "", *_links(step.reduction), _seconds(step.reducing))
     table.add_section()
     table.add_row("step", "", "", "", _seconds(step.seconds))
@@ -122,14 +119,15 @@ def _probing(e: Estimate) -> Table:
     return table
 
 
-def _verdict(e: Estimate) -> Iterator[str]:
-    yield _fit(e)
+def _verdict(e: Estimate | Tuning, section: str) -> Iterator[str]:
+    peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
+    yield f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
     if e.smallest is not None:
         yield f"smallest cluster that fits: {_words(e.smallest)}"
     else:
         yield (
-            "no cluster of up to 128 such nodes fits; these take less memory: distill.activation_checkpointing, "
-            "distill.optimizer.offload, a smaller distill.micro_batch, a larger teacher.ranks_per_copy"
+            f"no cluster of up to 128 such nodes fits; these take less memory: {section}.activation_checkpointing, "
+            f"{section}.optimizer.offload, a smaller {section}.micro_batch, a larger teacher.ranks_per_copy"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_ds.errors import UserError
@@ -15,6 +17,7 @@ from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import Step, step_of
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import Precision, Topology, Training
 
 _MOST_NODES = 128
 """Largest cluster that is searched for one that is large enough."""
@@ -171,7 +174,7 @@ def size_run(
         cluster=cluster_of(layout),
         accelerator=accelerator,
         utilisation=utilisation,
-        notes=_notes(recipe, layout.world, micro_batches),
+        notes=notes_on("distill", settings, recipe.teacher.precision, layout.world, micro_batches),
         samples=samples,
         micro_batches=micro_batches,
         teacher_flops=run.work.teacher,
@@ -179,8 +182,15 @@ def size_run(
         step_flops=run.work.per_step(samples, settings.activation_checkpointing),
         step=step,
         stages=stages,
-        fits=_fits([stage.memory for stage in stages], accelerator),
-        smallest=_smallest(recipe, gpus_per_node, run, sharing, accelerator),
+        fits=fits([stage.memory for stage in stages], accelerator),
+        smallest=smallest_cluster(
+            recipe.topology,
+            gpus_per_node,
+            len(plan.units),
+            sharing,
+            accelerator,
+            lambda smaller: _memories(smaller, run, sharing),
+        ),
         probing=probing_of(
             files,
             anatomy,
@@ -194,14 +204,20 @@ def size_run(
     )
 
 
-def _notes(recipe: Recipe, world: int, micro_batches: int) -> tuple[str, ...]:
+def notes_on(section: str, settings: Training, precision: Precision, world: int, micro_batches: int) -> tuple[str, ...]:
+    """Where an estimate departs from the recipe.
+
+    Args:
+        section: the name of `settings` in the recipe.
+        micro_batches: that are assumed, in a step.
+    """
     notes = []
-    asked = recipe.distill.micro_batches_per_step
+    asked = settings.micro_batches_per_step
     if micro_batches != asked:
         notes.append(
-            f"distill.micro_batches_per_step is {asked}, not a multiple of {world} processes: {micro_batches} assumed"
+            f"{section}.micro_batches_per_step is {asked}, not a multiple of {world} processes: {micro_batches} assumed"
         )
-    if recipe.teacher.precision != "bf16":
+    if precision != "bf16":
         notes.append("times are those of bf16; memory is that of the recipe's precision")
     return tuple(notes)
 
@@ -218,20 +234,33 @@ def _stage(index: int, spread: list[list[str]], layout: Layout, run: Measured, s
     )
 
 
-def _smallest(
-    recipe: Recipe, gpus_per_node: int, run: Measured, settings: Settings, accelerator: Accelerator
+def _memories(layout: Layout, run: Measured, settings: Settings) -> list[Memory]:
+    spread = units_by_stage(run.work.units, layout.stages)
+    return [memory_of(stage, spread, layout, run, settings) for stage in range(layout.stages)]
+
+
+def smallest_cluster(
+    topology: Topology,
+    gpus_per_node: int,
+    most_stages: int,
+    settings: Settings,
+    accelerator: Accelerator,
+    memories: Callable[[Layout], Sequence[Memory]],
 ) -> Cluster | None:
-    units = len(run.unit_parameters)
-    for layout in layouts_of_growing_clusters(recipe.topology, gpus_per_node, units, _MOST_NODES):
-        if layout.world % settings.ranks_per_copy:
-            continue
-        spread = units_by_stage(run.work.units, layout.stages)
-        if _fits([memory_of(stage, spread, layout, run, settings) for stage in range(layout.stages)], accelerator):
+    """The cluster of fewest nodes (1, 2, 4, ...) that a run fits on; None if 128 are too few.
+
+    Args:
+        topology: the recipe's; numbers of stages like its own come first.
+        memories: what the stages of a layout need.
+    """
+    for layout in layouts_of_growing_clusters(topology, gpus_per_node, most_stages, _MOST_NODES):
+        if layout.world % settings.ranks_per_copy == 0 and fits(memories(layout), accelerator):
             return cluster_of(layout)
     return None
 
 
-def _fits(memories: list[Memory], accelerator: Accelerator) -> bool:
+def fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
+    """Whether the fullest stage does."""
     return max(memory.peak for memory in memories) <= accelerator.usable_bytes
 
 

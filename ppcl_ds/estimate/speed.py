@@ -21,7 +21,7 @@ from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.estimate.layout import Layout
 from ppcl_ds.estimate.measured import Measured
 from ppcl_ds.estimate.settings import Settings
-from ppcl_ds.estimate.traffic import Traffic, exchange, gathers, reduction
+from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, reduction
 from ppcl_ds.estimate.work import unit_passes
 
 
@@ -73,13 +73,9 @@ def step_of(
     unit_flops = micro_batches // layout.replicas * run.micro_batch * stage_flops
     ranks = range(layout.world)
     messages = [run.message(names) for names in units]
-
-    def busiest(moved: list[Traffic]) -> Traffic:
-        return max(moved, key=lambda traffic: traffic.seconds(accelerator))
-
-    gathered = busiest([gathers(rank, layout, run, settings) for rank in ranks]).times(rounds)
-    exchanged = busiest([exchange(rank, messages, layout) for rank in ranks]).times(rounds)
-    reduced = busiest([reduction(rank, units, layout, run) for rank in ranks])
+    gathered = busiest([gathers(rank, layout, run, settings) for rank in ranks], accelerator).times(rounds)
+    exchanged = busiest([exchange(rank, messages, layout) for rank in ranks], accelerator).times(rounds)
+    reduced = busiest([reduction(rank, units, layout, run) for rank in ranks], accelerator)
     rate = accelerator.tflops * 1e12 * utilisation
     teacher = max(teacher_flops / rate, gathered.seconds(accelerator))
     training = max(unit_flops / rate, exchanged.seconds(accelerator))

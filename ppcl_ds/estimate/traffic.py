@@ -33,9 +33,17 @@ class Traffic(BaseModel):
         """The same, `factor` times."""
         return Traffic(intra=self.intra * factor, inter=self.inter * factor)
 
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(intra=self.intra + other.intra, inter=self.inter + other.inter)
+
     def seconds(self, accelerator: Accelerator) -> float:
         """Time at the links' full bandwidth; both kinds of link work at once."""
         return max(self.intra / accelerator.intra_gb, self.inter / accelerator.inter_gb) / 1e9
+
+
+def busiest(moved: Sequence[Traffic], accelerator: Accelerator) -> Traffic:
+    """The traffic that takes longest."""
+    return max(moved, key=lambda traffic: traffic.seconds(accelerator))
 
 
 def ring(size: float, rank: int, group: range, layout: Layout) -> Traffic:

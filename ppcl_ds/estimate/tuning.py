@@ -6,16 +6,18 @@ What width units take away of a block is taken off its parameters and FLOPs in p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ppcl_ds.estimate.accelerators import Accelerator
-from ppcl_ds.estimate.layout import stage_bounds
+from ppcl_ds.estimate.layout import Layout, stage_bounds
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import Memory, Parts, gathered_memory, teacher_memory
 from ppcl_ds.estimate.question import Question, ask
-from ppcl_ds.estimate.sizing import Cluster, Numbers, cluster_of
-from ppcl_ds.estimate.traffic import gathers, ring
+from ppcl_ds.estimate.settings import Settings
+from ppcl_ds.estimate.sizing import Cluster, Numbers, cluster_of, fits, notes_on, smallest_cluster
+from ppcl_ds.estimate.speed import Step
+from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, ring
 from ppcl_ds.estimate.work import unit_passes
 from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.planning.budget import parameters_saved
@@ -42,17 +44,15 @@ class TuningStage(Numbers):
 
 
 class Tuning(Numbers):
-    """What fine-tuning a variant needs, and whether a cluster has it.
+    """What fine-tuning a variant needs, and whether a cluster has it; what is not said here is as in `Estimate`.
 
     Attributes:
         parameters: of the variant.
-        samples: in a step.
         micro_batches: of a pipeline in a step.
-        teacher: seconds of a step's teacher forwards.
-        pipeline: seconds of its forwards and backwards, the fullest stage's, waiting included.
+        step: of the busiest process; its `units` are the pipeline: forwards and backwards of the fullest stage, what
+            it passes on, waiting.
         idle: share of the pipeline's time in which a stage waits, (P - 1) / (M + P - 1) for P equal stages and M
             micro-batches.
-        reducing: seconds in which gradients are averaged over the replicas.
     """
 
     variant: str
@@ -64,19 +64,15 @@ class Tuning(Numbers):
     cluster: Cluster
     accelerator: Accelerator
     utilisation: float
+    notes: tuple[str, ...]
     samples: int
     micro_batches: int
-    stages: tuple[TuningStage, ...]
-    teacher: float
-    pipeline: float
+    step_flops: float
+    step: Step
     idle: float
-    reducing: float
+    stages: tuple[TuningStage, ...]
     fits: bool
-
-    @property
-    def seconds(self) -> float:
-        """Of a step."""
-        return self.teacher + self.pipeline + self.reducing
+    smallest: Cluster | None
 
     @property
     def fullest(self) -> TuningStage:
@@ -110,11 +106,194 @@ def size_tuning(
     """
     asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens, variant)
     layout = asked.layout
-    blocks = _blocks_as_units(asked.plan, variant)
+    blocks = _blocks(recipe, settings, variant, asked)
+    stages = blocks.stages(layout)
+    most = sum(not stays for stays in blocks.joined)
+    rounds = blocks.rounds(layout)
+    samples = rounds * layout.world * settings.micro_batch
+    passes = unit_passes(settings.activation_checkpointing)
+    count = rounds * layout.stages
+    return Tuning(
+        variant=variant,
+        plan=asked.words,
+        parameters=sum(blocks.parameters) + blocks.rest,
+        latents=asked.latents,
+        text_tokens=asked.tokens,
+        precision=recipe.teacher.precision,
+        cluster=cluster_of(layout),
+        accelerator=accelerator,
+        utilisation=utilisation,
+        notes=notes_on("finetune", settings, recipe.teacher.precision, layout.world, rounds * layout.world),
+        samples=samples,
+        micro_batches=count,
+        step_flops=samples * (blocks.run.work.teacher + passes * sum(blocks.costs)),
+        step=_step(blocks, stages, layout, accelerator, utilisation),
+        idle=(layout.stages - 1) / (count + layout.stages - 1),
+        stages=stages,
+        fits=fits([stage.memory for stage in stages], accelerator),
+        smallest=smallest_cluster(
+            recipe.topology,
+            gpus_per_node,
+            most,
+            asked.sharing,
+            accelerator,
+            lambda smaller: [stage.memory for stage in blocks.stages(smaller)],
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A variant's blocks in order, and what else does not depend on the cluster.
+
+    Attributes:
+        joined: whether each has to stay with the one before.
+        parameters: of each.
+        costs: FLOPs of a sample's forward through each.
+        entering: bytes of the streams that enter each, of one micro-batch.
+        activations: bytes that training each on one micro-batch takes.
+        targets: bytes of the teacher's streams that each is judged by, of one micro-batch.
+        rest: parameters that belong to no block; every stage has them.
+    """
+
+    joined: list[bool]
+    parameters: list[int]
+    costs: list[float]
+    entering: list[int]
+    activations: list[int]
+    targets: list[int]
+    rest: int
+    run: Measured
+    settings: Finetune
+    sharing: Settings
+
+    def rounds(self, layout: Layout) -> int:
+        """Teacher forwards of each process in a step."""
+        return -(-self.settings.micro_batches_per_step // layout.world)
+
+    def bounds(self, layout: Layout) -> list[int]:
+        """First block of each stage, and the number of blocks."""
+        return stage_bounds(self.joined, self.costs, layout.stages)
+
+    def messages(self, layout: Layout) -> list[int]:
+        """Bytes that each stage reads of one micro-batch before the pipeline runs: its inputs, and its targets.
+
+        About: prompts and latents are no larger than what they become.
+        """
+        return [self.entering[0] + sum(self.targets[a:b]) for a, b in pairwise(self.bounds(layout))]
+
+    def stages(self, layout: Layout) -> tuple[TuningStage, ...]:
+        """What each stage holds."""
+        found = []
+        for number, (first, stop) in enumerate(pairwise(self.bounds(layout))):
+            own = range(first, stop)
+            found.append(
+                TuningStage(
+                    blocks=len(own),
+                    parameters=sum(self.parameters[block] for block in own),
+                    flop_share=sum(self.costs[block] for block in own) / sum(self.costs),
+                    memory=self._memory(number, own, layout),
+                )
+            )
+        return tuple(found)
+
+    def _memory(self, stage: int, own: range, layout: Layout) -> Memory:
+        """Memory of a process of `stage`; all of it is taken to be trained.
+
+        - Teacher forward: the block at work, gathered parameters.
+        - Pipeline: 1F1B holds the activations of as many micro-batches as there are stages from this one on; with
+          checkpointing what enters each block, and beside it all activations of one block. And every micro-batch's
+          inputs and targets, as all teacher forwards of a step come first.
+        """
+        run, checkpointing = self.run, self.settings.activation_checkpointing
+        parameters = sum(self.parameters[block] for block in own) + self.rest
+        micro_batches = self.rounds(layout) * layout.stages
+        each = 12 + (4 if self.settings.ema else 0)
+        resident = teacher_memory(layout, run, self.sharing) | {
+            "blocks": parameters * run.element,
+            "gradients": parameters * 4,
+            "optimizer": 0 if self.sharing.offload else -(-parameters // layout.replicas) * each,
+        }
+        kept = sum((self.entering if checkpointing else self.activations)[block] for block in own)
+        moments: dict[str, Parts] = {
+            "teacher forward": {
+                "gathered block": gathered_memory(layout, run, self.sharing),
+                "activations": run.teacher_activations,
+            },
+            "pipeline": {
+                "activations in flight": min(micro_batches, layout.stages - stage) * kept,
+                "one block": max(self.activations[block] for block in own) if checkpointing else 0,
+                "inputs and targets": micro_batches * self.messages(layout)[stage],
+                "gradient on its way to its sum": run.largest_parameter * 4 if run.element < 4 else 0,
+            },
+        }
+        worst = max(moments, key=lambda moment: sum(moments[moment].values()))
+        peak = sum(resident.values()) + sum(moments[worst].values())
+        return Memory(stage=stage, resident=resident, moments=moments, worst=worst, peak=peak)
+
+
+def _step(
+    blocks: _Blocks, stages: tuple[TuningStage, ...], layout: Layout, accelerator: Accelerator, utilisation: float
+) -> Step:
+    """Work, traffic and time of a step.
+
+    - Teacher: the slower of its FLOPs and its gathers, which run ahead of it.
+    - Pipeline: as many slots as micro-batches and stages but one, each as long as the fullest stage computes and the
+      busiest process passes streams and their gradients on; DeepSpeed does one after the other. Before it, inputs and
+      targets of all micro-batches are exchanged.
+    - Reduction: gradients over the replicas, those of what every stage has over the stages, too.
+    """
+    run, settings, ranks = blocks.run, blocks.settings, range(layout.world)
+    rounds = blocks.rounds(layout)
+    count, bounds = rounds * layout.stages, blocks.bounds(layout)
+    messages = blocks.messages(layout)
+    rate = accelerator.tflops * 1e12 * utilisation
+    share = max(stage.flop_share for stage in stages)
+    slot = settings.micro_batch * sum(blocks.costs) * share * unit_passes(settings.activation_checkpointing)
+
+    def passed_on(rank: int) -> Traffic:
+        """Of one micro-batch: streams to the next stage, gradients to the one before; as much comes back."""
+        moved = {True: 0, False: 0}
+        pipe, stage = layout.pipe_group(rank), layout.stage_of(rank)
+        for other, edge in ((stage - 1, stage), (stage + 1, stage + 1)):
+            if 0 <= other < layout.stages:
+                moved[layout.node_of(pipe[other]) == layout.node_of(rank)] += blocks.entering[bounds[edge]]
+        return Traffic(intra=moved[True], inter=moved[False])
+
+    def reduced(rank: int) -> Traffic:
+        size = (stages[layout.stage_of(rank)].parameters + blocks.rest) * (2 * 4 + run.element)
+        everywhere = ring(blocks.rest * 2 * 4, rank, layout.pipe_group(rank), layout)
+        return ring(size, rank, layout.data_group(rank), layout) + everywhere
+
+    gathered = busiest([gathers(rank, layout, run, blocks.sharing) for rank in ranks], accelerator).times(rounds)
+    sent = busiest([exchange(rank, messages, layout) for rank in ranks], accelerator).times(rounds)
+    wire = busiest([passed_on(rank) for rank in ranks], accelerator)
+    reduction = busiest([reduced(rank) for rank in ranks], accelerator)
+    teacher_flops = rounds * settings.micro_batch * run.work.teacher
+    teacher = max(teacher_flops / rate, gathered.seconds(accelerator))
+    slots = (count + layout.stages - 1) * (slot / rate + wire.seconds(accelerator))
+    pipeline = slots + sent.seconds(accelerator)
+    reducing = reduction.seconds(accelerator)
+    return Step(
+        teacher_flops=teacher_flops,
+        unit_flops=count * slot,
+        gathers=gathered,
+        exchange=sent + wire.times(count),
+        reduction=reduction,
+        teacher=teacher,
+        units=pipeline,
+        reducing=reducing,
+        seconds=teacher + pipeline + reducing,
+    )
+
+
+def _blocks(recipe: Recipe, settings: Finetune, variant: str, asked: Question) -> _Blocks:
+    """Measure a variant's blocks."""
+    units = _blocks_as_units(asked.plan, variant)
     run = measure(
         asked.files,
         asked.anatomy,
-        blocks,
+        units,
         asked.latents,
         asked.tokens,
         micro_batch=settings.micro_batch,
@@ -122,62 +301,24 @@ def size_tuning(
         checkpointing=False,
     )
     left = _left(asked, variant, run)
-    names = [unit.name for unit in blocks.units]
-    costs = [run.work.units[name] * left[name] for name in names]
+    names = [unit.name for unit in units.units]
     text = {block for unit in asked.plan.width_units(variant) if unit.kind == "text" for block in unit.members}
-    bounds = stage_bounds([unit.span[0] in text for unit in blocks.units], costs, layout.stages)
-    targets = boundaries_of(asked.plan, variant) if settings.boundary_weight else {}
-    spread = [names[a:b] for a, b in pairwise(bounds)]
-    parameters = {name: round(run.unit_parameters[name] * left[name]) for name in names}
-    rest = sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks)
-    rounds = -(-settings.micro_batches_per_step // layout.world)
-    count = rounds * layout.stages
-    stages = tuple(
-        TuningStage(
-            blocks=len(own),
-            parameters=sum(parameters[name] for name in own),
-            flop_share=sum(costs[bounds[number] : bounds[number + 1]]) / sum(costs),
-            memory=_memory(
-                number,
-                own,
-                sum(parameters[name] for name in own) + rest,
-                count,
-                sum(len(streams) for place, (_, streams) in targets.items() if names[place] in own),
-                asked,
-                run,
-                settings,
-            ),
-        )
-        for number, own in enumerate(spread)
-    )
-    rate = accelerator.tflops * 1e12 * utilisation
-    gathered = max(gathers(rank, layout, run, asked.sharing).seconds(accelerator) for rank in range(layout.world))
-    teacher = rounds * max(settings.micro_batch * run.work.teacher / rate, gathered)
-    busiest = max(stage.flop_share for stage in stages) * sum(costs) * settings.micro_batch
-    one = busiest * unit_passes(settings.activation_checkpointing) / rate
-    fullest = max(stage.parameters for stage in stages) + rest
-    size = fullest * (2 * 4 + run.element)
-    reducing = max(
-        ring(size, rank, layout.data_group(rank), layout).seconds(accelerator) for rank in range(layout.world)
-    )
-    return Tuning(
-        variant=variant,
-        plan=asked.words,
-        parameters=sum(parameters.values()) + rest,
-        latents=asked.latents,
-        text_tokens=asked.tokens,
-        precision=recipe.teacher.precision,
-        cluster=cluster_of(layout),
-        accelerator=accelerator,
-        utilisation=utilisation,
-        samples=rounds * layout.world * settings.micro_batch,
-        micro_batches=count,
-        stages=stages,
-        teacher=teacher,
-        pipeline=one * (count + layout.stages - 1),
-        idle=(layout.stages - 1) / (count + layout.stages - 1),
-        reducing=reducing,
-        fits=max(stage.memory.peak for stage in stages) <= accelerator.usable_bytes,
+    entering = [sum(stream.nbytes for stream in run.parcels[name].inputs.values()) for name in names]
+    targets = [0] * len(names)
+    if settings.boundary_weight:
+        for place, (_, streams) in boundaries_of(asked.plan, variant).items():
+            targets[place] = len(streams) * max(entering)  # at most: both streams together
+    return _Blocks(
+        joined=[unit.span[0] in text for unit in units.units],
+        parameters=[round(run.unit_parameters[name] * left[name]) for name in names],
+        costs=[run.work.units[name] * left[name] for name in names],
+        entering=entering,
+        activations=[run.activations[name] for name in names],
+        targets=targets,
+        rest=sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks),
+        run=run,
+        settings=settings,
+        sharing=asked.sharing,
     )
 
 
@@ -202,52 +343,3 @@ def _left(asked: Question, variant: str, run: Measured) -> dict[str, float]:
     return {
         name: 1 - gone / whole for (name, whole), gone in zip(run.unit_parameters.items(), lost.values(), strict=True)
     }
-
-
-def _memory(
-    stage: int,
-    own: Sequence[str],
-    parameters: int,
-    micro_batches: int,
-    targets: int,
-    asked: Question,
-    run: Measured,
-    settings: Finetune,
-) -> Memory:
-    """Memory of a process of `stage`; all of it is taken to be trained.
-
-    - Teacher forward: the block at work, gathered parameters.
-    - Pipeline: 1F1B holds the activations of as many micro-batches as there are stages from this one on; with
-      checkpointing what enters each block, and beside it all activations of one block. And every micro-batch's inputs
-      and targets, as all teacher forwards of a step come first.
-
-    Args:
-        targets: boundary streams that the stage is judged by.
-    """
-    layout, averages = asked.layout, 4 if settings.ema else 0
-    share = -(-parameters // layout.replicas)
-    resident = teacher_memory(layout, run, asked.sharing) | {
-        "blocks": parameters * run.element,
-        "gradients": parameters * 4,
-        "optimizer": 0 if asked.sharing.offload else share * (12 + averages),
-    }
-    in_flight = min(micro_batches, layout.stages - stage)
-    entering = [sum(stream.nbytes for stream in run.parcels[name].inputs.values()) for name in own]
-    largest = max(run.activations[name] for name in own)
-    kept = sum(entering) if settings.activation_checkpointing else sum(run.activations[name] for name in own)
-    moments: dict[str, Parts] = {
-        "teacher forward": {
-            "gathered block": gathered_memory(layout, run, asked.sharing),
-            "activations": run.teacher_activations,
-        },
-        "pipeline": {
-            "activations in flight": in_flight * kept,
-            "one block": largest if settings.activation_checkpointing else 0,
-            "inputs": micro_batches * entering[0],  # about: prompts and latents are no larger than what they become
-            "boundary targets": micro_batches * targets * max(entering),  # at most: both streams together
-            "gradient on its way to its sum": run.largest_parameter * 4 if run.element < 4 else 0,
-        },
-    }
-    worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-    peak = sum(resident.values()) + sum(moments[worst].values())
-    return Memory(stage=stage, resident=resident, moments=moments, worst=worst, peak=peak)

@@ -14,8 +14,9 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.run import estimate, read_size
 from ppcl_ds.estimate.sizing import Estimate, size_run
+from ppcl_ds.estimate.tuning import Tuning, size_tuning
 from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.recipe import load_recipe
+from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
 from tests.conftest import TEACHERS, command
 from tests.estimate.conftest import QWEN_IMAGE
@@ -54,20 +55,29 @@ def test_qwen_image_is_sized_from_its_configuration_alone(unprepared: Unprepared
     assert sum(stage.parameter_share for stage in numbers.stages) == pytest.approx(1)
 
 
-def test_a_larger_cluster_is_found_where_one_is_too_small(unprepared: Unprepared) -> None:
-    recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}))
-    numbers = size_run(recipe, 1, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
+def distilling(recipe: Recipe, nodes: int, gpu: str) -> Estimate:
+    return size_run(recipe, nodes, 4, ACCELERATORS[gpu], latent_size=(128, 128))
+
+
+def fine_tuning(recipe: Recipe, nodes: int, gpu: str) -> Tuning:
+    return size_tuning(recipe, recipe.tuning, "half", nodes, 4, ACCELERATORS[gpu], latent_size=(128, 128))
+
+
+@pytest.mark.parametrize(("size", "gpu"), [(distilling, "rtx4090"), (fine_tuning, "a100-40")])
+def test_a_larger_cluster_is_found_where_one_is_too_small(
+    unprepared: Unprepared, size: Callable[..., Estimate | Tuning], gpu: str
+) -> None:
+    finetune = LARGE["distill"] | {"steps": 1, "activation_checkpointing": True}
+    recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}, finetune=finetune))
+    numbers = size(recipe, 1, gpu)
     assert not numbers.fits
     assert numbers.smallest is not None
     assert numbers.smallest.nodes > 1
     assert numbers.smallest.stages * numbers.smallest.replicas == numbers.smallest.nodes * 4
     topology = Topology(stages=numbers.smallest.stages, replicas=numbers.smallest.replicas)
     found = recipe.model_copy(update={"topology": topology})
-    there = size_run(found, numbers.smallest.nodes, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
-    assert there.fits
-    half = numbers.smallest.nodes // 2
-    smaller = size_run(recipe, half, 4, ACCELERATORS["rtx4090"], latent_size=(128, 128))
-    assert not smaller.fits
+    assert size(found, numbers.smallest.nodes, gpu).fits
+    assert not size(recipe, numbers.smallest.nodes // 2, gpu).fits
 
 
 @pytest.mark.parametrize("family", TEACHERS)

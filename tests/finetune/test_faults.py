@@ -102,12 +102,17 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     # 1F1B: the first stage holds the activations of three micro-batches, the last one's of one.
     flights = [stage.memory.moments["pipeline"]["activations in flight"] for stage in tuning.stages]
     assert flights == [3 * flights[-1], 2 * flights[-1], flights[-1]]
+    # The second stage sends streams on and gradients back, for six micro-batches; and two inputs to either other stage.
+    _, height, width = tuning.latents
+    streams = 2 * (tuning.text_tokens + height // 2 * width // 2) * 32 * 4
+    assert (tuning.step.exchange.intra, tuning.step.exchange.inter) == ((6 * 2 + 2 * 2) * streams, 0)
     assert tuning.fits
+    assert tuning.smallest == tuning.cluster
     recipe.plan_file.rename(recipe.run / "kept.yaml")  # before there is a plan, one is assumed
     for variant, share in (("small", 0.5), ("medium", 0.34)):
         early = size_tuning(recipe, begin.settings, variant, 1, 3, ACCELERATORS["h100"])
         assert early.parameters - rest == pytest.approx((1 - share) * 6 * blocks[0], abs=blocks[0] / 2)
     (recipe.run / "kept.yaml").rename(recipe.plan_file)
     printed = command("finetune", path, "--variant", "small", "--dry-run")
-    assert "pipeline, of which each stage waits 25%" in printed
+    assert "a stage waits 25% of the pipeline's time" in printed
     assert not recipe.finetuning("small").path.exists()
