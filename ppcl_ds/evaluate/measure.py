@@ -6,15 +6,14 @@ Shapes: N pictures, B batch, C latent channels, H and W latent height and width.
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from statistics import median
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
@@ -37,7 +36,7 @@ class ModelFigures(BaseModel):
         name: `teacher`, a variant, or a variant with `-undistilled`.
         params: parameters of the whole transformer.
         block_params_ratio: parameters in its blocks over those in the teacher's.
-        latency_ms: milliseconds of one forward of one sample, the median of several.
+        latency_ms: milliseconds of one forward of one sample, the median over a second.
         accuracy: share of pictures that show what was asked; None where the recipe names no judge.
         frechet: Frechet distance of the pictures to real ones; None likewise.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
@@ -131,16 +130,13 @@ class Bench:
             drawn.append(latents.float().cpu())
         return torch.cat(drawn)
 
-    def latency(self, model: nn.Module, repeats: int = 20) -> float:
-        """Milliseconds of one forward of one sample, the median."""
+    def latency(self, model: nn.Module) -> float:
+        """Milliseconds of one forward of one sample, the median over a second."""
         batch = self.heldout.batches[0]
         one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1], batch.velocity[:1])
-        times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            self.heldout.velocity(model, one)  # ends with a copy to the CPU, so the device has finished
-            times.append(time.perf_counter() - began)
-        return 1000 * median(times[repeats // 4 :])
+        forward = partial(self.heldout.velocity, model, one)
+        timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+        return 1000 * timer.blocked_autorange(min_run_time=1.0).median
 
 
 def load_judge(path: str) -> Judge:
