@@ -51,17 +51,23 @@ SPANS = {
     "sd3": {"early": (1, 2), "late": (3, 4)},
 }
 BLOCKS = {"qwen": 6, "flux": 9, "sd3": 6}
-PLACES = {"qwen": {0: 1, 3: 5}, "flux": {1: 3, 3: 6}, "sd3": {1: 2, 2: 4}}
-"""Family -> block of the variant that is a unit -> the teacher's block that it should end like."""
+PLACES = {"qwen": {0: 1, 1: 2, 3: 5}, "flux": {1: 3, 3: 6}, "sd3": {1: 2, 2: 4}}
+"""Family -> block of the variant that is or has a unit -> the teacher's block that it should end like."""
+WIDTH = {"qwen": {1: ("img_mlp.", "txt_mlp.")}, "flux": {}, "sd3": {}}
+"""Family -> block of the variant -> the parts of it that are units; of other blocks with units, all of it is one."""
 
 
 def plan_of(family: str) -> Plan:
-    """Two depth units; nobody reads the text behind the last block."""
-    units = tuple(
+    """Two depth units, nobody reads the text behind the last block; and where `WIDTH` says so, a narrowed block."""
+    units = [
         UnitPlan(name=name, span=span, streams=("image",) if span[1] == BLOCKS[family] - 1 else ("image", "text"))
         for name, span in SPANS[family].items()
-    )
-    return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=units, variants={"small": ("early", "late")})
+    ]
+    for place in WIDTH[family]:
+        block = PLACES[family][place]
+        units.append(UnitPlan(name="thin", kind="ffn", span=(block, block), streams=("image", "text"), keep=0.25))
+    variants = {"small": tuple(unit.name for unit in units)}
+    return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=tuple(units), variants=variants)
 
 
 @dataclass
@@ -90,7 +96,12 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
     caller = caller_for(files.class_name)
     settings = recipe.finetune
     assert settings is not None
-    units = {id(p) for place in PLACES[family] for p in blocks_of(student)[place].parameters()}
+    units = {
+        id(parameter)
+        for place in PLACES[family]
+        for name, parameter in blocks_of(student)[place].named_parameters()
+        if name.startswith(WIDTH[family].get(place, ""))
+    }
     groups = [
         {"params": [p for p in student.parameters() if (id(p) in units) is unit], "times": times}
         for unit, times in ((True, 1.0), (False, settings.kept_lr))
