@@ -48,6 +48,11 @@ def run(app: typer.Typer) -> None:
         code = 2
     except SystemExit as way_out:
         code = int(way_out.code or 0)
+    except Exception:
+        if not launch.is_rank():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
     else:
         code = 0
     if launch.is_rank():

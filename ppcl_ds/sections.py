@@ -303,7 +303,8 @@ class Finetune(Training):
     """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. Behind step t it
     is at most (1 + t) / (10 + t). Held-out losses and pictures are of the weights themselves."""
     quantiles: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
-    """Noise levels at which losses on held-out data are taken, every `sample_every` steps."""
+    """Quantiles of the noise levels that training draws (`noise`) at which losses on held-out data are taken, every
+    `sample_every` steps."""
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> Finetune:
@@ -339,11 +340,11 @@ class Cluster(Section):
     accelerator: str = ""
     """One of those that `ppcl estimate` knows: a run that does not fit on it is refused. Empty: nobody knows."""
     time: str = "24:00:00"
-    """Time limit of each job. Distillation gets in line again when it is over, and goes on."""
+    """Time limit of each job. Training gets in line again when it is over, and goes on."""
     notice: int = Field(default=300, gt=0)
-    """Seconds before the limit at which distillation is told: longer than its slowest step and a checkpoint take."""
+    """Seconds before the limit at which training is told: longer than its slowest step and a checkpoint take."""
     requeues: int = Field(default=20, ge=0)
-    """How often a job may get in line again: with time limits, the longest that distillation may take."""
+    """How often a job may get in line again: with time limits, the longest that a training may take."""
     encode_tasks: int = Field(default=8, gt=0)
     """Jobs that share the shards to encode."""
     probe_parts: int = Field(default=8, gt=0)

@@ -14,6 +14,7 @@ from ppcl_ds.estimate.tuning import Tuning, size_tuning
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.families.reader import DTYPES, open_teacher
+from ppcl_ds.finetune import run as finetune
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.planning.plan import Plan, allowed_spans, load_plan
 from ppcl_ds.recipe import Recipe
@@ -21,6 +22,8 @@ from ppcl_ds.whole import need_space
 
 _TRAINING_BYTES = 12
 """Of a parameter in a checkpoint: a master and two moments in float32."""
+_AVERAGE_BYTES = 4
+"""Its moving average, if one is kept."""
 
 
 def nodes_of(recipe: Recipe) -> int:
@@ -66,8 +69,12 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     else:
         for split in ("train", "heldout"):
             split_entries(recipe.data, split)
-        if recipe.plan_file.exists() and any(step.name == "distill" for step in chosen):
+        names = {step.name for step in chosen}
+        if recipe.plan_file.exists() and "distill" in names:
             distill.check(recipe)
+        elif recipe.finetune and "finetune" in names:
+            for variant in recipe.finetune.variants:
+                finetune.check(recipe, variant, None)
     if recipe.cluster.probe_parts > recipe.probe.batches:
         raise UserError(
             f"cluster.probe_parts is {recipe.cluster.probe_parts}, but probe.batches is {recipe.probe.batches}; "
@@ -77,25 +84,28 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
     nodes = nodes_of(recipe)
     numbers = size_run(recipe, nodes, recipe.topology.world // nodes, accelerator)
-    if name and not numbers.fits:
-        smallest = numbers.smallest
-        advice = f"{smallest.nodes} nodes would do" if smallest else "no cluster of this topology does"
-        raise UserError(
-            f"distilling needs {numbers.fullest.memory.peak / 2**30:.3g} GiB on an {name}, which has "
-            f"{accelerator.usable_bytes / 2**30:.3g}; {advice}, `ppcl estimate` says more"
-        )
     tunings = [
         size_tuning(recipe, recipe.tuning, variant, nodes, recipe.topology.world // nodes, accelerator)
         for variant in (recipe.finetune.variants if recipe.finetune else ())
     ]
-    for tuning in tunings:
-        if name and not tuning.fits:
-            needed, there = (size / 2**30 for size in (tuning.fullest.memory.peak, accelerator.usable_bytes))
-            raise UserError(
-                f"fine-tuning '{tuning.variant}' needs {needed:.3g} GiB on an {name}, which has {there:.3g}; "
-                f"`ppcl estimate --variant {tuning.variant}` says more"
-            )
-    need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings))
+    if name:
+        _need_memory(numbers, "distilling", "ppcl estimate")
+        for tuning in tunings:
+            _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
+    variants = len(plan.variants if plan else recipe.plan.variants) + len(tunings)
+    need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
+
+
+def _need_memory(numbers: Estimate | Tuning, what: str, command: str) -> None:
+    if numbers.fits:
+        return
+    smallest, accelerator = numbers.smallest, numbers.accelerator
+    needed, there = (size / 2**30 for size in (numbers.fullest.memory.peak, accelerator.usable_bytes))
+    advice = f"{smallest.nodes} nodes would do" if smallest else "no cluster of this topology does"
+    raise UserError(
+        f"{what} needs {needed:.3g} GiB on an {accelerator.name}, which has {there:.3g}; {advice}, "
+        f"`{command}` says more"
+    )
 
 
 def _plan(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Plan | None:
@@ -116,10 +126,13 @@ def _most_units(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> int:
     return min(len(spans), chosen) + given + len(width_candidates(section, anatomy))
 
 
-def _bytes_to_write(recipe: Recipe, numbers: Estimate, tunings: Sequence[Tuning]) -> int:
-    """At most, of what is large: checkpoints, with the one being written, and the variants, as large as the teacher."""
-    kept = (recipe.distill.keep_checkpoints + 1) * numbers.unit_parameters
+def _bytes_to_write(recipe: Recipe, numbers: Estimate, tunings: Sequence[Tuning], variants: int) -> int:
+    """At most, of what is large: checkpoints, with the one being written, and the variants, as large as the teacher.
+
+    Encoded shards are not counted: how large they are, encoding tells.
+    """
+    kept = (recipe.distill.keep_checkpoints + 1) * numbers.unit_parameters * _TRAINING_BYTES
     if recipe.finetune:
-        kept += (recipe.finetune.keep_checkpoints + 1) * sum(tuning.parameters for tuning in tunings)
-    variants = max(1, len(recipe.plan.variants)) + len(tunings)
-    return kept * _TRAINING_BYTES + variants * numbers.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize
+        each = _TRAINING_BYTES + (_AVERAGE_BYTES if recipe.finetune.ema else 0)
+        kept += (recipe.finetune.keep_checkpoints + 1) * sum(tuning.parameters for tuning in tunings) * each
+    return kept + variants * numbers.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize

@@ -14,6 +14,12 @@ _COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
 _FORMAT = "%F|%i|%T|%L|%r"
 """Of squeue: job, or that of the array; job or array task; state; time left to the limit; why it waits."""
 
+_OVER = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
+    *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+)
+"""States that a job does not leave (squeue's manual, "Job State Codes")."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -30,8 +36,8 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether it will not run again by itself."""
-        return self.state not in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "STOPPED")
+        """Whether it will not run again."""
+        return self.state in _OVER
 
 
 def need_slurm() -> None:

@@ -27,7 +27,7 @@ _PROGRESS = re.compile(
 _RATE = re.compile(r"(\S+) samples/s")
 _FAULT = re.compile(rf"^{_RANK}((?:error: |[\w.]*(?:Error|Exception|Interrupt)\b).*)$", re.MULTILINE)
 """Our own last words, or the last line of a traceback."""
-_KILLED = re.compile(r"^srun: error: (\S+): tasks? .*: (?:Killed|Out Of Memory)$", re.MULTILINE)
+_ENDED = re.compile(r"^srun: error: (\S+): tasks? .*: (Killed|Out Of Memory|Exited with .*)$", re.MULTILINE)
 _SIGNAL = re.compile(
     r"^ +host +: (\S+)\n +rank +: (\d+) .*\n +exitcode .*\n.*\n +traceback : (Signal (?!15\b).*)$", re.MULTILINE
 )
@@ -41,6 +41,7 @@ class Report:
 
     starts: int
     step: str
+    complete: bool
     rate: str
     left: str
     fault: str
@@ -71,7 +72,8 @@ def status(run: Path) -> None:
             str(report.starts or ""),
         )
         table.add_row(*map(escape, cells))
-        if report.fault and not all(job.state in ("RUNNING", "COMPLETED") for job in own):
+        well = all(job.state in ("RUNNING", "COMPLETED") for job in own) if own else report.complete
+        if report.fault and not well:
             faults.append(f"{queued.step}: {report.fault}")
     console = Console()
     console.print(table)
@@ -95,30 +97,37 @@ def _report(logs: Path, queued: Queued) -> Report:
     last = [matches[-1] for matches in found.values() if matches]
     done, total = (sum(int(match[place]) for match in last) for place in (1, 2))
     rates = [rate[1] for match in last if (rate := _RATE.search(match["note"] or ""))]
-    starts = max((int(number) for out in outs for number in _START.findall(_tail(out))), default=-1) + 1
-    faults = [fault for out, text in texts.items() if (fault := _first_fault(text, out.with_suffix("")))]
+    starts = max((len(_starts(out)) for out in outs), default=0)
+    faults = [fault for out, text in texts.items() if (fault := _first_fault(text, _starts(out)))]
     return Report(
         starts=starts,
         step=f"{done} of {total}" if last else "",
+        complete=bool(last) and done == total,
         rate=rates[-1] if rates else "",
         left=(last[-1]["left"] or "") if last else "",
         fault=faults[0] if faults else "",
     )
 
 
-def _first_fault(text: str, ranks: Path) -> str:
+def _starts(out: Path) -> list[Path]:
+    """The folders of the ranks' logs, one a start, of the job that prints to `out`."""
+    return sorted(out.with_suffix("").glob("start-*"), key=lambda folder: int(folder.name.removeprefix("start-")))
+
+
+def _first_fault(text: str, starts: Sequence[Path]) -> str:
     """The first error of the first rank that had one: what was killed without a word comes before what that broke.
 
     Args:
         text: what the job has printed since its last start.
-        ranks: the folder of its ranks' logs.
+        starts: the folders of its ranks' logs.
     """
-    if killed := _KILLED.search(text):
-        return f"{killed[1]}: the launcher was killed"
+    # Where a launcher has left with an error of its own, srun itself kills the others.
+    if (ended := _ENDED.search(text)) and not ended[2].startswith("Exited"):
+        return f"{ended[1]}: the launcher was killed"
     if died := _SIGNAL.search(text):
         return f"rank {died[2]} on {died[1]}: {died[3]}"
-    start = max(ranks.glob("start-*"), key=lambda folder: int(folder.name.removeprefix("start-")), default=ranks)
-    logs = sorted(start.glob("*/*/attempt_0/*/stderr.log"), key=lambda log: log.stat().st_mtime_ns)
+    found = starts[-1].glob("*/*/attempt_0/*/stderr.log") if starts else ()
+    logs = sorted(found, key=lambda log: log.stat().st_mtime_ns)
     for log in logs:  # who failed first has written last before the others
         if fault := _FAULT.search(_tail(log)):
             return f"{log.parents[3].name}, local rank {log.parent.name}: {fault[1]}"

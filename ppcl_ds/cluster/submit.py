@@ -1,7 +1,7 @@
 """`ppcl submit`: the chain of a run as Slurm jobs, each started when those before it have ended well.
 
 RUN/slurm/
-  recipe.yaml, plan.yaml        as they were when the chain was submitted; the jobs read this recipe
+  recipe.yaml, plan.yaml        as they were when the chain was submitted; the jobs read this recipe, and RUN/plan.yaml
   *.sbatch, ranks.sh, site.env  the scripts that the jobs run
   environment.json              versions, topology, git revision
   jobs.json                     the newest chain: step and job number
@@ -80,6 +80,7 @@ def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     if recipe.plan_file.exists():
         files["plan.yaml"] = recipe.plan_file.read_bytes()
     files["environment.json"] = (json.dumps(_environment(recipe), indent=1) + "\n").encode()
+    (folder / "plan.yaml").unlink(missing_ok=True)  # of an earlier chain
     for name, content in files.items():
         write_whole(folder / name, content)
     (folder / "logs").mkdir(exist_ok=True)

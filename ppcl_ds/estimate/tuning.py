@@ -6,6 +6,7 @@ What width units take away of a block is taken off its parameters and FLOPs in p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,6 +21,7 @@ from ppcl_ds.estimate.speed import Step
 from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, ring
 from ppcl_ds.estimate.work import unit_passes
 from ppcl_ds.families.reader import DTYPES
+from ppcl_ds.finetune.parts import Trainable
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.planning.parcels import boundaries_of
 from ppcl_ds.planning.plan import Plan, UnitPlan
@@ -149,20 +151,24 @@ class _Blocks:
     Attributes:
         joined: whether each has to stay with the one before.
         parameters: of each.
+        trained: those of them that are; of a block with width units, all of it.
         costs: FLOPs of a sample's forward through each.
         entering: bytes of the streams that enter each, of one micro-batch.
         activations: bytes that training each on one micro-batch takes.
         targets: bytes of the teacher's streams that each is judged by, of one micro-batch.
         rest: parameters that belong to no block; every stage has them.
+        trained_rest: those of them that are trained.
     """
 
     joined: list[bool]
     parameters: list[int]
+    trained: list[int]
     costs: list[float]
     entering: list[int]
     activations: list[int]
     targets: list[int]
     rest: int
+    trained_rest: int
     run: Measured
     settings: Finetune
     sharing: Settings
@@ -198,32 +204,36 @@ class _Blocks:
         return tuple(found)
 
     def _memory(self, stage: int, own: range, layout: Layout) -> Memory:
-        """Memory of a process of `stage`; all of it is taken to be trained.
+        """Memory of a process of `stage`.
 
-        - Teacher forward: the block at work, gathered parameters.
+        - Teacher forward: the block at work, gathered parameters, recorded boundaries. All forwards of a step come
+          first, so what the stage will read of all micro-batches piles up.
         - Pipeline: 1F1B holds the activations of as many micro-batches as there are stages from this one on; with
-          checkpointing what enters each block, and beside it all activations of one block. And every micro-batch's
-          inputs and targets, as all teacher forwards of a step come first.
+          checkpointing what enters each block, and beside it all activations of one block.
         """
         run, checkpointing = self.run, self.settings.activation_checkpointing
         parameters = sum(self.parameters[block] for block in own) + self.rest
+        trained = sum(self.trained[block] for block in own) + self.trained_rest
         micro_batches = self.rounds(layout) * layout.stages
+        waiting = micro_batches * self.messages(layout)[stage]
         each = 12 + (4 if self.settings.ema else 0)
         resident = teacher_memory(layout, run, self.sharing) | {
             "blocks": parameters * run.element,
-            "gradients": parameters * 4,
-            "optimizer": 0 if self.sharing.offload else -(-parameters // layout.replicas) * each,
+            "gradients": trained * 4,
+            "optimizer": 0 if self.sharing.offload else -(-trained // layout.replicas) * each,
         }
         kept = sum((self.entering if checkpointing else self.activations)[block] for block in own)
         moments: dict[str, Parts] = {
             "teacher forward": {
                 "gathered block": gathered_memory(layout, run, self.sharing),
                 "activations": run.teacher_activations,
+                "boundaries": sum(self.targets),
+                "inputs and targets": waiting,
             },
             "pipeline": {
                 "activations in flight": min(micro_batches, layout.stages - stage) * kept,
                 "one block": max(self.activations[block] for block in own) if checkpointing else 0,
-                "inputs and targets": micro_batches * self.messages(layout)[stage],
+                "inputs and targets": waiting,
                 "gradient on its way to its sum": run.largest_parameter * 4 if run.element < 4 else 0,
             },
         }
@@ -261,8 +271,9 @@ def _step(
         return Traffic(intra=moved[True], inter=moved[False])
 
     def reduced(rank: int) -> Traffic:
-        size = (stages[layout.stage_of(rank)].parameters + blocks.rest) * (2 * 4 + run.element)
-        everywhere = ring(blocks.rest * 2 * 4, rank, layout.pipe_group(rank), layout)
+        first, stop = bounds[layout.stage_of(rank) :][:2]
+        size = (sum(blocks.trained[first:stop]) + blocks.trained_rest) * (2 * 4 + run.element)
+        everywhere = ring(blocks.trained_rest * 2 * 4, rank, layout.pipe_group(rank), layout)
         return ring(size, rank, layout.data_group(rank), layout) + everywhere
 
     gathered = busiest([gathers(rank, layout, run, blocks.sharing) for rank in ranks], accelerator).times(rounds)
@@ -308,14 +319,19 @@ def _blocks(recipe: Recipe, settings: Finetune, variant: str, asked: Question) -
     if settings.boundary_weight:
         for place, (_, streams) in boundaries_of(asked.plan, variant).items():
             targets[place] = len(streams) * max(entering)  # at most: both streams together
+    parameters = [round(run.unit_parameters[name] * left[name]) for name in names]
+    rest = sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks)
+    learns = _learns(asked.plan, variant, settings.trainable)
     return _Blocks(
         joined=[unit.span[0] in text for unit in units.units],
-        parameters=[round(run.unit_parameters[name] * left[name]) for name in names],
+        parameters=parameters,
+        trained=[n if learning else 0 for n, learning in zip(parameters, learns, strict=True)],
         costs=[run.work.units[name] * left[name] for name in names],
         entering=entering,
         activations=[run.activations[name] for name in names],
         targets=targets,
-        rest=sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks),
+        rest=rest,
+        trained_rest=rest if settings.trainable == "all" else 0,
         run=run,
         settings=settings,
         sharing=asked.sharing,
@@ -332,11 +348,26 @@ def _blocks_as_units(plan: Plan, variant: str) -> Plan:
     return Plan(teacher=plan.teacher, blocks=plan.blocks, units=units, variants={})
 
 
+def _places(unit: UnitPlan) -> Sequence[int]:
+    """The teacher's blocks in whose place, or in parts of which, a unit is."""
+    return unit.members if unit.kind == "text" else unit.span[:1]
+
+
+def _learns(plan: Plan, variant: str, trainable: Trainable) -> list[bool]:
+    """Whether each block of a variant is trained, or a part of it."""
+    origins = [origin for origin, _ in plan.places(variant)]
+    changed = {block for unit in plan.units_of(variant) for block in _places(unit)}
+    units = [origin in changed for origin in origins]
+    if trainable == "neighbours":
+        return [any(units[max(0, place - 1) : place + 2]) for place in range(len(units))]
+    return [trainable == "all" or unit for unit in units]
+
+
 def _left(asked: Question, variant: str, run: Measured) -> dict[str, float]:
     """Share of its parameters that each block has left."""
     lost = dict.fromkeys((origin for origin, _ in asked.plan.places(variant)), 0.0)
     for unit in asked.plan.width_units(variant):
-        members = list(unit.members) if unit.kind == "text" else [unit.span[0]]
+        members = _places(unit)
         saved = parameters_saved(unit, asked.files, asked.anatomy) / len(members)
         for block in members:
             lost[block] += saved

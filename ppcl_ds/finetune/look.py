@@ -13,7 +13,7 @@ from torch import Tensor
 from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.families.call import Caller
 from ppcl_ds.families.heldout import mean_squared
-from ppcl_ds.families.noise import add_noise
+from ppcl_ds.families.noise import add_noise, sigma_quantiles
 from ppcl_ds.families.reader import NoisyStream
 from ppcl_ds.families.sampling import Velocity, draw
 from ppcl_ds.finetune.pipeline import VariantEngine
@@ -34,11 +34,11 @@ def look(
     """Held-out losses and pictures; the same samples and noise every time. Collective over all ranks.
 
     Args:
-        quantiles: noise levels.
+        quantiles: of the noise levels that training draws.
 
     Returns:
-        `heldout/flow/LEVEL` and `heldout/velocity/LEVEL`, mean squared errors from the data's and from the teacher's
-        velocity; and on rank 0, `teacher` and `variant` -> pictures (N, C, H, W) in [-1, 1].
+        `heldout/flow/QUANTILE` and `heldout/velocity/QUANTILE`, mean squared errors from the data's and from the
+        teacher's velocity; and on rank 0, `teacher` and `variant` -> pictures (N, C, H, W) in [-1, 1].
     """
     stream = NoisyStream(recipe, "heldout", _PICTURES, device)
     _, clean = next(iter(stream.clean.take(0, 1)))
@@ -46,14 +46,15 @@ def look(
     models: dict[str, Velocity] = {"teacher": partial(caller, teacher), "variant": engine.velocity}
     figures: dict[str, float] = {}
     with torch.no_grad():
-        for number, level in enumerate(quantiles):
+        levels = sigma_quantiles(recipe.noise, quantiles)
+        for number, (quantile, level) in enumerate(zip(quantiles, levels, strict=True)):
             generator = torch.Generator().manual_seed(recipe.seed + number)  # training's is another one
-            sigmas = torch.full((len(clean.keys),), level)
+            sigmas = level.expand(len(clean.keys))
             noisy, target = add_noise(clean.latents, sigmas, generator)
             arguments = (noisy.to(device, stream.dtype), prompts, sigmas.to(device))
             true, own = (models[name](*arguments).float() for name in ("teacher", "variant"))
-            figures[f"heldout/flow/{level:g}"] = mean_squared([own], [target.to(own)])
-            figures[f"heldout/velocity/{level:g}"] = mean_squared([own], [true])
+            figures[f"heldout/flow/{quantile:g}"] = mean_squared([own], [target.to(own)])
+            figures[f"heldout/velocity/{quantile:g}"] = mean_squared([own], [true])
         noise = torch.randn(clean.latents.shape, generator=torch.Generator().manual_seed(recipe.seed))
         drawn = {
             name: draw(

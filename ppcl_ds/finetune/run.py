@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch.distributed as dist
+
 from ppcl_ds import launch
 from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.distill.run import check_data, check_students, nodes_of, say_epochs
@@ -16,10 +18,11 @@ from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import empty_model
 from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.finetune.origin import read_origin
 from ppcl_ds.finetune.parts import joined
 from ppcl_ds.finetune.start import Library, Start
 from ppcl_ds.planning.plan import load_plan
-from ppcl_ds.recipe import Recipe, open_run
+from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
 
 
 def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
@@ -44,7 +47,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     check_data(recipe, heldout=bool(settings.sample_every))
     check_students(recipe, "finetune")
     folder = recipe.finetuning(variant)
-    library = None
+    library, note = None, ""
     if folder.begun:
         before = load_plan(folder.plan, files, anatomy)
         check_resume(recipe, folder, "finetune", chosen, before)
@@ -53,14 +56,30 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
                 f"{folder.path} was trained with other units than '{variant}' in {recipe.plan_file} has now; restore "
                 f"the plan, or move {folder.path} away to fine-tune anew"
             )
+        note = newer_units(folder)
     else:
         source = (open_run(from_run) if from_run else recipe).distillation
         library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, files, anatomy))
-    start = Start(recipe, settings, variant, plan, files, anatomy, library)
+    start = Start(recipe, settings, variant, plan, files, anatomy, library, note)
     config = start.layout().config  # complains of a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
     stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
     return start
+
+
+def newer_units(folder: TrainingFolder) -> str:
+    """Words about a fine-tuning that has begun, and what its units have learnt since without it; empty: nothing."""
+    origin = read_origin(folder)
+    library = origin.checkpoint.parent
+    if not (library / "latest").exists():
+        return ""
+    now = newest_checkpoint(library).contents.step
+    if now <= origin.step:
+        return ""
+    return (
+        f"note: {folder.path} goes on from units of step {origin.step}; {library} has them of step {now}; "
+        f"to fine-tune those, move {folder.path} away"
+    )
 
 
 def finetune(start: Start, until: int | None = None) -> None:
@@ -68,6 +87,8 @@ def finetune(start: Start, until: int | None = None) -> None:
     launch.join(start.settings.timeout)
     from ppcl_ds.finetune.trainer import FineTuner
 
+    if start.note and dist.get_rank() == 0:
+        print(start.note, flush=True)
     FineTuner(start).train(until)
     launch.leave()
 
@@ -75,6 +96,8 @@ def finetune(start: Start, until: int | None = None) -> None:
 def rehearse(start: Start) -> None:
     """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
     recipe, settings = start.recipe, start.settings
+    if start.note:
+        print(start.note)
     nodes, gpus = nodes_of(recipe.topology.world)
     show_tuning(size_tuning(recipe, settings, start.variant, nodes, gpus, ACCELERATORS["h100"]))
     say_epochs(recipe, settings)

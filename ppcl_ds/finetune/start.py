@@ -37,6 +37,7 @@ class Start:
 
     Attributes:
         library: where the units were trained; None: the variant has a checkpoint of its own to go on from.
+        note: what whoever starts it should know.
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Start:
     files: ModelFiles
     anatomy: Anatomy
     library: Library | None
+    note: str = ""
 
     def units(self, unit: UnitPlan) -> Sources:
         """A unit's tensors as its library left them; zeros where they will come from the variant's own checkpoint."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from ppcl_ds.families.noise import add_noise, draw_sigmas
+from ppcl_ds.families.noise import add_noise, draw_sigmas, sigma_quantiles
 from ppcl_ds.sections import Noise
 
 LEVELS = 1000
@@ -46,6 +46,13 @@ def test_the_shift_bends_every_single_sigma_by_the_formula(shift: float) -> None
     plain = draws(Noise(density="logit_normal", uniform_share=0.5))
     shifted = draws(Noise(density="logit_normal", uniform_share=0.5, shift=shift))
     np.testing.assert_allclose(shifted, shift * plain / (1 + (shift - 1) * plain), rtol=1e-5)
+
+
+def test_quantiles_are_those_of_what_is_drawn() -> None:
+    shares = np.array([0.1, 0.5, 0.9])
+    noise = Noise(density="logit_normal", shift=3.0)
+    plain = special.expit(stats.norm.ppf(shares))
+    np.testing.assert_allclose(sigma_quantiles(noise, shares.tolist()), 3 * plain / (1 + 2 * plain), atol=0.005)
 
 
 def test_every_sigma_is_one_of_the_schedulers_levels() -> None:

@@ -16,7 +16,7 @@ from ppcl_ds.families.files import empty_model
 from ppcl_ds.finetune.run import check
 from ppcl_ds.recipe import load_recipe
 from tests.conftest import command
-from tests.export.trained import pretend_trained
+from tests.export.trained import plan_of, pretend_trained, write_checkpoint
 
 Raw = dict[str, Any]
 
@@ -80,6 +80,20 @@ def test_a_begun_fine_tuning_goes_on_only_as_it_began(new_run: Callable[..., Pat
         check(recipe, "small", None)
 
 
+def test_units_that_have_learnt_more_since_are_spoken_of(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = pretend_trained(path, "qwen")
+    command("finetune", path, "--variant", "small", "--until", "1")
+    assert not check(recipe, "small", None).note
+    write_checkpoint(recipe, plan_of("qwen"), 1, step=9)
+    printed = command("finetune", path, "--variant", "small")
+    assert printed.count("goes on from units of step 7;") == 1
+    assert "has them of step 9; to fine-tune those, move " in printed
+
+
 def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) -> None:
     path = new_run("qwen")
     raw = yaml.safe_load(path.read_text())
@@ -108,6 +122,11 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     assert (tuning.step.exchange.intra, tuning.step.exchange.inter) == ((6 * 2 + 2 * 2) * streams, 0)
     assert tuning.fits
     assert tuning.smallest == tuning.cluster
+    # The first two of the variant's three blocks are units.
+    for trainable, trained in (("units", [*blocks[:2], 0]), ("neighbours", blocks)):
+        fewer = begin.settings.model_copy(update={"trainable": trainable})
+        stages = size_tuning(recipe, fewer, "small", 1, 3, ACCELERATORS["h100"]).stages
+        assert [stage.memory.resident["gradients"] for stage in stages] == [4 * own for own in trained]
     recipe.plan_file.rename(recipe.run / "kept.yaml")  # before there is a plan, one is assumed
     for variant, share in (("small", 0.5), ("medium", 0.34)):
         early = size_tuning(recipe, begin.settings, variant, 1, 3, ACCELERATORS["h100"])

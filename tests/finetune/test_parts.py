@@ -89,6 +89,24 @@ def test_units_alone_are_trained_where_the_recipe_says_so(new_run: Callable[...,
     assert {name.rpartition(".")[0] for name in changed if ".4." in name[:22]} == {"transformer_blocks.4.text_in"}
 
 
+def test_neighbours_of_units_are_trained_too_and_the_units_may_be_another_runs(new_run: Callable[..., Path]) -> None:
+    """`ffn`: parts of blocks 0 and 2 are units, so blocks 4, 5 and what belongs to no block are left alone."""
+    library = pretend_trained(new_run("qwen"), "qwen", plan=plan_of("qwen"))
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = SETTINGS | {"trainable": "neighbours"}
+    path.write_text(yaml.safe_dump(raw))
+    recipe = load_recipe(path)
+    shutil.copy(library.plan_file, recipe.plan_file)
+    command("finetune", path, "--variant", "ffn", "--from", library.run)
+    command("consolidate", path)
+    command("consolidate", library.run, "--variant", "ffn")
+    before = ppcl_ds.load_model(library.pruned("ffn"), torch.float32).state_dict()
+    after = ppcl_ds.load_model(recipe.pruned("ffn-finetuned"), torch.float32).state_dict()
+    near = tuple(f"transformer_blocks.{place}." for place in range(4))
+    assert moved(before, after) == {name for name in used(library, "ffn") if name.startswith(near)}
+
+
 def test_everything_is_trained_and_leaves_the_run_as_a_model(new_run: Callable[..., Path]) -> None:
     """The moving average is what is consolidated; activations that are computed again change nothing."""
     plain = new(new_run, "qwen", "mixed", ema=0.5)

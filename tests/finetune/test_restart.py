@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.families.call import caller_for
+from ppcl_ds.families.noise import sigma_quantiles
 from ppcl_ds.families.reader import NoisyStream, open_teacher
 from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import load_recipe
@@ -124,11 +125,12 @@ def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[
     caller = caller_for(files.class_name)
     [(_, clean)] = islice(NoisyStream(recipe, "heldout", 8, torch.device("cpu")).clean.take(0, 1), 1)
     shown = read_scalars(recipe.finetuning("small").board)
-    for number, level in enumerate((0.1, 0.3, 0.5, 0.7, 0.9)):
+    quantiles = (0.1, 0.3, 0.5, 0.7, 0.9)
+    for number, (quantile, level) in enumerate(zip(quantiles, sigma_quantiles(recipe.noise, quantiles), strict=True)):
         noise = torch.randn(clean.latents.shape, generator=torch.Generator().manual_seed(recipe.seed + number))
-        noisy, sigmas = (1 - level) * clean.latents + level * noise, torch.full((8,), level)
+        noisy, sigmas = (1 - level) * clean.latents + level * noise, torch.full((8,), float(level))
         with torch.no_grad():
             own, true = (caller(model, noisy, clean.prompts, sigmas) for model in (student, teacher))
         flow, velocity = ((own - target).square().mean() for target in (noise - clean.latents, true))
-        assert shown[f"heldout/flow/{level:g}"][0][1] == pytest.approx(float(flow), rel=1e-4)
-        assert shown[f"heldout/velocity/{level:g}"][0][1] == pytest.approx(float(velocity), rel=1e-4)
+        assert shown[f"heldout/flow/{quantile:g}"][0][1] == pytest.approx(float(flow), rel=1e-4)
+        assert shown[f"heldout/velocity/{quantile:g}"][0][1] == pytest.approx(float(velocity), rel=1e-4)

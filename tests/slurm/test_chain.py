@@ -110,6 +110,39 @@ def test_scripts_are_submitted_by_hand(account: Account) -> None:
     assert {state for job, state in account.daemons.states() if job in jobs} == {"COMPLETED"}
 
 
+FAULT = """
+import os, sys
+
+class Fault:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "ppcl_ds.distill.trainer":
+            raise RuntimeError("here alone")
+
+if "RANK" in os.environ and os.environ["SLURMD_NODENAME"] == "n2":
+    sys.meta_path.insert(0, Fault)
+"""
+
+
+def test_of_a_rank_that_fails_alone_status_shows_the_error(account: Account) -> None:
+    (account.home / "fault").mkdir()
+    (account.home / "fault" / "sitecustomize.py").write_text(FAULT)
+    account.shell('PYTHONPATH="$PWD/fault" ppcl submit my.yaml --from distill')
+    account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 300)
+    assert account.states()["distill"] == {"FAILED"}
+    said = "distill: n2, local rank 0: RuntimeError: here alone"
+    assert said in account.shell(f"ppcl status {account.quoted_run}").splitlines()
+    # Minutes later Slurm knows nothing of the job.
+    slurm = account.run / "slurm"
+    jobs, job = (slurm / "jobs.json").read_text(), account.chain()["distill"]
+    (slurm / "jobs.json").write_text(jobs.replace(f'"{job}"', '"990000"'))
+    for log in (slurm / "logs").glob(f"distill-{job}*"):
+        log.rename(log.with_name(log.name.replace(job, "990000")))
+    printed = account.shell(f"ppcl status {account.quoted_run}")
+    assert "forgotten by Slurm" in printed
+    assert said in printed.splitlines()
+
+
 def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
     [lost] = (account.run / "distill" / "checkpoints").glob("step-*/rank-00001.safetensors")
     lost.unlink()

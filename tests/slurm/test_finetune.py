@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import make_recipe
 from tests.export.trained import pretend_trained
@@ -65,3 +66,13 @@ def test_it_stops_when_asked_to_with_the_losses_of_a_run_left_in_peace(training:
     training.wait("the end of its processes", lambda: not training.daemons.processes(), 30)
     assert "to go on: ppcl submit RECIPE --from finetune" in account.log("finetune")
     expect_undisturbed(training, tmp_path, "finetune", "--variant", "small")
+
+
+def test_what_it_cannot_go_on_with_is_refused_before_the_queue(training: Training) -> None:
+    account, before = training.account, training.account.chain()
+    recipe = yaml.safe_load(account.recipe.read_text())
+    recipe["finetune"]["velocity_weight"] = 0.5
+    account.recipe.write_text(yaml.safe_dump(recipe))
+    printed = account.shell("ppcl submit my.yaml --from finetune", code=2)
+    assert "error: recipe key 'finetune.velocity_weight' is not what " in printed
+    assert account.chain() == before

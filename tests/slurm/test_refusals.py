@@ -80,6 +80,8 @@ def test_a_sound_request_passes_every_check(path: Path, capsys: pytest.CaptureFi
         assert (folder / script.name).read_bytes() == script.read_bytes()
     environment = yaml.safe_load((folder / "environment.json").read_text())
     assert environment["topology"] == {"stages": 2, "replicas": 1, "nodes": 2}
+    head = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert (environment["git"] or "").removesuffix("-dirty") == head
     assert environment["versions"].keys() >= {"torch", "deepspeed", "slurm", "python", "ppcl-ds"}
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.conftest import make_recipe
 from tests.distill.test_library import PLAN
@@ -107,10 +108,23 @@ def test_the_loss_curve_is_that_of_a_run_which_nothing_stopped(distillation: Tra
     expect_undisturbed(distillation, tmp_path, "distill")
 
 
+def test_it_gets_in_line_no_more_often_than_the_recipe_allows(account: Account) -> None:
+    recipe = yaml.safe_load(account.recipe.read_text())
+    recipe["cluster"]["requeues"] = 0
+    account.recipe.write_text(yaml.safe_dump(recipe))
+    account.types("go-on")
+    assert not (account.run / "STOP").exists()
+    again = Training(account, "distill", [unit.name for unit in PLAN.units])
+    again.makes_progress()
+    account.types("signal")
+    again.wait("its end", lambda: again.state == "FAILED", 60)
+    again.wait("the others' end", lambda: account.states()["evaluate"] == {"CANCELLED"}, 60)
+    assert "requeued 0 times already, and cluster.requeues allows no more" in account.log("distill")
+
+
 def test_it_goes_on_and_is_cancelled(distillation: Training) -> None:
     account = distillation.account
     account.types("go-on")
-    assert not (account.run / "STOP").exists()
     assert "ppcl cancel" in account.shell("ppcl submit my.yaml", code=2)
     account.types("cancel")
     distillation.wait("the end", lambda: set().union(*account.states().values()) == {"CANCELLED"}, 60)
