@@ -17,8 +17,8 @@ from ppcl_ds.cluster.submitted import Queued, folder_of, need_chain
 
 _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
-_RANK = r"(?:\[rank \d+\] ?)?"
-"""What torchrun puts before a line of a rank."""
+_RANK = r"(?:\[rank ?\d+\]:? ?)*"
+"""What torchrun puts before a line of a rank, and torch before one of a traceback."""
 _START = re.compile(r"^start (\d+), ", re.MULTILINE)
 _PROGRESS = re.compile(
     rf"^{_RANK}[^\n:]+: (\d+) of (\d+), \S.*? elapsed(?:, (?P<left>[^;\n]+) remaining)?(?:; (?P<note>.*))?$",
