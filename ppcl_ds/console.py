@@ -49,13 +49,13 @@ def run(app: typer.Typer) -> None:
     except SystemExit as way_out:
         code = int(way_out.code or 0)
     except Exception:
-        if not launch.is_rank():
+        if not launch.has_joined():
             raise
         sys.excepthook(*sys.exc_info())
         code = 1
     else:
         code = 0
-    if launch.is_rank():
+    if launch.has_joined():
         launch.end(code)
     sys.exit(code)
 

@@ -130,10 +130,15 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
-def end(code: int = 0) -> NoReturn:
-    """End this rank's process, once there is nothing more to do, without taking its interpreter down.
+def has_joined() -> bool:
+    """Whether this process has ever joined others: DeepSpeed keeps what it then made for as long as it is loaded."""
+    return "deepspeed" in sys.modules and sys.modules["deepspeed"].comm.comm.cdb is not None
 
-    DeepSpeed keeps process groups for as long as it is loaded, and with them threads of gloo, each of which may hold
+
+def end(code: int = 0) -> NoReturn:
+    """End the process of a rank that has joined others, without taking its interpreter down.
+
+    DeepSpeed keeps the process groups, and with them threads of gloo, each of which may hold
     the last reference to a tensor that went to another rank. Such a thread needs the interpreter to let go of it, and
     aborts the process where the interpreter is on its way down (https://github.com/pytorch/pytorch/pull/179291).
     """

@@ -1,4 +1,4 @@
-"""A user's fault is one clear line and exit code 2, before anything starts, whichever rank speaks."""
+"""A user's fault is one clear line and exit code 2, before anything starts, from every rank at once."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def one_stage(path: Path) -> None:
 
 
 @pytest.mark.parametrize("break_it", [lost_shard, one_stage])
-def test_ranks_report_the_fault_in_one_line_and_none_hangs(ready: Path, break_it: Change) -> None:
+def test_every_rank_reports_the_fault_and_none_hangs(ready: Path, break_it: Change) -> None:
     break_it(ready)
     began = time.monotonic()
     done = subprocess.run(
@@ -188,8 +188,7 @@ def test_ranks_report_the_fault_in_one_line_and_none_hangs(ready: Path, break_it
         env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode != 0
-    # The same from every rank that torchrun has let speak.
-    assert len({line for line in done.stderr.splitlines() if line.startswith("error: ")}) == 1
+    assert done.stderr.count("error: ") == 2
     assert "exitcode  : 2" in done.stderr
     assert time.monotonic() - began < 60
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from ppcl_ds import console
+from ppcl_ds import console, launch
 from tests.conftest import run_ranks
 
 app = typer.Typer()
@@ -26,9 +26,9 @@ def test_ranks_end_well_while_threads_let_go_of_tensors(tmp_path: Path) -> None:
 def be_a_rank(folder: Path) -> None:
     """The first rank ends with work in flight that the other one does bit by bit, in the middle of the first's end.
 
-    Every process group is still referred to, as it is by DeepSpeed.
+    Every process group is still referred to, as DeepSpeed does it with its own.
     """
-    dist.init_process_group("gloo")
+    launch.join()
     groups = [dist.new_group() for _ in range(32)]
     sys.modules["kept"] = groups  # type: ignore[assignment]
     first = dist.get_rank() == 0
