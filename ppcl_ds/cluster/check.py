@@ -9,7 +9,7 @@ from ppcl_ds.data.index import Index, split_entries
 from ppcl_ds.distill import run as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
-from ppcl_ds.estimate.sizing import Estimate, size_run
+from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
 from ppcl_ds.estimate.tuning import Tuning, size_tuning
 from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.families.files import ModelFiles
@@ -43,8 +43,7 @@ def nodes_of(recipe: Recipe) -> int:
 
 def variants_of(recipe: Recipe) -> list[str]:
     """Names of the run's variants: the plan's if there is one, else those that are asked for."""
-    plan = _plan(recipe, *open_teacher(recipe))
-    return list(plan.variants if plan else recipe.plan.variants)
+    return _variants(recipe, _plan(recipe, *open_teacher(recipe)))
 
 
 def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
@@ -92,11 +91,11 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
         _need_memory(numbers, "distilling", "ppcl estimate")
         for tuning in tunings:
             _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
-    variants = len(plan.variants if plan else recipe.plan.variants) + len(tunings)
+    variants = len(_variants(recipe, plan)) + len(tunings)
     need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
 
 
-def _need_memory(numbers: Estimate | Tuning, what: str, command: str) -> None:
+def _need_memory(numbers: Sized, what: str, command: str) -> None:
     if numbers.fits:
         return
     smallest, accelerator = numbers.smallest, numbers.accelerator
@@ -115,6 +114,10 @@ def _plan(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Plan | None:
     if recipe.plan.rule == "given" and given and not recipe.plan.variants and not recipe.plan.candidates:
         return load_plan(given, files, anatomy)
     return None
+
+
+def _variants(recipe: Recipe, plan: Plan | None) -> list[str]:
+    return list(plan.variants if plan else recipe.plan.variants)
 
 
 def _most_units(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> int:

@@ -45,7 +45,11 @@ def memory_of(stage: int, units: Sequence[Sequence[str]], layout: Layout, run: M
         units: for each stage, the names of its units.
     """
     resident = teacher_memory(layout, run, settings) | _library(units[stage], layout, run, settings)
-    moments = _moments(stage, units, layout, run, settings)
+    return memory_with(stage, resident, _moments(stage, units, layout, run, settings))
+
+
+def memory_with(stage: int, resident: Parts, moments: dict[str, Parts]) -> Memory:
+    """The account of a process of `stage`: its worst moment and its peak."""
     worst = max(moments, key=lambda moment: sum(moments[moment].values()))
     peak = sum(resident.values()) + sum(moments[worst].values())
     return Memory(stage=stage, resident=resident, moments=moments, worst=worst, peak=peak)

@@ -9,8 +9,8 @@ from typing import Any
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.show import show, show_tuning
-from ppcl_ds.estimate.sizing import Estimate, size_run
-from ppcl_ds.estimate.tuning import Tuning, size_tuning
+from ppcl_ds.estimate.sizing import Sized, size_run
+from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.whole import write_whole
 
@@ -47,13 +47,11 @@ def estimate(
     cluster = nodes, recipe.topology.world if gpus_per_node is None else gpus_per_node, accelerator_called(accelerator)
     size = None if latent_size is None else read_size(latent_size)
     options: Any = {"utilisation": utilisation, "latent_size": size, "text_tokens": text_tokens}
-    numbers: Estimate | Tuning
+    numbers: Sized
     if variant is None:
-        numbers = size_run(recipe, *cluster, **options)
-        show(numbers)
+        show(numbers := size_run(recipe, *cluster, **options))
     else:
-        numbers = size_tuning(recipe, recipe.tuning, variant, *cluster, **options)
-        show_tuning(numbers)
+        show_tuning(numbers := size_tuning(recipe, recipe.tuning, variant, *cluster, **options))
     if json is not None:
         try:
             write_whole(json, numbers.model_dump_json(indent=1) + "\n")

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ppcl_ds.estimate.accelerators import RESERVED
 from ppcl_ds.estimate.memory import Parts
-from ppcl_ds.estimate.sizing import Cluster, Estimate
+from ppcl_ds.estimate.sizing import Cluster, Estimate, Sized
 from ppcl_ds.estimate.traffic import Traffic
 from ppcl_ds.estimate.tuning import Tuning
 
@@ -54,18 +54,18 @@ def _assumptions(e: Estimate) -> Iterator[str]:
     yield from _where(e)
 
 
-def _sample(e: Estimate | Tuning) -> str:
+def _sample(e: Sized) -> str:
     size = "x".join(map(str, e.latents))
     return f"sample: latents {size}, {e.text_tokens} text tokens, {e.precision}; {e.samples} samples a step"
 
 
-def _where(e: Estimate | Tuning) -> Iterator[str]:
+def _where(e: Sized) -> Iterator[str]:
     speed = f"{e.utilisation:.0%} of {e.accelerator.tflops:g} TFLOP/s"
     yield f"cluster: {_words(e.cluster)}; {e.accelerator.name} at {speed}"
     yield from (f"note: {note}" for note in e.notes)
 
 
-def _memory(e: Estimate | Tuning) -> Table:
+def _memory(e: Sized) -> Table:
     memory = e.fullest.memory
     title = f"Memory of a process of stage {memory.stage}" + (", the fullest" if len(e.stages) > 1 else "")
     table = Table("", "bytes", "of which", title=title)
@@ -82,7 +82,7 @@ def _memory(e: Estimate | Tuning) -> Table:
     return table
 
 
-def _step(e: Estimate | Tuning, training: str) -> Table:
+def _step(e: Sized, training: str) -> Table:
     step = e.step
     table = Table("", "computed", "in the node", "between nodes", "seconds", title="A step of the busiest process")
     table.add_row("teacher forward", _flops(step.teacher_flops), *_links(step.gathers), _seconds(step.teacher))
@@ -119,7 +119,7 @@ def _probing(e: Estimate) -> Table:
     return table
 
 
-def _verdict(e: Estimate | Tuning, section: str) -> Iterator[str]:
+def _verdict(e: Sized, section: str) -> Iterator[str]:
     peak, usable = _bytes(e.fullest.memory.peak), _bytes(e.accelerator.usable_bytes)
     yield f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
     if e.smallest is not None:

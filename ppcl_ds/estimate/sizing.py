@@ -42,52 +42,49 @@ class Stage(Numbers):
     """One pipeline stage.
 
     Attributes:
-        units: names of its units.
-        parameters: of all of them.
-        parameter_share, flop_share: its part of the library.
+        parameters: that it trains, or of the blocks that it holds.
+        flop_share: its part of all stages' work.
         memory: of one of its processes.
     """
 
-    units: tuple[str, ...]
     parameters: int
-    parameter_share: float
     flop_share: float
     memory: Memory
 
 
-class Estimate(Numbers):
-    """What a run needs and whether a cluster has it.
+class LibraryStage(Stage):
+    """One of distillation.
 
     Attributes:
-        teacher: class name.
-        teacher_parameters: their number.
+        units: names of its units.
+        parameter_share: its part of the library.
+    """
+
+    units: tuple[str, ...]
+    parameter_share: float
+
+
+class Sized(Numbers):
+    """What a training on a cluster needs, and whether the cluster has it.
+
+    Attributes:
         plan: where the units come from, in words.
-        units: how many there are.
-        unit_parameters: their number, all units together.
         latents: (C, H, W) of a sample.
         text_tokens: tokens of its prompt.
-        precision: number format of teacher and units while they run.
+        precision: number format of teacher and students while they run.
         cluster: the one asked about.
         accelerator: the one in it.
         utilisation: share of the accelerator's peak that matrix products are taken to reach.
         notes: where the estimate departs from the recipe.
         samples: in a step.
-        micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
-        teacher_flops: of a sample's forward, up to the last block that a unit needs.
-        unit_flops: of a sample's forward through every unit.
         step_flops: of a step, over all processes.
         step: of the busiest process.
         stages: in order.
         fits: whether the fullest stage fits.
         smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
-        probing: what `ppcl probe` needs on the cluster asked about.
     """
 
-    teacher: str
-    teacher_parameters: int
     plan: str
-    units: int
-    unit_parameters: int
     latents: tuple[int, int, int]
     text_tokens: int
     precision: str
@@ -96,20 +93,41 @@ class Estimate(Numbers):
     utilisation: float
     notes: tuple[str, ...]
     samples: int
-    micro_batches: int
-    teacher_flops: float
-    unit_flops: float
     step_flops: float
     step: Step
     stages: tuple[Stage, ...]
     fits: bool
     smallest: Cluster | None
-    probing: Probing
 
     @property
     def fullest(self) -> Stage:
         """The stage whose processes need most memory."""
         return max(self.stages, key=lambda stage: stage.memory.peak)
+
+
+class Estimate(Sized):
+    """Of distillation.
+
+    Attributes:
+        teacher: class name.
+        teacher_parameters: their number.
+        units: how many there are.
+        unit_parameters: their number, all units together.
+        micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
+        teacher_flops: of a sample's forward, up to the last block that a unit needs.
+        unit_flops: of a sample's forward through every unit.
+        probing: what `ppcl probe` needs on the cluster asked about.
+    """
+
+    teacher: str
+    teacher_parameters: int
+    units: int
+    unit_parameters: int
+    micro_batches: int
+    teacher_flops: float
+    unit_flops: float
+    stages: tuple[LibraryStage, ...]
+    probing: Probing
 
 
 def size_run(
@@ -222,10 +240,10 @@ def notes_on(section: str, settings: Training, precision: Precision, world: int,
     return tuple(notes)
 
 
-def _stage(index: int, spread: list[list[str]], layout: Layout, run: Measured, settings: Settings) -> Stage:
+def _stage(index: int, spread: list[list[str]], layout: Layout, run: Measured, settings: Settings) -> LibraryStage:
     names, costs, work = spread[index], run.unit_parameters, run.work.units
     parameters, flops = sum(costs[name] for name in names), sum(work[name] for name in names)
-    return Stage(
+    return LibraryStage(
         units=tuple(names),
         parameters=parameters,
         parameter_share=parameters / sum(costs.values()),

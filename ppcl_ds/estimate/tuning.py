@@ -13,10 +13,10 @@ from itertools import pairwise
 from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.estimate.layout import Layout, stage_bounds
 from ppcl_ds.estimate.measured import Measured, measure
-from ppcl_ds.estimate.memory import Memory, Parts, gathered_memory, teacher_memory
+from ppcl_ds.estimate.memory import Memory, Parts, gathered_memory, memory_with, teacher_memory
 from ppcl_ds.estimate.question import Question, ask
 from ppcl_ds.estimate.settings import Settings
-from ppcl_ds.estimate.sizing import Cluster, Numbers, cluster_of, fits, notes_on, smallest_cluster
+from ppcl_ds.estimate.sizing import Sized, Stage, cluster_of, fits, notes_on, smallest_cluster
 from ppcl_ds.estimate.speed import Step
 from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, ring
 from ppcl_ds.estimate.work import unit_passes
@@ -29,57 +29,33 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Finetune
 
 
-class TuningStage(Numbers):
-    """One pipeline stage.
+class TuningStage(Stage):
+    """One of fine-tuning.
 
     Attributes:
         blocks: how many of the variant's.
-        parameters: of them.
-        flop_share: its part of the variant.
-        memory: of one of its processes.
     """
 
     blocks: int
-    parameters: int
-    flop_share: float
-    memory: Memory
 
 
-class Tuning(Numbers):
-    """What fine-tuning a variant needs, and whether a cluster has it; what is not said here is as in `Estimate`.
+class Tuning(Sized):
+    """Of fine-tuning a variant. The `units` of its step are the pipeline: forwards and backwards of the fullest stage,
+    what it passes on, waiting.
 
     Attributes:
+        variant: its name.
         parameters: of the variant.
         micro_batches: of a pipeline in a step.
-        step: of the busiest process; its `units` are the pipeline: forwards and backwards of the fullest stage, what
-            it passes on, waiting.
         idle: share of the pipeline's time in which a stage waits, (P - 1) / (M + P - 1) for P equal stages and M
             micro-batches.
     """
 
     variant: str
-    plan: str
     parameters: int
-    latents: tuple[int, int, int]
-    text_tokens: int
-    precision: str
-    cluster: Cluster
-    accelerator: Accelerator
-    utilisation: float
-    notes: tuple[str, ...]
-    samples: int
     micro_batches: int
-    step_flops: float
-    step: Step
     idle: float
     stages: tuple[TuningStage, ...]
-    fits: bool
-    smallest: Cluster | None
-
-    @property
-    def fullest(self) -> TuningStage:
-        """The stage whose processes need most memory."""
-        return max(self.stages, key=lambda stage: stage.memory.peak)
 
 
 def size_tuning(
@@ -237,9 +213,7 @@ class _Blocks:
                 "gradient on its way to its sum": run.largest_parameter * 4 if run.element < 4 else 0,
             },
         }
-        worst = max(moments, key=lambda moment: sum(moments[moment].values()))
-        peak = sum(resident.values()) + sum(moments[worst].values())
-        return Memory(stage=stage, resident=resident, moments=moments, worst=worst, peak=peak)
+        return memory_with(stage, resident, moments)
 
 
 def _step(

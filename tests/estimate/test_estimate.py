@@ -13,7 +13,7 @@ import pytest
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.run import estimate, read_size
-from ppcl_ds.estimate.sizing import Estimate, size_run
+from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
 from ppcl_ds.estimate.tuning import Tuning, size_tuning
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe, load_recipe
@@ -65,7 +65,7 @@ def fine_tuning(recipe: Recipe, nodes: int, gpu: str) -> Tuning:
 
 @pytest.mark.parametrize(("size", "gpu"), [(distilling, "rtx4090"), (fine_tuning, "a100-40")])
 def test_a_larger_cluster_is_found_where_one_is_too_small(
-    unprepared: Unprepared, size: Callable[..., Estimate | Tuning], gpu: str
+    unprepared: Unprepared, size: Callable[..., Sized], gpu: str
 ) -> None:
     finetune = LARGE["distill"] | {"steps": 1, "activation_checkpointing": True}
     recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}, finetune=finetune))
