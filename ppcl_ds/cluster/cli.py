@@ -25,8 +25,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Check all, write the scripts, print sbatch's lines; queue nothing.")
     ] = False,
 ) -> None:
-    """Queue the whole road as Slurm jobs: encode, probe, merge, plan, distill, finetune, consolidate,
-    evaluate.
+    """Queue the whole road as Slurm jobs: encode, probe, merge, plan, distill, finetune, consolidate, evaluate.
 
     Each job starts when those before it have ended well; what is done already is left out. Whatever can be known to be
     wrong is refused before anything is queued. Recipe, plan and scripts as used, logs, versions and job numbers lie in

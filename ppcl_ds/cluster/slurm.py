@@ -14,9 +14,21 @@ _COMMANDS = ("sbatch", "squeue", "scancel", "scontrol")
 _FORMAT = "%F|%i|%T|%L|%r"
 """Of squeue: job, or that of the array; job or array task; state; time left to the limit; why it waits."""
 
-_OVER = (
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
-    *("PREEMPTED", "RECONFIG_FAIL", "REVOKED", "TIMEOUT"),
+_OVER = frozenset(
+    {
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "LAUNCH_FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "RECONFIG_FAIL",
+        "REVOKED",
+        "TIMEOUT",
+    }
 )
 """States that a job does not leave (squeue's manual, "Job State Codes")."""
 

@@ -19,7 +19,7 @@ _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
 _RANK = r"(?:\[rank ?\d+\]:? ?)*"
 """What torchrun puts before a line of a rank, and torch before one of a traceback."""
-_START = re.compile(r"^start (\d+), ", re.MULTILINE)
+_START = re.compile(r"^start \d+, ", re.MULTILINE)
 _PROGRESS = re.compile(
     rf"^{_RANK}[^\n:]+: (\d+) of (\d+), \S.*? elapsed(?:, (?P<left>[^;\n]+) remaining)?(?:; (?P<note>.*))?$",
     re.MULTILINE,
@@ -97,10 +97,10 @@ def _report(logs: Path, queued: Queued) -> Report:
     last = [matches[-1] for matches in found.values() if matches]
     done, total = (sum(int(match[place]) for match in last) for place in (1, 2))
     rates = [rate[1] for match in last if (rate := _RATE.search(match["note"] or ""))]
-    starts = max((len(_starts(out)) for out in outs), default=0)
-    faults = [fault for out, text in texts.items() if (fault := _first_fault(text, _starts(out)))]
+    starts = {out: _starts(out) for out in outs}
+    faults = [fault for out, text in texts.items() if (fault := _first_fault(text, starts[out]))]
     return Report(
-        starts=starts,
+        starts=max(map(len, starts.values()), default=0),
         step=f"{done} of {total}" if last else "",
         complete=bool(last) and done == total,
         rate=rates[-1] if rates else "",

@@ -47,7 +47,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     check_data(recipe, heldout=bool(settings.sample_every))
     check_students(recipe, "finetune")
     folder = recipe.finetuning(variant)
-    library, note = None, ""
+    library = None
     if folder.begun:
         before = load_plan(folder.plan, files, anatomy)
         check_resume(recipe, folder, "finetune", chosen, before)
@@ -56,11 +56,10 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
                 f"{folder.path} was trained with other units than '{variant}' in {recipe.plan_file} has now; restore "
                 f"the plan, or move {folder.path} away to fine-tune anew"
             )
-        note = newer_units(folder)
     else:
         source = (open_run(from_run) if from_run else recipe).distillation
         library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, files, anatomy))
-    start = Start(recipe, settings, variant, plan, files, anatomy, library, note)
+    start = Start(recipe, settings, variant, plan, files, anatomy, library)
     config = start.layout().config  # complains of a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
     stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
@@ -68,17 +67,16 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
 
 
 def newer_units(folder: TrainingFolder) -> str:
-    """Words about a fine-tuning that has begun, and what its units have learnt since without it; empty: nothing."""
+    """Words about what the units of a fine-tuning have learnt since it began, without it; empty: nothing."""
+    if not folder.begun:
+        return ""
     origin = read_origin(folder)
     library = origin.checkpoint.parent
-    if not (library / "latest").exists():
-        return ""
-    now = newest_checkpoint(library).contents.step
-    if now <= origin.step:
+    if not (library / "latest").exists() or (now := newest_checkpoint(library).contents.step) <= origin.step:
         return ""
     return (
         f"note: {folder.path} goes on from units of step {origin.step}; {library} has them of step {now}; "
-        f"to fine-tune those, move {folder.path} away"
+        f"to fine-tune those, move {folder.path} away\n"
     )
 
 
@@ -87,8 +85,8 @@ def finetune(start: Start, until: int | None = None) -> None:
     launch.join(start.settings.timeout)
     from ppcl_ds.finetune.trainer import FineTuner
 
-    if start.note and dist.get_rank() == 0:
-        print(start.note, flush=True)
+    if dist.get_rank() == 0:
+        print(newer_units(start.folder), end="", flush=True)
     FineTuner(start).train(until)
     launch.leave()
 
@@ -96,8 +94,7 @@ def finetune(start: Start, until: int | None = None) -> None:
 def rehearse(start: Start) -> None:
     """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
     recipe, settings = start.recipe, start.settings
-    if start.note:
-        print(start.note)
+    print(newer_units(start.folder), end="")
     nodes, gpus = nodes_of(recipe.topology.world)
     show_tuning(size_tuning(recipe, settings, start.variant, nodes, gpus, ACCELERATORS["h100"]))
     say_epochs(recipe, settings)

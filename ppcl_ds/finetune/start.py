@@ -14,7 +14,7 @@ from ppcl_ds.families.sources import Sources
 from ppcl_ds.planning.building import blank_unit
 from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.planning.variant import Layout, layout
-from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
 
 
@@ -37,7 +37,6 @@ class Start:
 
     Attributes:
         library: where the units were trained; None: the variant has a checkpoint of its own to go on from.
-        note: what whoever starts it should know.
     """
 
     recipe: Recipe
@@ -47,7 +46,11 @@ class Start:
     files: ModelFiles
     anatomy: Anatomy
     library: Library | None
-    note: str = ""
+
+    @property
+    def folder(self) -> TrainingFolder:
+        """What the fine-tuning writes."""
+        return self.recipe.finetuning(self.variant)
 
     def units(self, unit: UnitPlan) -> Sources:
         """A unit's tensors as its library left them; zeros where they will come from the variant's own checkpoint."""

@@ -37,14 +37,14 @@ class FineTuner(Training):
 
     def __init__(self, start: Start) -> None:
         self.start, self.tuning = start, start.settings
-        settings, folder = start.settings, start.recipe.finetuning(start.variant)
+        settings = start.settings
         self.weights = {
             "flow": settings.flow_weight,
             "velocity": settings.velocity_weight,
             "boundary": settings.boundary_weight,
         }
         title = f"finetune {start.variant}"
-        super().__init__(start.recipe, settings, folder, start.plan, start.files, start.anatomy, title)
+        super().__init__(start.recipe, settings, start.folder, start.plan, start.files, start.anatomy, title)
         # A step may hold many passes; each is a sign of life.
         self.pipeline.stage.register_forward_pre_hook(lambda *_: self.stall.moves())
 

@@ -13,12 +13,22 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.families.files import empty_model
-from ppcl_ds.finetune.run import check
+from ppcl_ds.finetune.run import check, newer_units
 from ppcl_ds.recipe import load_recipe
 from tests.conftest import command
 from tests.export.trained import plan_of, pretend_trained, write_checkpoint
 
 Raw = dict[str, Any]
+
+
+def ready(new_run: Callable[..., Path]) -> tuple[Path, Raw]:
+    """A recipe whose library is trained, and what it says."""
+    path = new_run("qwen")
+    raw = yaml.safe_load(path.read_text())
+    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
+    path.write_text(yaml.safe_dump(raw))
+    pretend_trained(path, "qwen")
+    return path, raw
 
 
 def clip(raw: Raw) -> None:
@@ -45,11 +55,7 @@ CHANGES: dict[str, Callable[[Raw], object]] = {
 
 @pytest.mark.parametrize("complaint", CHANGES)
 def test_a_fault_is_named_before_anything_starts(new_run: Callable[..., Path], complaint: str, tmp_path: Path) -> None:
-    path = new_run("qwen")
-    raw = yaml.safe_load(path.read_text())
-    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
-    path.write_text(yaml.safe_dump(raw))
-    pretend_trained(path, "qwen")
+    path, raw = ready(new_run)
     CHANGES[complaint](raw)
     variant, library = raw.pop("variant", "small"), raw.pop("from_run", None)
     if library:
@@ -60,11 +66,8 @@ def test_a_fault_is_named_before_anything_starts(new_run: Callable[..., Path], c
 
 
 def test_a_begun_fine_tuning_goes_on_only_as_it_began(new_run: Callable[..., Path]) -> None:
-    path = new_run("qwen")
-    raw = yaml.safe_load(path.read_text())
-    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
-    path.write_text(yaml.safe_dump(raw))
-    recipe = pretend_trained(path, "qwen")
+    path, raw = ready(new_run)
+    recipe = load_recipe(path)
     command("finetune", path, "--variant", "small", "--until", "1")
     check(recipe, "small", None)
     for key, value in (("velocity_weight", 0.5), ("trainable", "units"), ("micro_batch", 4)):
@@ -81,13 +84,10 @@ def test_a_begun_fine_tuning_goes_on_only_as_it_began(new_run: Callable[..., Pat
 
 
 def test_units_that_have_learnt_more_since_are_spoken_of(new_run: Callable[..., Path]) -> None:
-    path = new_run("qwen")
-    raw = yaml.safe_load(path.read_text())
-    raw["finetune"] = {"steps": 2, "micro_batch": 2, "micro_batches_per_step": 2}
-    path.write_text(yaml.safe_dump(raw))
-    recipe = pretend_trained(path, "qwen")
+    path, _ = ready(new_run)
+    recipe = load_recipe(path)
     command("finetune", path, "--variant", "small", "--until", "1")
-    assert not check(recipe, "small", None).note
+    assert not newer_units(recipe.finetuning("small"))
     write_checkpoint(recipe, plan_of("qwen"), 1, step=9)
     printed = command("finetune", path, "--variant", "small")
     assert printed.count("goes on from units of step 7;") == 1
