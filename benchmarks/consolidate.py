@@ -27,15 +27,15 @@ from safetensors.torch import save_file
 from benchmarks.load import MIB, Sampler, save_teacher
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
-from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.distill.trained import unit_sources, unit_state
-from ppcl_ds.export.shards import write_model, write_sums
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.surgery import block_shapes
-from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
-from ppcl_ds.planning.variant import Layout, assembled, layout
-from ppcl_ds.whole import to_disk, whole_folder
+from ppcl_ds.atomic import to_disk, whole_folder
+from ppcl_ds.export.model_folder import write_model, write_sums
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
+from ppcl_ds.training.trained import unit_sources, unit_state
+from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.units.variant import Layout, assembled, layout
 
 SHARD = 200 * 10**6
 """Bytes of a weights file: a tenth of the model, as 5 GB are of a large one."""

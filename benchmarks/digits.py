@@ -17,16 +17,16 @@ import yaml
 from torch import nn
 
 from ppcl_ds.data.encoders import image_encoder
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.errors import UserError
-from ppcl_ds.evaluate.measure import Bench, ModelFigures
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.reader import DTYPES, open_teacher
-from ppcl_ds.planning.plan import Plan, load_plan
-from ppcl_ds.planning.variant import assembled
+from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import shipped
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.plan import Plan, load_plan
+from ppcl_ds.units.variant import assembled
 
 SIZES = {"-33 %": 0.33, "-50 %": 0.5, "-75 %": 0.75}
 """Variants by the share of block parameters that they give up."""

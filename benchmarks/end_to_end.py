@@ -22,7 +22,7 @@ import yaml
 from benchmarks.digits import BATCH, COLUMNS, Judge, cell, ppcl, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, row_of_pairs, show
 from ppcl_ds.console import track
-from ppcl_ds.evaluate.measure import ModelFigures
+from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.export.load import load_model
 from ppcl_ds.recipe import load_recipe
 

@@ -27,7 +27,7 @@ from benchmarks.schedule import trace
 from benchmarks.step import time_in_turns
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
-from ppcl_ds.finetune.run import check
+from ppcl_ds.finetune.finetune import check
 from ppcl_ds.finetune.trainer import FineTuner
 from ppcl_ds.recipe import load_recipe
 
@@ -54,8 +54,8 @@ def tuner(recipe: str) -> FineTuner:
 def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> list[list[float]]:
     """Seconds of a step and of the plain loop; a rank's task."""
     from ppcl_ds import launch
-    from ppcl_ds.distill.trained import unit_state
-    from ppcl_ds.planning.variant import assembled
+    from ppcl_ds.training.trained import unit_state
+    from ppcl_ds.units.variant import assembled
 
     launch.join()
     load = Workload(**work)

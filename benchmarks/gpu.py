@@ -25,8 +25,8 @@ from benchmarks.workload import Span, Workload, prepare, save_teacher
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.activations import LiveBytes
 from ppcl_ds.estimate.sizing import size_run
-from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.reader import DTYPES
 
 GIB = 2**30
 QWEN_IMAGE = Workload(
@@ -55,7 +55,7 @@ def alone(recipe: str, repeats: int) -> dict[str, Any]:
     from ppcl_ds import launch
 
     device = launch.join()
-    from ppcl_ds.watch.clock import matrix_rate
+    from ppcl_ds.watch.timer import matrix_rate
 
     engine, peak = peak_of_steps(Path(recipe))
     dtype = DTYPES[load_recipe(Path(recipe)).teacher.precision]

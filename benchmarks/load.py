@@ -75,10 +75,10 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     from ppcl_ds import launch
 
     launch.join()
-    from ppcl_ds.families.files import ModelFiles
-    from ppcl_ds.families.sharded import load_teacher
     from ppcl_ds.recipe import read_deepspeed_file
     from ppcl_ds.sections import shipped
+    from ppcl_ds.teacher.files import ModelFiles
+    from ppcl_ds.teacher.sharded import load_teacher
 
     files = ModelFiles(Path(folder))
     config = read_deepspeed_file(shipped("ds_configs/teacher_zero3.json"))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.workload import CHANNELS, Span, Workload
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.families.call import caller_for
+from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.units.loss import boundary_loss
 
 CPU = torch.device("cpu")

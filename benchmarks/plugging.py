@@ -22,9 +22,9 @@ from scipy.stats import spearmanr
 from benchmarks.digits import Judge, Library, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row, show
 from ppcl_ds.console import track
-from ppcl_ds.evaluate.measure import ModelFigures
+from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.planning.budget import budget_of
-from ppcl_ds.planning.forecast import Forecast, fitted
+from ppcl_ds.planning.error_model import Forecast, fitted
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.swaps import draw_sets, load_swaps
 

@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 from benchmarks.digits import COLUMNS, SIZES, Judge, cell, judged, ppcl, train_planned, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, row_of_pairs, show
 from ppcl_ds.console import track
-from ppcl_ds.evaluate.measure import ModelFigures
+from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Rule
 

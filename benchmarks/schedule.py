@@ -23,10 +23,10 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
-from ppcl_ds.distill.engine import LocalEngine, StudentsEngine, TrainUnits
 from ppcl_ds.distill.library import Inbox, Library
-from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
+from ppcl_ds.teacher.reader import DTYPES
+from ppcl_ds.training.engine import LocalEngine, StudentsEngine, TrainUnits
 from ppcl_ds.units.unit import Parcel
 
 STAGES = 4
@@ -72,7 +72,7 @@ class WithoutBubbles(LocalEngine):
 
 def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
     """An engine of this kind with a library of its own, fed with these parcels; all ranks together."""
-    from ppcl_ds.distill.run import check
+    from ppcl_ds.distill.distill import check
 
     files, anatomy, plan = check(recipe)
     inbox = Inbox()
@@ -118,7 +118,7 @@ def trace(engine: Any, unit_seconds: float) -> list[tuple[float, float]]:
 def idle_shares(recipe: str, unit_seconds: float, repeats: int) -> list[list[float]]:
     """Idle share of this rank in each step of both schedules; a rank's task."""
     from ppcl_ds import launch
-    from ppcl_ds.distill.run import check
+    from ppcl_ds.distill.distill import check
     from ppcl_ds.distill.trainer import Trainer
 
     launch.join()

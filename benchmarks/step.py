@@ -47,7 +47,7 @@ class EngineStep:
     """
 
     def __init__(self, recipe: Path) -> None:
-        from ppcl_ds.distill.run import check
+        from ppcl_ds.distill.distill import check
         from ppcl_ds.distill.trainer import Trainer
         from ppcl_ds.recipe import load_recipe
 

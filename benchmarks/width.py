@@ -17,7 +17,7 @@ import typer
 from benchmarks.digits import COLUMNS, Judge, Library, cell, judged, train_planned, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from ppcl_ds.console import track
-from ppcl_ds.evaluate.measure import ModelFigures
+from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.recipe import load_recipe
 
 SIZE = "-50 %"

@@ -17,11 +17,11 @@ from PIL import Image
 
 from data_tools.encode import encode
 from data_tools.shard import shard
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.reader import DTYPES
-from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Precision
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES
+from ppcl_ds.units.plan import Plan, UnitPlan
 
 Span = tuple[int, int]
 

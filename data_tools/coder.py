@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.samples import caption_parts, captions_of, image_suffix
-from ppcl_ds.data import pictures
+from ppcl_ds.data import images as pictures
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, without_padding
 from ppcl_ds.data.index import Member

@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 import webdataset as wds
 from PIL import Image
 
+from ppcl_ds.atomic import to_disk
+from ppcl_ds.data.images import FORMATS
 from ppcl_ds.data.index import IMAGE_SUFFIXES, Member, scan
-from ppcl_ds.data.pictures import FORMATS
-from ppcl_ds.whole import to_disk
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:

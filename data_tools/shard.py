@@ -18,7 +18,7 @@ from data_tools.sources import Found
 from data_tools.summary import NAMED, Summary, check_bad, named, write_log
 from data_tools.work import Journal, digest_of, spread
 from ppcl_ds.console import Advance
-from ppcl_ds.data import pictures
+from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import Index, ShardEntry, describe
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data

@@ -16,9 +16,9 @@ import safetensors.torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_tools.samples import captions_of, image_suffix, read_parts
-from ppcl_ds.data import pictures
+from ppcl_ds.atomic import write_whole
+from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import scan
-from ppcl_ds.whole import write_whole
 
 _SIDE = 160
 """Pixels of a thumbnail's longest side."""

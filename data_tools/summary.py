@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.work import write_shared
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
-from ppcl_ds.whole import write_whole
 
 NAMED = 10
 """Samples that are named at a terminal; the log names all."""

@@ -19,10 +19,10 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from ppcl_ds.atomic import to_disk
 from ppcl_ds.console import Advance, progress
 from ppcl_ds.errors import UserError
 from ppcl_ds.launch import end_with_parent
-from ppcl_ds.whole import to_disk
 
 _ABANDONED = 3600.0
 """Seconds after which nobody is still at work on a file that has not changed."""

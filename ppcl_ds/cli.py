@@ -51,7 +51,7 @@ def probe(
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.probing.run import check, merge_parts, probe
+    from ppcl_ds.probing.probe import check, merge_parts, probe
 
     files, anatomy = check(loaded, part, merge)
     if merge:
@@ -92,10 +92,10 @@ def plan(
     loaded = load_recipe(recipe)
     if sum((from_run is not None, check, show)) > 1:
         raise UserError("--from-run, --check and --show: give one of them at a time")
-    from ppcl_ds.planning import run
+    from ppcl_ds.planning import planner as run
 
     if from_run is not None:
-        from ppcl_ds.distill.replan import Replan
+        from ppcl_ds.planning.replan import Replan
 
         replan = Replan(loaded, from_run)
         if (swaps := replan.measured) is not None:
@@ -144,7 +144,7 @@ def estimate(
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.estimate.run import estimate
+    from ppcl_ds.estimate.estimate import estimate
 
     fits = estimate(
         loaded,
@@ -177,7 +177,7 @@ def distill(
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.distill.run import check, distill, rehearse
+    from ppcl_ds.distill.distill import check, distill, rehearse
 
     files, anatomy, checked = check(loaded)
     if dry_run:
@@ -209,7 +209,7 @@ def finetune(
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.finetune.run import check, finetune, rehearse
+    from ppcl_ds.finetune.finetune import check, finetune, rehearse
 
     checked = check(loaded, variant, from_run)
     if dry_run:
@@ -267,7 +267,7 @@ def consolidate(
     streamed, a file at a time; a folder appears whole or not at all.
     """
     recipe = open_run(source)
-    from ppcl_ds.export.run import Form, consolidate
+    from ppcl_ds.export.consolidate import Form, consolidate
 
     form = Form.checked(dtype, max_shard_size, single_file, quantize)
     consolidate(recipe, variant or [], form, plug or [], out)
@@ -280,7 +280,7 @@ def evaluate(recipe: RecipeFile) -> None:
     Writes samples.png, report.json and report.html into the run folder, and the figures into the models' cards.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.evaluate.run import evaluate
+    from ppcl_ds.evaluate.evaluate import evaluate
 
     evaluate(loaded)
 
@@ -343,8 +343,8 @@ def import_(
     Theirs have single_stream_index, ffn_proj_index and ehs_proj_index in config.json. The result computes the same, and
     carries its own modelling file: load it with trust_remote_code=True, or with ppcl_ds.load_pipeline.
     """
+    from ppcl_ds.export.model_folder import shard_bytes
     from ppcl_ds.export.published import import_published
-    from ppcl_ds.export.shards import shard_bytes
 
     import_published(source, out, shard_bytes(max_shard_size))
 
@@ -387,7 +387,7 @@ def demo(
     What is already done is not repeated.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.demo.run import demo
+    from ppcl_ds.demo.demo import demo
 
     demo(recipe, loaded, fresh)
 

@@ -21,7 +21,7 @@ trap 'told=1' USR1 TERM
 
 about() {
     local facts
-    facts=$(srun --overlap --nodes=1 --ntasks=1 "${container[@]}" "$python" -m ppcl_ds.cluster.about "$1")
+    facts=$(srun --overlap --nodes=1 --ntasks=1 "${container[@]}" "$python" -m ppcl_ds.cluster.facts "$1")
     { read -r run && read -r processes && read -r requeues; } <<<"$facts"
 }
 

@@ -14,10 +14,10 @@ import psutil
 import pytest
 import yaml
 
-from ppcl_ds.distill.start import write_start
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.planning.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checks import write_start
+from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from tests.conftest import command
 
 Change = Callable[[Path], None]

@@ -12,11 +12,11 @@ import diffusers
 import pytest
 import torch
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.plan import load_plan
 from tests.conftest import TEACHERS, command
 
 LOAD_WITHOUT_US = """

@@ -24,14 +24,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.chain import STEPS, Step, due, steps
-from ppcl_ds.cluster.check import check, nodes_of, variants_of
+from ppcl_ds.cluster.refusals import check, nodes_of, variants_of
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.watch.stop import stop_file
-from ppcl_ds.whole import write_whole
+from ppcl_ds.steps import STEPS, Step, due, steps
+from ppcl_ds.watch.preemption import stop_file
 
 _SCRIPTS = ("*.sbatch", "ranks.sh", "site.env")
 _PACKAGES = ("ppcl-ds", "torch", "deepspeed", "diffusers", "transformers", "accelerate", "numpy")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.cluster import slurm
 from ppcl_ds.errors import UserError
-from ppcl_ds.whole import write_whole
 
 
 class Queued(BaseModel):

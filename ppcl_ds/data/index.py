@@ -17,9 +17,9 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ValidationError
 from webdataset.tariterators import base_plus_ext
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data
-from ppcl_ds.whole import write_whole
 
 IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 """Kinds of images that are read; the last part of a file name, in lower case."""

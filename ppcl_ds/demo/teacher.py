@@ -10,15 +10,15 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
+from ppcl_ds.atomic import whole_folder
 from ppcl_ds.console import track
 from ppcl_ds.data.batch import Batch, Prompts
+from ppcl_ds.data.noising import add_noise, draw_sigmas
 from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.noise import add_noise, draw_sigmas
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import DemoTeacher, Noise
-from ppcl_ds.whole import whole_folder
+from ppcl_ds.teacher.call import caller_for
 
 _WARMUP_STEPS = 50
 """Enough for AdamW's second moments; zero-initialised modulation tolerates a short warm-up."""

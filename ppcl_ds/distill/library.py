@@ -8,13 +8,13 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from ppcl_ds.distill.students import Means, Students
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.building import build_unit
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.training.students import Means, Students
 from ppcl_ds.units.depth import DepthUnit, recompute_parts
+from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
+from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import Parcel
 
 

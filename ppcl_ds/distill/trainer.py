@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ppcl_ds.console import track
-from ppcl_ds.distill.calibrate import calibrate
-from ppcl_ds.distill.engine import LocalEngine, StudentsEngine
-from ppcl_ds.distill.journal import print_units
+from ppcl_ds.distill.least_squares import calibrate
 from ppcl_ds.distill.library import Library
-from ppcl_ds.distill.pictures import look
-from ppcl_ds.distill.rounds import Rounds
-from ppcl_ds.distill.training import Training
-from ppcl_ds.estimate.work import measure_work
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.reader import NoisyBatch, read_teacher
-from ppcl_ds.planning.parcels import parcels_of, wanted_by
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.distill.preview import look
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import NoisyBatch, read_teacher
+from ppcl_ds.training.engine import LocalEngine, StudentsEngine
+from ppcl_ds.training.flops import measure_work
+from ppcl_ds.training.log import print_units
+from ppcl_ds.training.rounds import Rounds
+from ppcl_ds.training.trainer import Training
+from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import Parcel
 
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ppcl_ds.families.anatomy import Block, Streams
+from ppcl_ds.teacher.anatomy import Block, Streams
 from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.unit import Parcel, Unit

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ppcl_ds.families.anatomy import Anatomy, Block
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.plan import Plan, UnitPlan, allowed_spans
+from ppcl_ds.teacher.anatomy import Anatomy, Block
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.plan import Plan, UnitPlan, allowed_spans
 
 
 def assume_plan(shares: dict[str, float], files: ModelFiles, anatomy: Anatomy) -> Plan:

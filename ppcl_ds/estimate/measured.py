@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ppcl_ds.estimate.activations import block_activations, unit_activations
-from ppcl_ds.estimate.rehearsal import Rehearsal, rehearse
-from ppcl_ds.estimate.work import Work, work_of
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.surgery import block_shapes
-from ppcl_ds.planning.building import rehearse_unit
-from ppcl_ds.planning.parcels import parcels_of, wanted_by
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.training.flops import Work, work_of
+from ppcl_ds.training.meta_forward import Rehearsal, rehearse
+from ppcl_ds.units.kinds import rehearse_unit
+from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import Parcel, Unit
 
 

@@ -8,11 +8,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ppcl_ds.estimate.accelerators import Accelerator
-from ppcl_ds.estimate.rehearsal import Rehearsal, rehearse
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.probing.sums import HALVES, SUMS_BYTES, Lane, block_bytes, lanes_of, ranges, wanted_for
 from ppcl_ds.sections import Probe
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.training.meta_forward import Rehearsal, rehearse
 
 
 class Probing(BaseModel):

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
 from ppcl_ds.estimate.layout import Layout, layout_on
-from ppcl_ds.estimate.rehearsal import latent_channels
 from ppcl_ds.estimate.settings import Settings, settings_of
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.plan import Plan, load_plan
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Training
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.training.meta_forward import latent_channels
+from ppcl_ds.units.plan import Plan, load_plan
 
 _TEXT_TOKENS = 32
 """Tokens of a prompt where the recipe does not say: captions of a sentence or two."""

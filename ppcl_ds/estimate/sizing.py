@@ -15,9 +15,9 @@ from ppcl_ds.estimate.probing import Probing, probing_of
 from ppcl_ds.estimate.question import ask
 from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import Step, step_of
-from ppcl_ds.families.reader import DTYPES
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision, Topology, Training
+from ppcl_ds.teacher.reader import DTYPES
 
 _MOST_NODES = 128
 """Largest cluster that is searched for one that is large enough."""

@@ -22,7 +22,7 @@ from ppcl_ds.estimate.layout import Layout
 from ppcl_ds.estimate.measured import Measured
 from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, reduction
-from ppcl_ds.estimate.work import unit_passes
+from ppcl_ds.training.flops import unit_passes
 
 
 class Step(BaseModel):

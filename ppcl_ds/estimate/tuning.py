@@ -19,14 +19,14 @@ from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.sizing import Sized, Stage, cluster_of, fits, notes_on, smallest_cluster
 from ppcl_ds.estimate.speed import Step
 from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, ring
-from ppcl_ds.estimate.work import unit_passes
-from ppcl_ds.families.reader import DTYPES
-from ppcl_ds.finetune.parts import Trainable
+from ppcl_ds.finetune.trainable import Trainable
 from ppcl_ds.planning.budget import parameters_saved
-from ppcl_ds.planning.parcels import boundaries_of
-from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Finetune
+from ppcl_ds.teacher.reader import DTYPES
+from ppcl_ds.training.flops import unit_passes
+from ppcl_ds.units.parcels import boundaries_of
+from ppcl_ds.units.plan import Plan, UnitPlan
 
 
 class TuningStage(Stage):

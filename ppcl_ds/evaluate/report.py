@@ -12,9 +12,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ppcl_ds.evaluate.measure import Figures, ModelFigures
-from ppcl_ds.probing.pictures import as_png, inline
-from ppcl_ds.whole import write_whole
+from ppcl_ds.atomic import write_whole
+from ppcl_ds.evaluate.figures import Figures, ModelFigures
+from ppcl_ds.probing.heatmaps import as_png, inline
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 _COLUMNS = 16

@@ -12,11 +12,11 @@ import yaml
 from huggingface_hub import metadata_load
 from pydantic import BaseModel, ValidationError
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.shards import CARD, weights_digest
+from ppcl_ds.export.model_folder import CARD, weights_digest
 from ppcl_ds.export.tuned import untuned
-from ppcl_ds.planning.plan import UNDISTILLED
-from ppcl_ds.whole import write_whole
+from ppcl_ds.units.plan import UNDISTILLED
 
 FACTS = "variant.json"
 """Beside the card: the facts it was made from. It also marks a folder as one that `ppcl consolidate` may replace."""

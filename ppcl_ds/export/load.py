@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.families import modeling_pruned
-from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.teacher import modeling_pruned
+from ppcl_ds.teacher.files import ModelFiles
 
 _FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError)
 """What diffusers raises for folders that are incomplete, damaged or of a release that it does not know."""

@@ -18,13 +18,13 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.plan import Plan, UnitPlan, conflict, load_plan
-from ppcl_ds.whole import write_whole
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 
 _MARKS = ("lora", "lokr_", "hada_")
 """What the names of LoRA, LoKr and LoHa tensors hold."""

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.planning.plan import UnitPlan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.units.plan import UnitPlan
 
 _OTHER_NAMES = {
     "ff": ("img_mlp", "x_block.mlp"),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.planning.plan import Plan, conflict
+from ppcl_ds.units.plan import Plan, conflict
 
 
 def read_switches(words: Sequence[str]) -> dict[str, bool]:

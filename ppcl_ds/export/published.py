@@ -19,12 +19,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ppcl_ds.atomic import need_space, one_line, whole_folder
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.pipeline import INDEX, copied_bytes, name_transformer, pipeline_files, place
-from ppcl_ds.export.shards import MODELING, write_model, write_sums
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.variant import laid_out
-from ppcl_ds.whole import need_space, one_line, whole_folder
+from ppcl_ds.export.model_folder import MODELING, write_model, write_sums
+from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_files, place
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.variant import laid_out
 
 _KEYS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")
 _NAMES = {"txt_proj": "text_in", "ehs_proj": "text_out", "img_ffn_proj": "img_mlp", "txt_ffn_proj": "txt_mlp"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.parts import Parts
-from ppcl_ds.planning.plan import Plan
+from ppcl_ds.units.plan import Plan
 
 _HEAD = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.|lora_unet_|lora_transformer_)?"
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|text_encoder")

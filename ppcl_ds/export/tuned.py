@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ppcl_ds.distill.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.distill.trained import sources_of
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.sources import Source, Sources
 from ppcl_ds.finetune.origin import Origin, read_origin
-from ppcl_ds.planning.plan import FINETUNED
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
+from ppcl_ds.teacher.sources import Source, Sources
+from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.training.trained import sources_of
+from ppcl_ds.units.plan import FINETUNED
 
 
 def finetuned(variant: str) -> str:

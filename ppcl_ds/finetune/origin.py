@@ -6,9 +6,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import TrainingFolder
-from ppcl_ds.whole import write_whole
 
 
 class Origin(BaseModel):

@@ -13,13 +13,13 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.distill.engine import StudentsEngine
-from ppcl_ds.distill.optimizer import WholeOptimizer
-from ppcl_ds.distill.students import Students
-from ppcl_ds.finetune.parts import IDLE, REST, Part
 from ppcl_ds.finetune.stage import Stage, parcel_of
-from ppcl_ds.planning.variant import Layout
+from ppcl_ds.finetune.trainable import IDLE, REST, Part
 from ppcl_ds.sections import Finetune, Precision
+from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.optimizer import WholeOptimizer
+from ppcl_ds.training.students import Students
+from ppcl_ds.units.variant import Layout
 
 
 class Variant(Students):

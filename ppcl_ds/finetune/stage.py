@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.distill.students import Means
-from ppcl_ds.families.anatomy import Anatomy, Block, Streams
-from ppcl_ds.families.call import Caller
-from ppcl_ds.families.files import empty_model
-from ppcl_ds.finetune.parts import IDLE, Part
-from ppcl_ds.planning.variant import Layout
+from ppcl_ds.finetune.trainable import IDLE, Part
+from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
+from ppcl_ds.teacher.call import Caller
+from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.training.students import Means
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.variant import Layout
 
 
 class _Left(Exception):  # noqa: N818 - not an error

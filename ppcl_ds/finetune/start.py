@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ppcl_ds.distill.checkpoint import Checkpoint
-from ppcl_ds.distill.trained import unit_sources
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.sources import Sources
-from ppcl_ds.planning.building import blank_unit
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.planning.variant import Layout, layout
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.training.checkpoint import Checkpoint
+from ppcl_ds.training.trained import unit_sources
+from ppcl_ds.units.kinds import blank_unit
+from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.variant import Layout, layout
 
 
 @dataclass(frozen=True)

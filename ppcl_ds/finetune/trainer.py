@@ -8,23 +8,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ppcl_ds.distill.engine import StudentsEngine
-from ppcl_ds.distill.rounds import Rounds
-from ppcl_ds.distill.training import Training
 from ppcl_ds.estimate.layout import stage_bounds
-from ppcl_ds.estimate.rehearsal import rehearse
-from ppcl_ds.estimate.work import unit_passes
-from ppcl_ds.families.anatomy import Anatomy, Wanted
-from ppcl_ds.families.files import empty_model
-from ppcl_ds.families.reader import NoisyBatch
-from ppcl_ds.finetune.look import look
 from ppcl_ds.finetune.origin import Origin
-from ppcl_ds.finetune.parts import block_costs, joined, parts_of
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
+from ppcl_ds.finetune.preview import look
 from ppcl_ds.finetune.stage import parcel_of, weighted
 from ppcl_ds.finetune.start import Start
-from ppcl_ds.planning.parcels import boundaries_of
+from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.recipe import read_deepspeed_file
+from ppcl_ds.teacher.anatomy import Anatomy, Wanted
+from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.teacher.reader import NoisyBatch
+from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.flops import unit_passes
+from ppcl_ds.training.meta_forward import rehearse
+from ppcl_ds.training.rounds import Rounds
+from ppcl_ds.training.trainer import Training
+from ppcl_ds.units.parcels import boundaries_of
 from ppcl_ds.units.unit import Parcel
 
 

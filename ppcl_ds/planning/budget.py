@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.modeling_pruned import ResidualLinear, narrow_ffn
-from ppcl_ds.planning.plan import UnitPlan
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.sections import Plan as PlanSection
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.modeling_pruned import ResidualLinear, narrow_ffn
+from ppcl_ds.units.plan import UnitPlan
 from ppcl_ds.units.width import hidden_channels
 
 

@@ -8,17 +8,17 @@ from typing import NoReturn
 import numpy as np
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.forecast import fitted
-from ppcl_ds.planning.plan import Plan, Stream, UnitPlan, allowed_spans, load_plan
+from ppcl_ds.planning.error_model import fitted
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.rules import Ground, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
 from ppcl_ds.sections import Rule
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.plan import Plan, Stream, UnitPlan, allowed_spans, load_plan
 
 
 def make_plan(

@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import track
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.budget import Budget, parameters_saved
-from ppcl_ds.planning.forecast import Forecast
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.planning.error_model import Forecast
 from ppcl_ds.planning.programme import cheapest
-from ppcl_ds.probing.pictures import as_png, inline
-from ppcl_ds.whole import write_whole
+from ppcl_ds.probing.heatmaps import as_png, inline
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.plan import Plan, UnitPlan
 
 _LEVELS = 24
 """Most points of the front."""

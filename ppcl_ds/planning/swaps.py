@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.units.plan import Plan, UnitPlan
 
 _SETS = 32
 """Sets that are measured; more of them hardly change what the forecast learns."""

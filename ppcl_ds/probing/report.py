@@ -11,8 +11,8 @@ import numpy as np
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.anatomy import Block
 from ppcl_ds.probing.measure import MATRICES, Measured
+from ppcl_ds.teacher.anatomy import Block
 
 _ROUNDING = 1e-9
 """Differences of similarity below this are rounding, not acceleration."""

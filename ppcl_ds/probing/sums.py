@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppcl_ds.families.anatomy import Anatomy, Capture, Wanted
+from ppcl_ds.teacher.anatomy import Anatomy, Capture, Wanted
 from ppcl_ds.units.loss import counted
 
 HALVES = 2

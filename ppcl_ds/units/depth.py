@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_ds.families.anatomy import Anatomy, Block, Streams
-from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
+from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.units.unit import Unit
 
 

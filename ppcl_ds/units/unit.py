@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ppcl_ds.families.anatomy import Streams
+from ppcl_ds.teacher.anatomy import Streams
 
 
 @dataclass(frozen=True)

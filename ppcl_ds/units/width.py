@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ppcl_ds.families.anatomy import Streams
-from ppcl_ds.families.modeling_pruned import ResidualLinear, narrow_ffn
+from ppcl_ds.teacher.anatomy import Streams
+from ppcl_ds.teacher.modeling_pruned import ResidualLinear, narrow_ffn
 from ppcl_ds.units.unit import Unit
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from data_tools.inspect import inspect
 from data_tools.samples import captions_of, picture_header, read_parts, tensor_shapes
 from data_tools.verify import see
-from ppcl_ds.data import pictures
+from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import scan
 from tests.data_tools.conftest import png, write_tar
 

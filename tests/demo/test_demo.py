@@ -12,7 +12,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppcl_ds.sections import shipped
-from ppcl_ds.watch.board import read_scalars
+from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 
 FILES = [

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import command
 
 SPANS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)]

@@ -21,17 +21,17 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
 from ppcl_ds import launch
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.plugged import plugged
-from ppcl_ds.distill.trained import unit_state
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.reader import NoisyBatch, NoisyStream, open_teacher
-from ppcl_ds.families.sharded import forget_order
 from ppcl_ds.planning.budget import parameters_saved
-from ppcl_ds.planning.building import build_unit
-from ppcl_ds.planning.plan import Plan, UnitPlan, conflict, load_plan
-from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.reader import NoisyBatch, NoisyStream, open_teacher
+from ppcl_ds.teacher.sharded import forget_order
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.kinds import build_unit
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
+from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command, make_recipe, run_ranks
 
 FFN = {"qwen": ("img_mlp", "txt_mlp"), "flux": ("ff", "ff_context"), "sd3": ("ff", "ff_context")}
@@ -231,7 +231,7 @@ def with_random_variants(plan: Plan) -> Plan:
 def be_a_rank(path: Path) -> None:
     """Plug every variant into the sharded teacher, its units on two ranks; write its velocities down."""
     launch.join()
-    from ppcl_ds.families.sharded import load_teacher
+    from ppcl_ds.teacher.sharded import load_teacher
 
     recipe = load_recipe(path)
     files, anatomy = open_teacher(recipe)

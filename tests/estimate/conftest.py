@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.teacher.files import ModelFiles
 from tests.conftest import TEACHERS, make_recipe
 
 QWEN_IMAGE: dict[str, Any] = {

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.estimate.activations import LiveBytes, block_activations
 from ppcl_ds.estimate.measured import Measured, measure
-from ppcl_ds.families.anatomy import Anatomy, Block
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.teacher.anatomy import Anatomy, Block
+from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
+from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import Parcel
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured

@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 
 from ppcl_ds.estimate.assumed import assume_plan
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.planning.plan import allowed_spans, load_plan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.units.plan import allowed_spans, load_plan
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured
 

@@ -12,12 +12,12 @@ import pytest
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.estimate.run import estimate, read_size
+from ppcl_ds.estimate.estimate import estimate, read_size
 from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
 from ppcl_ds.estimate.tuning import Tuning, size_tuning
-from ppcl_ds.planning.plan import Plan, UnitPlan
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS, command
 from tests.estimate.conftest import QWEN_IMAGE
 

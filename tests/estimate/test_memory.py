@@ -14,8 +14,8 @@ from ppcl_ds.estimate.layout import Layout
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import memory_of, partition_bytes
 from ppcl_ds.estimate.settings import Settings
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured
 

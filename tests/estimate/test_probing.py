@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.probing import Probing, probing_of
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.probing.measure import measure
 from ppcl_ds.probing.sums import BlockSums, Lane, zero_sums
 from ppcl_ds.sections import Probe
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
 from tests.estimate.conftest import QWEN_IMAGE
 
 Configured = Callable[..., ModelFiles]

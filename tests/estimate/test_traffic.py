@@ -13,8 +13,8 @@ from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import step_of
 from ppcl_ds.estimate.traffic import Traffic, exchange, gathers, reduction, ring
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.estimate.conftest import Configured
 
 TWO_NODES = Layout(nodes=2, gpus_per_node=4, stages=2, replicas=4)

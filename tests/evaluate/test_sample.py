@@ -20,9 +20,9 @@ from ppcl_ds.data.encoders import TableTextEncoder
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.columns import as_columns
 from ppcl_ds.evaluate.sample import sample
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.sampling import draw
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.sampling import draw
 from tests.conftest import command
 from tests.data.tiny_pipelines import make_pipeline
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ppcl_ds.distill.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.planning.plan import UnitPlan
+from ppcl_ds.atomic import whole_folder, write_whole
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.whole import whole_folder, write_whole
+from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
+from ppcl_ds.units.plan import UnitPlan
 from tests.conftest import command
 from tests.export.trained import plan_of, pretend_trained
 

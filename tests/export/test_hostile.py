@@ -13,10 +13,10 @@ import diffusers
 import pytest
 import torch
 
+from ppcl_ds.atomic import need_space
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.run import Form, consolidate
+from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.whole import need_space
 from tests.conftest import command
 from tests.export.trained import plan_of, pretend_trained
 
@@ -113,7 +113,7 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
 ) -> None:
     recipe = pretend_trained(new_run("qwen"), "qwen")
     (small_disk / "ballast").write_bytes(bytes(500_000))
-    monkeypatch.setattr("ppcl_ds.export.run.need_space", lambda *_: None)  # room there was, when it looked
+    monkeypatch.setattr("ppcl_ds.export.consolidate.need_space", lambda *_: None)  # room there was, when it looked
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
         consolidate(recipe, ["small"], Form(), out=small_disk / "small")
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]

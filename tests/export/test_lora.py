@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.lora import remap
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.planning.building import build_unit
-from ppcl_ds.planning.plan import Plan, Stream, UnitPlan
-from ppcl_ds.planning.variant import assembled
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.kinds import build_unit
+from ppcl_ds.units.plan import Plan, Stream, UnitPlan
+from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
 

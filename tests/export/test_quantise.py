@@ -12,9 +12,9 @@ import torch
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
-from ppcl_ds.export.run import Form, consolidate
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.heldout import HeldOut, mean_squared
+from ppcl_ds.export.consolidate import Form, consolidate
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.heldout import HeldOut, mean_squared
 from tests.export.trained import pretend_trained
 
 

@@ -8,7 +8,7 @@ import pytest
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering
-from ppcl_ds.families.anatomy import Anatomy
+from ppcl_ds.teacher.anatomy import Anatomy
 from tests.conftest import TEACHERS
 from tests.export.test_lora import plan_of
 

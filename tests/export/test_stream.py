@@ -18,16 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.card import write_card
+from ppcl_ds.export.consolidate import Export, Form, consolidate
+from ppcl_ds.export.model_folder import shard_bytes, weights_digest
 from ppcl_ds.export.plug import read_switches, replug
-from ppcl_ds.export.run import Export, Form, consolidate
-from ppcl_ds.export.shards import shard_bytes, weights_digest
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
 from tests.export.trained import BLOCKS, SPANS, plan_of, pretend_trained

@@ -21,16 +21,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import ppcl_ds
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.sample import sample
+from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.export.plug import read_switches, replug
-from ppcl_ds.export.run import Form, consolidate
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.planning.plan import conflict
-from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.plan import conflict
+from ppcl_ds.units.variant import assembled
 from tests.conftest import command, make_recipe
 from tests.data.tiny_pipelines import make_pipeline
 from tests.distill.test_width import plan_of

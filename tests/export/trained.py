@@ -7,13 +7,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ppcl_ds.distill.checkpoint import Contents, Piece, SavedUnit
-from ppcl_ds.families.reader import open_teacher
-from ppcl_ds.families.surgery import block_shapes
-from ppcl_ds.planning.building import build_unit
-from ppcl_ds.planning.plan import Plan, UnitPlan
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.whole import write_whole
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.training.checkpoint import Contents, Piece, SavedUnit
+from ppcl_ds.units.kinds import build_unit
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
 
 SPANS = {

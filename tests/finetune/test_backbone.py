@@ -16,14 +16,14 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.reader import NoisyStream, open_teacher
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.planning.variant import assembled
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
-from ppcl_ds.watch.board import read_scalars
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.variant import assembled
+from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import TEACHERS, command, mix_shapes
 from tests.export.trained import pretend_trained
 

@@ -12,9 +12,9 @@ import yaml
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.tuning import size_tuning
-from ppcl_ds.families.files import empty_model
-from ppcl_ds.finetune.run import check, newer_units
+from ppcl_ds.finetune.finetune import check, newer_units
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.files import empty_model
 from tests.conftest import command
 from tests.export.trained import plan_of, pretend_trained, write_checkpoint
 

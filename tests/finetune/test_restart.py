@@ -15,17 +15,17 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
-from ppcl_ds.distill.trained import unit_state
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.noise import sigma_quantiles
-from ppcl_ds.families.reader import NoisyStream, open_teacher
-from ppcl_ds.planning.variant import assembled
+from ppcl_ds.data.noising import sigma_quantiles
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.watch.board import read_scalars
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.trained import unit_state
+from ppcl_ds.units.variant import assembled
+from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
-from tests.distill.test_restart import ENVIRONMENT, LAUNCHER, ranks_of
 from tests.export.trained import plan_of, pretend_trained
+from tests.training.test_restart import ENVIRONMENT, LAUNCHER, ranks_of
 
 STEPS = 6
 SETTINGS = {
@@ -41,7 +41,7 @@ SETTINGS = {
     "timeout": 20,
 }
 DEATHS = {"1:forward:20": 2, "0:checkpoint:1": 2, "1:exchange:3": 2}
-"""Who dies where and when (see `tests/distill/dying.py`) -> the newest whole checkpoint it leaves behind."""
+"""Who dies where and when (see `tests/training/dying.py`) -> the newest whole checkpoint it leaves behind."""
 
 
 def new(new_run: Callable[..., Path], **changes: Any) -> Path:
@@ -76,7 +76,7 @@ def test_a_run_whose_ranks_are_killed_ends_as_one_that_never_was(new_run: Callab
     for death, newest in DEATHS.items():
         began = time.monotonic()
         done = subprocess.run(
-            [*LAUNCHER, "-m", "tests.distill.dying", "finetune", str(stopped), "--variant", "small"],
+            [*LAUNCHER, "-m", "tests.training.dying", "finetune", str(stopped), "--variant", "small"],
             capture_output=True,
             text=True,
             timeout=200,

@@ -16,14 +16,14 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
 from ppcl_ds.planning.budget import Budget, budget_of, parameters_saved
 from ppcl_ds.planning.choose import choose_again, choose_sets, make_plan
-from ppcl_ds.planning.plan import Plan, UnitPlan, conflict
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict
 from tests.conftest import TEACHERS
 
 Span = tuple[int, int]

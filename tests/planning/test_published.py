@@ -10,12 +10,12 @@ import diffusers
 import pytest
 from accelerate import init_empty_weights
 
-from ppcl_ds.families.anatomy import Anatomy
-from ppcl_ds.families.files import ModelFiles
-from ppcl_ds.families.modeling_pruned import PrunedQwenImageTransformer2DModel
 from ppcl_ds.planning.budget import parameters_saved
-from ppcl_ds.planning.plan import load_plan
 from ppcl_ds.sections import shipped
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.modeling_pruned import PrunedQwenImageTransformer2DModel
+from ppcl_ds.units.plan import load_plan
 from tests.conftest import command
 
 PUBLISHED = shipped("plans/qwen_image_published.yaml")

@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ppcl_ds.families.reader import open_teacher
+from ppcl_ds.atomic import write_whole
 from ppcl_ds.planning.budget import budget_of
-from ppcl_ds.planning.forecast import probed
-from ppcl_ds.planning.plan import Plan, UnitPlan
-from ppcl_ds.planning.run import show
+from ppcl_ds.planning.error_model import probed
+from ppcl_ds.planning.planner import show
 from ppcl_ds.planning.show import front
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.whole import write_whole
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import command
 
 UNITS = (

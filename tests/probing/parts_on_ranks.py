@@ -12,8 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ppcl_ds import launch
-from ppcl_ds.probing.parts import Part
-from ppcl_ds.probing.run import check, merge_parts, open_reader, report_all, sum_part
+from ppcl_ds.probing.part_files import Part
+from ppcl_ds.probing.probe import check, merge_parts, open_reader, report_all, sum_part
 from ppcl_ds.recipe import load_recipe
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.families.anatomy import Anatomy, Capture
-from ppcl_ds.families.call import caller_for
+from ppcl_ds.teacher.anatomy import Anatomy, Capture
+from ppcl_ds.teacher.call import caller_for
 
 Readings = list[tuple[int, Capture, Tensor | None]]
 """Numbered micro-batches as the program under test reads them, and the masks of their text tokens."""

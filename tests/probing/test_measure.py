@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl_ds.families.anatomy import Anatomy
 from ppcl_ds.probing import sums as sums_module
 from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.sums import Lane, add_capture, lanes_of, ranges, wanted_for, zero_sums
+from ppcl_ds.teacher.anatomy import Anatomy
 from tests.conftest import TEACHERS
 from tests.probing.reference import (
     Activations,

@@ -14,8 +14,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.probing.heatmaps import PICTURES, save_report
 from ppcl_ds.probing.measure import MATRICES, Measured
-from ppcl_ds.probing.pictures import PICTURES, save_report
 from ppcl_ds.probing.report import Matrix, ProbeReport, load_report, make_report, ppcl_spans
 
 

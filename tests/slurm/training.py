@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from ppcl_ds.distill.checkpoint import newest_checkpoint
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.watch.board import read_scalars
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 from tests.slurm.conftest import Account
 

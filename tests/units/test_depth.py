@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.families.anatomy import Anatomy, Capture
-from ppcl_ds.families.call import caller_for
-from ppcl_ds.families.files import ModelFiles
+from ppcl_ds.teacher.anatomy import Anatomy, Capture
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.units.depth import depth_unit
 from tests.conftest import TEACHERS, make_teacher
 

@@ -1,0 +1,141 @@
+"""What can be known to be wrong with a run before anything is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ppcl_ds.atomic import need_space
+from ppcl_ds.data.index import Index, split_entries
+from ppcl_ds.distill import distill as distill
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
+from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
+from ppcl_ds.estimate.tuning import Tuning, size_tuning
+from ppcl_ds.finetune import finetune as finetune
+from ppcl_ds.planning.choose import width_candidates
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.steps import Step
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.units.plan import Plan, allowed_spans, load_plan
+
+_TRAINING_BYTES = 12
+"""Of a parameter in a checkpoint: a master and two moments in float32."""
+_AVERAGE_BYTES = 4
+"""Its moving average, if one is kept."""
+
+
+def nodes_of(recipe: Recipe) -> int:
+    """Nodes for all processes of the topology.
+
+    Raises:
+        UserError: they do not fill whole nodes.
+    """
+    world, each = recipe.topology.world, recipe.cluster.processes_per_node
+    if world > each and world % each:
+        raise UserError(
+            f"topology.stages x topology.replicas is {world}, which does not fill nodes of "
+            f"cluster.processes_per_node = {each}; change one of them"
+        )
+    return max(1, world // each)
+
+
+def variants_of(recipe: Recipe) -> list[str]:
+    """Names of the run's variants: the plan's if there is one, else those that are asked for."""
+    return _variants(recipe, _plan(recipe, *open_teacher(recipe)))
+
+
+def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
+    """Look at everything that the steps to run need and that is there, or could be, by now.
+
+    Raises:
+        UserError: one line that says what is wrong.
+    """
+    files, anatomy = open_teacher(recipe)
+    plan = _plan(recipe, files, anatomy)
+    most = len(plan.units) if plan else _most_units(recipe, files, anatomy)
+    if recipe.topology.stages > most:
+        raise UserError(
+            f"topology.stages is {recipe.topology.stages}, but the plan "
+            f"{'has only' if plan else 'cannot have more than'} {most} units; use at most one stage a unit"
+        )
+    if any(step.name == "encode" for step in chosen):
+        raw = recipe.data.shards / "raw"
+        index = Index.read(raw / "index.json", "ppcl-data shard")
+        if lost := [entry.name for entry in index.shards if not entry.is_in(raw)]:
+            raise UserError(f"{raw / lost[0]} is missing or cut short; run `ppcl-data shard RECIPE`")
+    else:
+        for split in ("train", "heldout"):
+            split_entries(recipe.data, split)
+        names = {step.name for step in chosen}
+        if recipe.plan_file.exists() and "distill" in names:
+            distill.check(recipe)
+        elif recipe.finetune and "finetune" in names:
+            for variant in recipe.finetune.variants:
+                finetune.check(recipe, variant, None)
+    if recipe.cluster.probe_parts > recipe.probe.batches:
+        raise UserError(
+            f"cluster.probe_parts is {recipe.cluster.probe_parts}, but probe.batches is {recipe.probe.batches}; "
+            "use at most so many parts"
+        )
+    name = recipe.cluster.accelerator
+    accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
+    nodes = nodes_of(recipe)
+    numbers = size_run(recipe, nodes, recipe.topology.world // nodes, accelerator)
+    tunings = [
+        size_tuning(recipe, recipe.tuning, variant, nodes, recipe.topology.world // nodes, accelerator)
+        for variant in (recipe.finetune.variants if recipe.finetune else ())
+    ]
+    if name:
+        _need_memory(numbers, "distilling", "ppcl estimate")
+        for tuning in tunings:
+            _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
+    variants = len(_variants(recipe, plan)) + len(tunings)
+    need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
+
+
+def _need_memory(numbers: Sized, what: str, command: str) -> None:
+    if numbers.fits:
+        return
+    smallest, accelerator = numbers.smallest, numbers.accelerator
+    needed, there = (size / 2**30 for size in (numbers.fullest.memory.peak, accelerator.usable_bytes))
+    advice = f"{smallest.nodes} nodes would do" if smallest else "no cluster of this topology does"
+    raise UserError(
+        f"{what} needs {needed:.3g} GiB on an {accelerator.name}, which has {there:.3g}; {advice}, "
+        f"`{command}` says more"
+    )
+
+
+def _plan(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Plan | None:
+    if recipe.plan_file.exists():
+        return load_plan(recipe.plan_file, files, anatomy)
+    given = recipe.plan.given
+    if recipe.plan.rule == "given" and given and not recipe.plan.variants and not recipe.plan.candidates:
+        return load_plan(given, files, anatomy)
+    return None
+
+
+def _variants(recipe: Recipe, plan: Plan | None) -> list[str]:
+    return list(plan.variants if plan else recipe.plan.variants)
+
+
+def _most_units(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> int:
+    """More units than any plan of the recipe can have: spans do not overlap within what a rule gives a variant."""
+    section = recipe.plan
+    spans = [span for span in allowed_spans(files, anatomy) if span[1] - span[0] < section.max_span]
+    chosen = len(section.variants) * (1 + len(section.candidates)) * (len(anatomy) // 2)
+    given = len(load_plan(section.given, files, anatomy).units) if section.given else 0
+    return min(len(spans), chosen) + given + len(width_candidates(section, anatomy))
+
+
+def _bytes_to_write(recipe: Recipe, numbers: Estimate, tunings: Sequence[Tuning], variants: int) -> int:
+    """At most, of what is large: checkpoints, with the one being written, and the variants, as large as the teacher.
+
+    Encoded shards are not counted: how large they are, encoding tells.
+    """
+    kept = (recipe.distill.keep_checkpoints + 1) * numbers.unit_parameters * _TRAINING_BYTES
+    if recipe.finetune:
+        each = _TRAINING_BYTES + (_AVERAGE_BYTES if recipe.finetune.ema else 0)
+        kept += (recipe.finetune.keep_checkpoints + 1) * sum(tuning.parameters for tuning in tunings) * each
+    return kept + variants * numbers.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize

@@ -1,0 +1,108 @@
+"""The ranks of `ppcl distill`, and what is checked before they start."""
+
+from __future__ import annotations
+
+from ppcl_ds import launch
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.show import show
+from ppcl_ds.estimate.sizing import size_run
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.sections import Training
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checks import check_held, check_resume
+from ppcl_ds.units.plan import Plan, load_plan
+
+_NODE = 8
+"""Accelerators of a node that a dry run assumes where they fill whole ones."""
+
+
+def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
+    """Everything that can be wrong before a process starts.
+
+    Raises:
+        UserError: one line that says what.
+    """
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    if recipe.topology.stages > len(plan.units):
+        raise UserError(
+            f"topology.stages is {recipe.topology.stages}, but the plan has only {len(plan.units)} units; "
+            "use at most one stage a unit"
+        )
+    launch.check_world(recipe.topology.world)
+    check_data(recipe, heldout=bool(recipe.distill.sample_every))
+    check_students(recipe, "distill")
+    folder = recipe.distillation
+    if folder.begun:
+        check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, files, anatomy))
+        check_held(recipe, folder, plan.units)
+    return files, anatomy, plan
+
+
+def check_data(recipe: Recipe, heldout: bool) -> None:
+    """That the shards can be read, and what the empty caption is.
+
+    Raises:
+        UserError: one line that says what is missing.
+    """
+    for split in ("train", "heldout") if heldout else ("train",):
+        split_entries(recipe.data, split)
+    empty_prompt(recipe.data)
+
+
+def check_students(recipe: Recipe, section: str) -> None:
+    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
+
+    Args:
+        section: of the recipe, that says how the students are trained.
+
+    Raises:
+        UserError: one line that names the file and the key.
+    """
+    read_deepspeed_file(recipe.deepspeed.teacher)
+    students = read_deepspeed_file(recipe.deepspeed.students)
+    for key, place, own in (
+        ("gradient_clipping", students, "clip_norm"),
+        ("offload_optimizer", students.get("zero_optimization", {}), "offload"),
+    ):
+        if place.get(key):
+            raise UserError(
+                f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
+                f"recipe key {section}.optimizer.{own} says it"
+            )
+
+
+def rehearse(recipe: Recipe) -> None:
+    """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
+    nodes, gpus = nodes_of(recipe.topology.world)
+    show(size_run(recipe, nodes, gpus, ACCELERATORS["h100"]))
+    say_epochs(recipe, recipe.distill)
+
+
+def nodes_of(world: int) -> tuple[int, int]:
+    """Nodes, and accelerators of each, that so many processes are taken to run on."""
+    nodes = 1 if world % _NODE else world // _NODE
+    return nodes, world // nodes
+
+
+def say_epochs(recipe: Recipe, training: Training) -> None:
+    """The last lines of a dry run."""
+    entries = split_entries(recipe.data, "train")
+    samples = sum(entry.samples for entry in entries)
+    epochs = training.steps * training.micro_batch * training.micro_batches_per_step / samples
+    print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {training.steps} steps")
+    print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
+
+
+def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan, until: int | None = None) -> None:
+    """Distill the plan's library, to its last step or only `until` an earlier one; every rank must call this."""
+    launch.join(recipe.distill.timeout)
+    from ppcl_ds.distill.trainer import Trainer
+
+    Trainer(recipe, plan, files, anatomy).train(until)
+    launch.leave()

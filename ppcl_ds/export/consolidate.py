@@ -1,0 +1,275 @@
+"""`ppcl consolidate`: variants of a run as folders that diffusers, and with a single file ComfyUI, load."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl_ds.atomic import need_space, one_line, whole_folder
+from ppcl_ds.console import track
+from ppcl_ds.errors import UserError
+from ppcl_ds.export import quantise
+from ppcl_ds.export.card import (
+    FACTS,
+    Facts,
+    Quantised,
+    UnitFacts,
+    read_figures,
+    teacher_license,
+    teacher_name,
+    write_card,
+)
+from ppcl_ds.export.model_folder import (
+    MODELING,
+    add_own_code,
+    has_own_code,
+    shard_bytes,
+    write_file,
+    write_model,
+    write_sums,
+)
+from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
+from ppcl_ds.export.plug import read_switches, replug
+from ppcl_ds.export.single_files import single_file_tensors
+from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, untuned
+from ppcl_ds.planning.budget import parameters_saved
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import find_class
+from ppcl_ds.teacher.heldout import HeldOut, mean_squared
+from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.training.trained import unit_sources
+from ppcl_ds.units.kinds import blank_unit
+from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.units.variant import Layout, layout
+
+FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an export looks like.
+
+    Attributes:
+        dtype: number format, a key of `FORMATS`; None: that of the teacher's files.
+        max_shard_size: bytes of a weights file.
+        single_file: whether to add one file for ComfyUI.
+        quantize: a key of `quantise.PACKAGES`, or None.
+    """
+
+    dtype: str | None = None
+    max_shard_size: int = 5 * 10**9
+    single_file: bool = False
+    quantize: str | None = None
+
+    @classmethod
+    def checked(cls, dtype: str | None, max_shard_size: str, single_file: bool, quantize: str | None) -> Form:
+        """A form from what the user wrote.
+
+        Raises:
+            UserError: one of them makes no sense, or this machine cannot quantise so.
+        """
+        for option, value, known in (("--dtype", dtype, FORMATS), ("--quantize", quantize, quantise.PACKAGES)):
+            if value is not None and value not in known:
+                raise UserError(f"{option}: '{value}' is not one of {', '.join(known)}")
+        if quantize is not None:
+            quantise.check_backend(quantize)
+            if single_file:
+                raise UserError("--single-file and --quantize: the single file holds plain weights; give one of them")
+        return cls(dtype, shard_bytes(max_shard_size), single_file, quantize)
+
+
+def consolidate(
+    recipe: Recipe, variants: list[str], form: Form, plug: Sequence[str] = (), out: Path | None = None
+) -> None:
+    """Write the named variants, or all; each folder appears whole or not at all.
+
+    Args:
+        plug: `UNIT=on` and `UNIT=off`, changes to the one variant.
+        out: where the one variant goes; None: into the run folder.
+
+    Raises:
+        UserError: one line that says what is wrong.
+    """
+    export = Export(recipe, form)
+    plan = export.plan
+    names = list(dict.fromkeys(variants)) or export.names
+    for name in names:
+        export.check(name)  # an unknown name is refused before anything is written
+    if (plug or out) and len(names) != 1:
+        raise UserError(
+            f"--plug and --out: for one variant at a time; add --variant, one of {', '.join(plan.variants)}"
+        )
+    if plug and names[0] not in plan.variants:
+        raise UserError(f"--plug: the units of '{names[0]}' have been trained together; choose a variant of the plan")
+    if plug and not out:
+        raise UserError("--plug: what it makes is no variant of the plan, so give it a folder of its own with --out")
+    if plug:
+        plan = replug(plan, export.trained, names[0], read_switches(plug))
+    if out:
+        _check_out(out)
+    for name in track(names, "consolidate", len(names)):
+        export.write(plan, name, out or recipe.pruned(name).parent)
+
+
+def _check_out(out: Path) -> None:
+    """An export replaces the folder it is given, so it must be empty or an older export."""
+    if out.exists() and not (out / FACTS).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something else already; give a new folder, or remove it yourself")
+
+
+class Export:
+    """A run's newest checkpoint, its teacher and the form in which variants are written.
+
+    Raises:
+        UserError: teacher or plan cannot be read; later on, the checkpoint.
+    """
+
+    def __init__(self, recipe: Recipe, form: Form) -> None:
+        self.recipe, self.form = recipe, form
+        self.files, self.anatomy = open_teacher(recipe)
+        self.plan = load_plan(recipe.plan_file, self.files, self.anatomy)
+        self.is_pipeline = (recipe.teacher.path / INDEX).exists()
+        self.around = pipeline_files(recipe.teacher.path) if self.is_pipeline else {}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The newest one of the run; what is asked for is checked before it is looked for."""
+        return newest_checkpoint(self.recipe.distillation.checkpoints)
+
+    @cached_property
+    def trained(self) -> Plan:
+        """The plan that training began with."""
+        return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
+
+    @property
+    def names(self) -> list[str]:
+        """Everything that can be written; without a library of its own, what was fine-tuned from another run's."""
+        recipe, plan = self.recipe, self.plan
+        tuned = [finetuned(variant) for variant in plan.variants if recipe.finetuning(variant).begun]
+        return [*(plan.variants if recipe.distillation.begun or not tuned else ()), *tuned]
+
+    @lru_cache  # noqa: B019 - an export lives as long as its command
+    def tuned(self, variant: str) -> Tuned:
+        """What fine-tuning left of a variant."""
+        return open_tuned(self.recipe.finetuning(variant))
+
+    def check(self, name: str) -> None:
+        """Refuse what cannot be written.
+
+        Raises:
+            UserError: the plan has no such variant; or it has not been fine-tuned, or with other units.
+        """
+        variant = untuned(name)
+        units = self.plan.units_of(variant)
+        if name == variant:
+            return
+        if not self.recipe.finetuning(variant).begun:
+            raise UserError(f"'{name}' is not there yet; run `ppcl finetune RECIPE --variant {variant}` first")
+        folder = self.recipe.finetuning(variant)
+        before = load_plan(folder.plan, self.files, self.anatomy).units_of(variant)
+        if units != before:
+            plan = self.recipe.plan_file
+            raise UserError(
+                f"{folder.path} was trained with other units than '{variant}' in {plan} has now; name other variants "
+                "with --variant, or move it away and fine-tune anew"
+            )
+
+    def _layout(self, plan: Plan, name: str) -> Layout:
+        variant = untuned(name)
+        dtype = FORMATS[self.form.dtype] if self.form.dtype else None
+        if name == variant:
+            units = partial(unit_sources, self.checkpoint, self.trained)
+            return layout(self.files, self.anatomy, plan, variant, units, dtype)
+        blank = partial(blank_unit, files=self.files, anatomy=self.anatomy)
+        model = layout(self.files, self.anatomy, plan, variant, blank, dtype)
+        return replace(model, tensors=self.tuned(variant).put_into(model.tensors))
+
+    def write(self, plan: Plan, variant: str, out: Path) -> None:
+        """Write one variant: its transformer, what is around it, card and checksums."""
+        form = self.form
+        model = self._layout(plan, variant)
+        single = single_file_tensors(model) if form.single_file else None
+        # Quantising needs room for the plain weights and, at most, as much again for its own.
+        need_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
+        facts = self._facts(plan, variant, model)
+        with one_line(out), whole_folder(out) as folder:
+            place(self.around, folder)
+            write_model(model, folder / "transformer", form.max_shard_size)
+            if self.is_pipeline and facts.own_code:
+                name_transformer(folder, facts.own_code, facts.model_class)
+            if single:
+                write_file(single, folder / str(facts.single_file))
+            if form.quantize:
+                facts.quantised = self._quantise(folder / "transformer", form.quantize, find_class(facts.model_class))
+                add_own_code(folder / "transformer")
+            (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
+            write_sums(folder)
+            write_card(folder, read_figures(self.recipe.run / "report.json"))
+
+    def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
+        places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
+        tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
+        path, anatomy = self.recipe.teacher.path, self.anatomy
+        saved = sum(parameters_saved(unit, self.files, anatomy) for unit in chosen)
+        bytes_of: Counter[torch.dtype] = Counter()
+        for source in model.tensors.values():
+            bytes_of[source.dtype] += source.bytes
+        return Facts(
+            variant=variant,
+            teacher=teacher_name(path),
+            license=teacher_license(path),
+            model_class=model.config["_class_name"],
+            own_code=MODELING if has_own_code(model.config) else None,
+            pipeline_class=pipeline_class(path) if self.is_pipeline else None,
+            dtype=str(bytes_of.most_common(1)[0][0]).removeprefix("torch."),
+            parameters=model.parameters,
+            block_share=1 - saved / anatomy.block_parameters,
+            blocks=len(places),
+            teacher_blocks=len(anatomy),
+            units=[_unit_facts(unit) for unit in chosen],
+            step=tuned.origin.step if tuned else self.checkpoint.contents.step,
+            finetuned=tuned.words if tuned else None,
+            single_file=f"{variant}.safetensors" if self.form.single_file else None,
+        )
+
+    def _quantise(self, folder: Path, method: str, model_class: Any) -> Quantised:
+        """Put quantised weights in the place of a folder's plain ones, and measure what that costs."""
+        plain = folder.with_name("plain")
+        folder.rename(plain)
+        recipe, files = self.recipe, self.files
+        dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
+        quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        heldout = HeldOut(recipe, caller_for(files.class_name), device)
+        running = DTYPES[recipe.teacher.precision]
+        found = [
+            heldout.velocities(model_class.from_pretrained(each, torch_dtype=running).eval())
+            for each in (plain, folder)
+        ]
+        shutil.rmtree(plain)
+        return Quantised(
+            method=method,
+            package=quantise.PACKAGES[method],
+            velocity_mse=mean_squared(*found),
+            velocity_power=mean_squared(found[0], [torch.zeros(())] * len(found[0])),
+        )
+
+
+def _unit_facts(unit: UnitPlan) -> UnitFacts:
+    first, last = unit.span
+    if unit.kind == "depth":
+        return UnitFacts(name=unit.name, replaced=f"blocks {first} to {last}", by="one block")
+    if unit.kind == "text":
+        blocks = f"block {last}" if last == first + 1 else f"blocks {first + 1} to {last}"
+        return UnitFacts(name=unit.name, replaced=f"the text stream of {blocks}", by=f"linears of block {first}'s")
+    by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
+    return UnitFacts(name=unit.name, replaced=f"{' and '.join(unit.streams)} feed-forward of block {first}", by=by)

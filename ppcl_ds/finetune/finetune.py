@@ -1,0 +1,100 @@
+"""The ranks of `ppcl finetune`, and what is checked before they start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ppcl_ds import launch
+from ppcl_ds.distill.distill import check_data, check_students, nodes_of, say_epochs
+from ppcl_ds.errors import UserError
+from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.layout import stage_bounds
+from ppcl_ds.estimate.show import show_tuning
+from ppcl_ds.estimate.tuning import size_tuning
+from ppcl_ds.finetune.origin import read_origin
+from ppcl_ds.finetune.start import Library, Start
+from ppcl_ds.finetune.trainable import joined
+from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.checks import check_resume
+from ppcl_ds.units.plan import load_plan
+
+
+def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
+    """Everything that can be wrong before a process starts.
+
+    Args:
+        from_run: the run folder whose library holds the units; None: the recipe's own. What has begun goes on from its
+            own checkpoint, and needs neither.
+
+    Raises:
+        UserError: one line that says what.
+    """
+    settings = recipe.tuning
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    chosen = plan.units_of(variant)
+    if not chosen:
+        raise UserError(
+            f"variant '{variant}' plugs no unit: it is the teacher itself, and there is nothing to fine-tune"
+        )
+    launch.check_world(recipe.topology.world)
+    check_data(recipe, heldout=bool(settings.sample_every))
+    check_students(recipe, "finetune")
+    folder = recipe.finetuning(variant)
+    library = None
+    if folder.begun:
+        before = load_plan(folder.plan, files, anatomy)
+        check_resume(recipe, folder, "finetune", chosen, before)
+        if before.units_of(variant) != chosen:
+            raise UserError(
+                f"{folder.path} was trained with other units than '{variant}' in {recipe.plan_file} has now; restore "
+                f"the plan, or move {folder.path} away to fine-tune anew"
+            )
+    else:
+        source = (open_run(from_run) if from_run else recipe).distillation
+        library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, files, anatomy))
+    start = Start(recipe, settings, variant, plan, files, anatomy, library)
+    config = start.layout().config  # complains of a unit that the library lacks
+    keys = [block.key for block in Anatomy(empty_model(config)).blocks]
+    stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
+    return start
+
+
+def newer_units(folder: TrainingFolder) -> str:
+    """Words about what the units of a fine-tuning have learnt since it began, without it; empty: nothing."""
+    if not folder.begun:
+        return ""
+    origin = read_origin(folder)
+    library = origin.checkpoint.parent
+    if not (library / "latest").exists() or (now := newest_checkpoint(library).contents.step) <= origin.step:
+        return ""
+    return (
+        f"note: {folder.path} goes on from units of step {origin.step}; {library} has them of step {now}; "
+        f"to fine-tune those, move {folder.path} away\n"
+    )
+
+
+def finetune(start: Start, until: int | None = None) -> None:
+    """Fine-tune to the last step, or only `until` an earlier one; every rank must call this."""
+    launch.join(start.settings.timeout)
+    from ppcl_ds.finetune.trainer import FineTuner
+
+    if dist.get_rank() == 0:
+        print(newer_units(start.folder), end="", flush=True)
+    FineTuner(start).train(until)
+    launch.leave()
+
+
+def rehearse(start: Start) -> None:
+    """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
+    recipe, settings = start.recipe, start.settings
+    print(newer_units(start.folder), end="")
+    nodes, gpus = nodes_of(recipe.topology.world)
+    show_tuning(size_tuning(recipe, settings, start.variant, nodes, gpus, ACCELERATORS["h100"]))
+    say_epochs(recipe, settings)

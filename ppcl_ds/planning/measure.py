@@ -1,0 +1,213 @@
+"""What trained units cost: each is plugged into the teacher alone, and a few sets of them together.
+
+K units, N numbers in the velocities of a batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ppcl_ds.console import progress, track
+from ppcl_ds.errors import UserError
+from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Wanted
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES, NoisyBatch, NoisyStream, read_teacher
+from ppcl_ds.teacher.sharded import forget_order, load_teacher
+from ppcl_ds.training.checkpoint import Checkpoint
+from ppcl_ds.units.depth import depth_unit
+from ppcl_ds.units.kinds import build_unit, narrow_block
+from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.plugging import plugged
+
+_ROUNDS = 6
+"""Most times that the planner may choose anew."""
+
+_AT_ONCE = 2**20
+"""Numbers of a velocity that are float64 at a time."""
+
+_REPEATS = 12
+"""Times that a block is run to say how long it takes; the first quarter is warming up."""
+
+
+class SwapBench:
+    """The sharded teacher and a trained library on this rank; every rank makes one and makes every call.
+
+    Each rank holds the whole library in CPU memory, and on its device only the units that are plugged in.
+
+    Args:
+        library: the plan that the checkpoint was trained with.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        files: ModelFiles,
+        anatomy: Anatomy,
+        library: Plan,
+        checkpoint: Checkpoint,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.files, self.anatomy, self.library, self.device = recipe, files, anatomy, library, device
+        self.dtype, self.caller = DTYPES[recipe.teacher.precision], caller_for(files.class_name)
+        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        self.teacher = load_teacher(files, config, self.dtype, recipe.teacher.ranks_per_copy)
+        self.units = {unit.name: build_unit(unit, files, anatomy, self.dtype) for unit in library.units}
+        for name, unit in self.units.items():
+            unit.core.load_state_dict(checkpoint.unit(name))
+            unit.settle()
+        self.alone, _ = dist.new_subgroups(1)
+
+    def products(self) -> Tensor:
+        """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
+
+        Returns:
+            (K, K) float64, the same on every rank; on the diagonal each unit's mean squared error.
+        """
+        names = list(self.units)
+        sums = torch.zeros(len(names), len(names), dtype=torch.float64)
+        count = 0
+        for counts, batch in self._batches("measure units"):
+            reference = self._velocity(batch, ())
+            alone = torch.stack([self._velocity(batch, (name,)) - reference for name in names])
+            for some in alone.split(_AT_ONCE, dim=1) if counts else ():
+                sums += some.double() @ some.double().T
+            if counts:
+                count += reference.numel()
+        return self._mean(sums, count)
+
+    def errors(self, sets: Sequence[tuple[str, ...]]) -> list[float]:
+        """Mean squared difference from the teacher's velocity with each set of units; the same on every rank."""
+        if not sets:
+            return []
+        sums, count = torch.zeros(len(sets), dtype=torch.float64), 0
+        for counts, batch in self._batches(f"measure {len(sets)} sets of units"):
+            reference = self._velocity(batch, ())
+            together = [(self._velocity(batch, names) - reference).double().square().sum() for names in sets]
+            if counts:
+                sums += torch.stack(together)
+                count += reference.numel()
+        return self._mean(sums, count).tolist()
+
+    def _mean(self, sums: Tensor, count: int) -> Tensor:
+        """Sums over this rank's numbers -> the mean over all ranks'."""
+        everything = torch.cat([sums.flatten(), torch.tensor([float(count)], dtype=torch.float64)]).to(self.device)
+        dist.all_reduce(everything)
+        return (everything[:-1] / everything[-1]).view(sums.shape).cpu()
+
+    def _batches(self, title: str) -> Iterator[tuple[bool, NoisyBatch]]:
+        """This rank's micro-batches, and whether each counts: all ranks run the teacher together, equally often.
+
+        They come behind those that `ppcl evaluate` reads: the next held-out samples, or the same again under another
+        noise where there are no more, so that variants are not judged by what they were chosen by.
+        """
+        settings, world = self.recipe.evaluate, dist.get_world_size()
+        stream = NoisyStream(self.recipe, "heldout", settings.batch_size, self.device)
+        rounds = -(-settings.velocity_batches // world)
+        batches = islice(stream.take(settings.velocity_batches + dist.get_rank(), world), rounds)
+        for number, batch in track(batches, title, rounds):
+            yield number < 2 * settings.velocity_batches, batch
+
+    def _velocity(self, batch: NoisyBatch, names: tuple[str, ...]) -> Tensor:
+        """What the teacher with these units says, (N,) float32 on the CPU."""
+        plan = self.library.model_copy(update={"variants": {"set": names}})
+        inside = {name: self.units[name].to(self.device) for name in names}
+        owner = dict.fromkeys(names, 0)
+        with plugged(self.teacher.module, self.anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
+            velocity = self.caller(self.teacher, batch.latents, batch.prompts, batch.sigmas)
+        forget_order(self.teacher)  # the next set runs other blocks
+        for unit in inside.values():
+            unit.cpu()
+        return velocity.float().cpu().flatten()
+
+    def seconds(self) -> tuple[list[float], dict[str, float]]:
+        """How long each of the teacher's blocks takes for one sample, and what each width unit saves of that.
+
+        On rank 0's device; nothing on the other ranks. Each block is built by itself and called as the teacher calls
+        it.
+        """
+        [(_, batch)] = islice(NoisyStream(self.recipe, "heldout", 1, self.device).take(0, 1), 1)
+        calls = Wanted(frozenset(range(len(self.anatomy))), frozenset())
+        capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, calls)
+        forget_order(self.teacher)
+        if dist.get_rank():
+            return [], {}
+        narrowed = [unit for unit in self.library.units if unit.kind != "depth"]
+        with progress("time blocks", len(self.anatomy) + len(narrowed)) as advance:
+            blocks = []
+            for block in self.anatomy.blocks:
+                blocks.append(self._time(block, capture, None))
+                advance(1)
+            saved = {}
+            for unit in narrowed:
+                changed = unit.members if unit.kind == "text" else [unit.span[0]]
+                left = [self._time(self.anatomy.blocks[index], capture, unit) for index in changed]
+                saved[unit.name] = sum(blocks[index] for index in changed) - sum(left)
+                advance(1)
+        return blocks, saved
+
+    def _time(self, block: Block, capture: Capture, unit: UnitPlan | None) -> float:
+        """Seconds of a block's forward, as it is or with a width unit in it."""
+        module = depth_unit(self.files, block.index, self.dtype)
+        if unit is not None:
+            narrow_block(module.core, block, unit, capture.streams[block.entering])
+        module.to(self.device)
+        times = []
+        for _ in range(_REPEATS):
+            get_accelerator().synchronize()
+            began = time.perf_counter()
+            with torch.no_grad():
+                module(capture.streams[block.entering], capture.conditioning[block.index])
+            get_accelerator().synchronize()
+            times.append(time.perf_counter() - began)
+        return median(times[_REPEATS // 4 :])
+
+
+def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], Iterable[tuple[str, ...]]]) -> Swaps:
+    """Everything that the planner wants to know of a trained library; every rank must call this.
+
+    What it then chooses is measured, too, and it may choose again: a forecast errs most where it promises most.
+
+    Args:
+        checkpoint: the folder that the units come from.
+        choose: the sets that the planner would plug, from what is known so far.
+    """
+    sets = draw_sets(bench.library, bench.recipe.seed)
+    products, (seconds, saved) = bench.products().tolist(), bench.seconds()
+    measured: list[MeasuredSet] = []
+    for _ in range(_ROUNDS):
+        errors = bench.errors(sets)
+        measured += [MeasuredSet(units=names, error=error) for names, error in zip(sets, errors, strict=True)]
+        swaps = Swaps(
+            checkpoint=checkpoint,
+            units=bench.library.units,
+            products=products,
+            sets=measured,
+            seconds=seconds,
+            saved=saved,
+        )
+        # Rank 0 decides for all: times of blocks, and what a solver makes of them, are its own.
+        chosen = [_chosen(choose, swaps) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(chosen)
+        sets = [names for names in dict.fromkeys(chosen[0] or ()) if swaps.error_of(names) is None]
+        if not sets:
+            break
+    return swaps
+
+
+def _chosen(choose: Callable[[Swaps], Iterable[tuple[str, ...]]], swaps: Swaps) -> list[tuple[str, ...]]:
+    """What the planner would plug; nothing where it cannot choose, which it will say again when everybody has left."""
+    try:
+        return list(choose(swaps))
+    except UserError:
+        return []

@@ -1,0 +1,96 @@
+"""`ppcl plan`: from a probe report to a plan file, and what such a file holds."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Console
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.planning.budget import Budget, budget_of
+from ppcl_ds.planning.choose import make_plan
+from ppcl_ds.planning.error_model import Forecast, fitted, probed
+from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
+from ppcl_ds.planning.swaps import Swaps, load_swaps
+from ppcl_ds.probing.report import load_report
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.units.plan import Plan, check_plan, load_plan
+
+
+def plan(recipe: Recipe) -> None:
+    """Choose by what the probe found, write `plan.yaml`, print the variants."""
+    files, anatomy = open_teacher(recipe)
+    as_given = recipe.plan.rule == "given" and not recipe.plan.variants and not recipe.plan.candidates
+    report = None if as_given else load_report(recipe.probe_folder)
+    if recipe.plan.budget == "latency":
+        print("plan.budget: how long blocks take is measured by --from-run; until then parameters stand for it")
+    dtype = DTYPES[recipe.teacher.precision]
+    chosen = make_plan(recipe.plan, recipe.seed, report, files, anatomy, budget_of(recipe.plan, files, anatomy, dtype))
+    write(recipe, chosen, files, anatomy, _probed(recipe, files, anatomy), budget_for(recipe, chosen, files, anatomy))
+
+
+def _probed(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Forecast:
+    """What the probe expects; it knows nothing where it has not run, as a plan that is given needs none."""
+    if not (recipe.probe_folder / "report.json").exists():
+        return Forecast("probed error", (), np.zeros(0), np.zeros((0, 0)))
+    return probed(load_report(recipe.probe_folder), files, anatomy)
+
+
+def budget_for(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, swaps: Swaps | None = None) -> Budget:
+    """The recipe's budget for the units of a plan."""
+    dtype = DTYPES[recipe.teacher.precision]
+    return budget_of(recipe.plan, files, anatomy, dtype, plan.units, swaps)
+
+
+def write(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, forecast: Forecast, budget: Budget) -> None:
+    """Write `plan.yaml` and print its variants."""
+    plan.save(recipe.plan_file)
+    print_table(lines_of(plan, files, anatomy, forecast, budget), anatomy, forecast)
+    print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
+
+
+def check(recipe: Recipe) -> None:
+    """Say everything that is wrong with the plan file.
+
+    Raises:
+        UserError: something is.
+    """
+    _, complaints = check_plan(recipe.plan_file, *open_teacher(recipe))
+    console = Console(stderr=True, highlight=False)
+    for complaint in complaints[:-1]:
+        console.print(f"error: plan {recipe.plan_file}: {complaint}", markup=False, soft_wrap=True)
+    if complaints:
+        raise UserError(f"plan {recipe.plan_file}: {complaints[-1]}")
+    print(f"{recipe.plan_file} is in order")
+
+
+def show(recipe: Recipe) -> None:
+    """Print the variants of the plan file, draw them on the front of error over size.
+
+    What is expected comes from the measured library where the plan's units are all in it, else from the probe.
+    """
+    files, anatomy = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, files, anatomy)
+    swaps = load_swaps(recipe.swaps_file)
+    if swaps is not None and set(plan.units) <= set(swaps.units):
+        forecast = fitted(swaps)
+    else:
+        swaps, forecast = None, _probed(recipe, files, anatomy)
+    known = plan if swaps is None else plan.model_copy(update={"units": swaps.units})
+    budget = budget_for(recipe, known, files, anatomy, swaps)
+    lines = lines_of(plan, files, anatomy, forecast, budget)
+    print_table(lines, anatomy, forecast)
+    folder = recipe.swaps_file.parent
+    measured = _measured(swaps, budget) if swaps else []
+    draw(folder, lines, front(forecast, budget), measured, forecast, budget.title, plan.teacher)
+    print(f"wrote pareto.png and report.html into {folder}")
+
+
+def _measured(swaps: Swaps, budget: Budget) -> list[Point]:
+    units = {unit.name: unit for unit in swaps.units}
+    return [
+        Point(1 - budget.saved(units[name] for name in each.units) / budget.total, each.error, " ".join(each.units))
+        for each in swaps.sets
+    ]

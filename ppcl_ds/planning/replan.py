@@ -1,0 +1,95 @@
+"""`ppcl plan --from-run`: units that were trained a little are measured, and variants are chosen anew among them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch.distributed as dist
+
+from ppcl_ds import launch
+from ppcl_ds.atomic import write_whole
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.errors import UserError
+from ppcl_ds.planning.budget import Budget
+from ppcl_ds.planning.choose import choose_again, choose_sets
+from ppcl_ds.planning.error_model import fitted
+from ppcl_ds.planning.planner import budget_for, write
+from ppcl_ds.planning.swaps import Swaps, load_swaps
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
+from ppcl_ds.units.plan import load_plan
+
+
+class Replan:
+    """A recipe's variants and the run whose library they are chosen from, checked before a process starts.
+
+    Args:
+        run: folder of the run that has trained the library; the recipe's own, or another one of the same teacher.
+
+    Attributes:
+        library: the units of the run's newest checkpoint.
+
+    Raises:
+        UserError: one line that says what is wrong.
+    """
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        self.recipe = recipe
+        self.files, self.anatomy = open_teacher(recipe)
+        other = recipe.model_copy(update={"run": run})
+        self.checkpoint: Checkpoint = newest_checkpoint(other.distillation.checkpoints)
+        trained = load_plan(other.distillation.plan, self.files, self.anatomy)
+        units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
+        self.library = trained.model_copy(update={"units": units, "variants": {}})
+        if not recipe.plan.variants:
+            raise UserError("plan.variants is empty: name the variants to choose, with the share that each gives up")
+        launch.check_world(recipe.topology.world)
+        split_entries(recipe.data, "heldout")
+        empty_prompt(recipe.data)
+        read_deepspeed_file(recipe.deepspeed.teacher)
+
+    @property
+    def measured(self) -> Swaps | None:
+        """What was measured of this very checkpoint, on these very samples, before."""
+        swaps = load_swaps(self.recipe.swaps_file)
+        return swaps if swaps and (swaps.checkpoint, swaps.units) == (self._name, self.library.units) else None
+
+    @property
+    def _name(self) -> str:
+        """The checkpoint, and a digest of all else that a measurement depends on."""
+        recipe, folder = self.recipe, self.checkpoint.folder.resolve()
+        settings = [recipe.seed, recipe.data, recipe.noise, recipe.evaluate, recipe.teacher]
+        content = [str(each) for each in settings] + [str((folder / "checkpoint.json").stat().st_mtime_ns)]
+        return f"{folder} {hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
+
+    def measure(self) -> None:
+        """Measure the library; every rank must call this, rank 0 then chooses."""
+        device = launch.join()
+        from ppcl_ds.planning.measure import SwapBench, measure_swaps
+
+        bench = SwapBench(self.recipe, self.files, self.anatomy, self.library, self.checkpoint, device)
+        swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
+        if dist.get_rank() == 0:  # before anything is chosen: what was measured is kept, whatever comes of it
+            write_whole(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
+        launch.leave()
+        self.write(swaps)
+
+    def write(self, swaps: Swaps) -> None:
+        """Choose every variant and write the plan, on one rank."""
+        if int(os.environ.get("RANK", "0")):
+            return
+        budget = self._budget(swaps)
+        now = self.recipe.plan_file
+        others = load_plan(now, self.files, self.anatomy).variants if now.exists() else {}
+        plan = choose_again(self.recipe.plan, swaps, self.library, budget, others)
+        write(self.recipe, plan, self.files, self.anatomy, fitted(swaps), budget)
+
+    def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
+        return choose_sets(self.recipe.plan, swaps, self._budget(swaps))
+
+    def _budget(self, swaps: Swaps) -> Budget:
+        return budget_for(self.recipe, self.library, self.files, self.anatomy, swaps)

@@ -1,0 +1,179 @@
+"""A probe report for people: heatmaps as PNG files and in TensorBoard, and one page that explains them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from ppcl_ds.atomic import whole_folder, write_whole
+from ppcl_ds.probing.report import MEAN, Matrix, ProbeReport
+
+
+class Picture(NamedTuple):
+    """A picture, and the sentence that explains it."""
+
+    name: str
+    title: str
+    text: str
+
+
+PICTURES = (
+    Picture(
+        "cka",
+        "CKA(u, k) against block u",
+        "How alike the output of block u stays to itself when linear probes take the place of blocks u+1 to k: linear "
+        "CKA over all tokens, the paper's figure and the input of its rule.",
+    ),
+    Picture(
+        "cka_true",
+        "CKA(u, k) against block k",
+        "How alike the chain of probes from block u is to what block k really puts out: linear CKA over all tokens.",
+    ),
+    Picture(
+        "cka_unbiased",
+        "unbiased CKA(u, k) against block u",
+        "The first picture by the unbiased minibatch estimator, on a sample of tokens: where both differ, the sample "
+        "is small or the tokens are few.",
+    ),
+    Picture(
+        "cka_true_unbiased",
+        "unbiased CKA(u, k) against block k",
+        "The second picture by the unbiased minibatch estimator.",
+    ),
+    Picture(
+        "error",
+        "log10 error(u, v)",
+        "How far the chain of probes from block u is from the true output of block v: squared distance over squared "
+        "length, as a power of ten. ppcl plan gives up the spans of least total error.",
+    ),
+    Picture(
+        "influence",
+        "Block Influence",
+        "How much each block turns its stream: 1 - cosine of input and output, mean over tokens; bars that are short "
+        "belong to blocks that do little by themselves.",
+    ),
+)
+
+
+def save_report(report: ProbeReport, folder: Path) -> None:
+    """Write `report.json`, `heatmap.png`, a PNG a figure, `tensorboard/` and `report.html` into `folder`."""
+    pictures = {"heatmap": draw_overview(report)}
+    pictures |= {p.name: _draw(report, p) for p in PICTURES if p.name in report.figures.get(MEAN, {})}
+    for name, png in pictures.items():
+        write_whole(folder / f"{name}.png", png)
+    with whole_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
+        for name, png in pictures.items():
+            board.add_image(f"probe/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.probing", "."), autoescape=True)
+    page = environment.get_template("report.html.jinja").render(
+        report=report,
+        shown=[(p, inline(pictures[p.name])) for p in PICTURES if p.name in pictures],
+        overview=inline(pictures["heatmap"]),
+        difference=_difference(report),
+        best=_best(report),
+    )
+    write_whole(folder / "report.html", page)
+    write_whole(folder / "report.json", report.model_dump_json(indent=1))
+
+
+def _difference(report: ProbeReport) -> float | None:
+    """The most that the rule's CKA and its unbiased estimate lie apart."""
+    mean = report.figures.get(MEAN, {})
+    if "cka_unbiased" not in mean:
+        return None
+    apart = np.abs(_array(report.cka) - _array(mean["cka_unbiased"].value))
+    return float(np.nanmax(apart)) if np.isfinite(apart).any() else None
+
+
+def _best(report: ProbeReport) -> list[tuple[int, int, float, float | None]]:
+    """The ten spans of least error: u, v, error, spread."""
+    spread = report.figures[MEAN]["error"].spread if MEAN in report.figures else report.error
+    rows = [
+        (u, v, error, spread[u][v])
+        for u, row in enumerate(report.error)
+        for v, error in enumerate(row)
+        if error is not None
+    ]
+    return sorted(rows, key=lambda row: row[2])[:10]
+
+
+def draw_overview(report: ProbeReport) -> bytes:
+    """Similarity and error side by side, the paper's spans outlined, as a PNG."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), constrained_layout=True)
+    titles = ("Linear CKA(u, k): how alike block u's output and the chain to k stay", "log10 error(u, v) of the chain")
+    for axis, name, title in zip(axes, ("cka", "error"), titles, strict=True):
+        _heatmap(axis, getattr(report, name), name, title)
+        _outline(axis, report)
+    return as_png(figure)
+
+
+def _draw(report: ProbeReport, picture: Picture) -> bytes:
+    """One figure: the average over streams, each stream, and the spread of the average."""
+    panels = list(_panels(report, picture))
+    rows = -(-len(panels) // 2)
+    figure, grid = plt.subplots(rows, 2, figsize=(11, 4.5 * rows), constrained_layout=True, squeeze=False)
+    for axis, (title, matrix) in zip(grid.flat, panels, strict=False):
+        if len(matrix) == 1:
+            axis.bar(range(len(matrix[0])), _array(matrix)[0])
+            axis.set(title=title, xlabel="block")
+        else:
+            _heatmap(axis, matrix, picture.name, title)
+    for axis in grid.flat[len(panels) :]:
+        axis.axis("off")
+    return as_png(figure)
+
+
+def _panels(report: ProbeReport, picture: Picture) -> Iterator[tuple[str, Matrix]]:
+    yield f"{picture.title}, average", report.figures[MEAN][picture.name].value
+    for stream, figures in report.figures.items():
+        if stream != MEAN:
+            yield f"{picture.title}, {stream}", figures[picture.name].value
+    yield "spread of the average between the halves", report.figures[MEAN][picture.name].spread
+
+
+def _heatmap(axis: Axes, matrix: Matrix, name: str, title: str) -> None:
+    values = _array(matrix)
+    if name == "error":
+        values = np.log10(np.where(values > 0, values, np.nan))
+    image = axis.imshow(values, cmap="magma" if name == "error" else "viridis")
+    axis.set(title=title, xlabel="last block of the span", ylabel="first block u")
+    axis.title.set_fontsize(9)
+    axis.figure.colorbar(image, ax=axis, shrink=0.8)
+
+
+def _outline(axis: Axes, report: ProbeReport) -> None:
+    for u, v in report.spans:
+        style = "--" if (u, v) in report.unstable else "-"
+        corner, side = (u - 0.5, u - 0.5), v - u + 1
+        axis.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor="red", linestyle=style))
+
+
+def _array(matrix: Matrix) -> np.ndarray:
+    return np.array(matrix, dtype=float)
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG; the figure is closed."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def inline(png: bytes) -> str:
+    """A PNG as an address that a page can hold in itself."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,182 @@
+"""The ranks of `ppcl probe`: the sharded teacher reads calibration micro-batches, rank 0 writes a report or a part."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ppcl_ds import launch
+from ppcl_ds.console import track
+from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.errors import UserError
+from ppcl_ds.probing.heatmaps import save_report
+from ppcl_ds.probing.measure import Measured, measure, together
+from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_part
+from ppcl_ds.probing.report import make_report
+from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
+from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.call import Caller, caller_for
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES, NoisyStream, open_teacher, read_teacher, unread_streams
+
+
+def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> tuple[ModelFiles, Anatomy]:
+    """Everything that can be wrong before a process starts.
+
+    Raises:
+        UserError: one line that says what.
+    """
+    if part and merge:
+        raise UserError("--part and --merge: give one of them; parts are merged when all of them are there")
+    if part:
+        Part.parse(part, recipe.probe.batches)
+    files, anatomy = open_teacher(recipe)
+    split_entries(recipe.data, "train")
+    if not merge:
+        launch.check_world(recipe.topology.world)
+        split_entries(recipe.data, "heldout")
+        empty_prompt(recipe.data)
+        read_deepspeed_file(recipe.deepspeed.teacher)
+    return files, anatomy
+
+
+def probe(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, part: str | None = None) -> None:
+    """Probe the teacher, or sum one part of the samples; every rank must call this."""
+    reader = open_reader(recipe, files, anatomy, launch.join())
+    if part:
+        sum_part(reader, Part.parse(part, recipe.probe.batches))
+    else:
+        report_all(reader)
+    launch.leave()
+
+
+def report_all(reader: Reader) -> None:
+    """Read all samples, measure, have rank 0 write the report; every rank must call this."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sums, ridge = reader.sums(Part()), reader.recipe.probe.ridge
+    own = measure(reader.lanes, sums, len(reader.anatomy), ridge, lambda block: block % world == rank)
+    measured = together(launch.gather(own))
+    if rank == 0:
+        _report(reader.recipe, reader.files, reader.anatomy, measured, list(reader.unused))
+
+
+def sum_part(reader: Reader, part: Part) -> None:
+    """Read one part of the samples, have rank 0 write its sums; every rank must call this.
+
+    Raises:
+        UserError: rank 0 cannot write.
+    """
+    sums = reader.sums(part)
+    if dist.get_rank() == 0:
+        path = reader.recipe.probe_folder / "parts" / part.file
+        contents = Contents(tuple(reader.lanes), tuple(reader.unused), made_with(reader.recipe, reader.files))
+        try:
+            write_part(path, contents, sums, reader.recipe.probe.max_span)
+        except OSError as fault:
+            raise UserError(f"{path}: {fault.strerror or fault}; the part is not written") from None
+        print(f"wrote {path}")
+    else:
+        for _ in sums:
+            pass
+
+
+def merge_parts(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> None:
+    """Add up the parts and report, in this process alone; on an accelerator if there is one.
+
+    Raises:
+        UserError: a part is missing, damaged, or was made otherwise.
+    """
+    parts = Parts(recipe.probe_folder / "parts", recipe, files)
+    lanes = parts.contents.lanes
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    passes = _ranges(recipe, lanes)
+    sums = track(parts.sums(passes, device), "merge parts", len(passes))
+    measured = measure(lanes, sums, len(anatomy), recipe.probe.ridge, lambda block: True)
+    _report(recipe, files, anatomy, measured, list(parts.contents.unused))
+
+
+def _ranges(recipe: Recipe, lanes: Sequence[Lane]) -> list[range]:
+    return ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, SUMS_BYTES)
+
+
+def _report(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, measured: Measured, unused: list[str]) -> None:
+    lists: dict[str, list[int]] = {}
+    for block in anatomy.blocks:
+        lists.setdefault(block.list_name, []).append(block.index)
+    report = make_report(measured, files.class_name, unused, list(lists.values()))
+    save_report(report, recipe.probe_folder)
+    spans = f"{len(report.spans)} spans of the paper's rule, {len(report.unstable)} of them unstable"
+    print(f"wrote {recipe.probe_folder}/report.html: {spans}")
+
+
+@dataclass
+class Reader:
+    """The sharded teacher and the streams in it that matter; every rank makes one (`open_reader`).
+
+    Attributes:
+        unused: streams that leave the last block and are read by nobody.
+    """
+
+    recipe: Recipe
+    files: ModelFiles
+    teacher: Any
+    anatomy: Anatomy
+    caller: Caller
+    lanes: Sequence[Lane]
+    unused: Sequence[str]
+    device: torch.device
+
+    def sums(self, part: Part) -> Iterator[Sums]:
+        """Sums over all ranks of each range of blocks, the last range first. Every rank must iterate, and gets all."""
+        passes = _ranges(self.recipe, self.lanes)
+        for index, blocks in enumerate(passes, 1):
+            name = f"probe blocks {blocks.start} to {blocks.stop - 1} (pass {index} of {len(passes)})"
+            sums = zero_sums(self.lanes, blocks, self.recipe.probe.max_span, self.device)
+            self._read(sums, blocks, part, name)
+            for key in sorted(sums):
+                for tensor in sums[key].tensors().values():
+                    dist.all_reduce(tensor)
+            yield sums
+            sums.clear()  # before there is memory for the next ones
+
+    def _read(self, sums: Sums, blocks: range, part: Part, name: str) -> None:
+        """Add this rank's micro-batches: of W ranks, rank r takes every W-th of the part from the r-th on.
+
+        All ranks run the sharded teacher equally often; one that has no micro-batch left in the last round reads one
+        that it does not count.
+        """
+        probe, world = self.recipe.probe, dist.get_world_size()
+        first = part.index - 1 + part.count * dist.get_rank()
+        rounds = -(-len(range(part.index - 1, probe.batches, part.count)) // world)
+        wanted = wanted_for(self.lanes, blocks, probe.max_span)
+        stream = NoisyStream(self.recipe, "train", probe.batch_size, self.device)
+        batches = islice(stream.take(first, part.count * world), rounds)
+        for number, batch in track(batches, name, rounds):
+            capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, wanted)
+            if number < probe.batches:
+                add_capture(sums, self.lanes, blocks, self.anatomy, number, capture, batch.prompts.mask)
+
+
+def open_reader(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, device: torch.device) -> Reader:
+    """Load the teacher over all ranks and find out which of its streams matter; every rank must call this."""
+    # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
+    from ppcl_ds.teacher.sharded import load_teacher
+
+    caller = caller_for(files.class_name)
+    config = read_deepspeed_file(recipe.deepspeed.teacher)
+    teacher = load_teacher(files, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
+    if dist.get_rank() == 0:
+        for name in sorted(anatomy.guessed):
+            logging.warning("diffusers' registry misnames the streams of %s; its signature decided", name)
+    [(_, first)] = islice(NoisyStream(recipe, "heldout", recipe.probe.batch_size, device).take(0, 1), 1)
+    unused = unread_streams(teacher, anatomy, caller, first)
+    lanes = lanes_of(anatomy, read_teacher(teacher, anatomy, caller, first), unused)
+    return Reader(recipe, files, teacher, anatomy, caller, lanes, unused, device)

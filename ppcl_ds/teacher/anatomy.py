@@ -1,0 +1,303 @@
+"""The anatomy of a teacher: its block lists, the streams that cross its boundaries, and taps that record them.
+
+diffusers' `TransformerBlockRegistry` says, for each block class, which argument and which output is which stream.
+Shapes: B batch, S tokens of a stream, C channels, M blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.hooks._helpers import TransformerBlockRegistry
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.teacher.modeling_pruned import serves_text, text_parts
+
+ATTENTION = "attn"
+"""Name of the part of a block in which image and text attend to each other, in every family that has text parts."""
+
+ATTENDED_TEXT = "encoder_hidden_states"
+"""Its argument that is the text, normed and modulated."""
+
+Streams = dict[str, Tensor]
+"""Stream name (`image`, `text`) -> (B, S, C)."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the teacher.
+
+    Boundaries are numbered along the execution. Inside one block list, what leaves a block enters the next: one
+    boundary. Each list has a closing boundary of its own, because a teacher may rearrange its streams between lists;
+    so with a single list, boundary b is what enters block b and boundary M is what leaves the last.
+
+    Attributes:
+        index: number among all blocks, 0..M-1.
+        list_name: attribute of the model that holds the block's list.
+        position: number inside its list.
+        last: whether it closes its list.
+        entering, leaving: boundary numbers.
+        reads: stream -> name of the argument that carries it.
+        returns: stream -> place in the returned tuple.
+        parameters: number of parameters.
+        ffn: stream -> name of the feed-forward part that serves it; a block that fuses it with attention has none.
+        text_only: names of the parts that serve the text stream alone, and so are idle once attention is handed the
+            text ready modulated. Empty where the text is not a stream of its own inside the block.
+        text_channels: of the text that attention reads; 0 where it is not a stream of its own.
+    """
+
+    index: int
+    list_name: str
+    position: int
+    last: bool
+    entering: int
+    leaving: int
+    reads: Mapping[str, str]
+    returns: Mapping[str, int]
+    parameters: int
+    ffn: Mapping[str, str]
+    text_only: Sequence[str]
+    text_channels: int
+
+    @property
+    def key(self) -> str:
+        """Prefix of the block's tensors in a state dict."""
+        return f"{self.list_name}.{self.position}"
+
+    def split_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Streams, dict]:
+        """Separate the streams of a call from its other arguments (conditioning: time, RoPE, masks)."""
+        bound = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
+        bound.pop("self")
+        streams = {stream: bound.pop(name) for stream, name in self.reads.items()}
+        return streams, bound
+
+    def call(self, module: nn.Module, streams: Streams, conditioning: dict[str, Any]) -> Streams:
+        """Call a block of this class on streams of your choice; streams it does not return are left out."""
+        inputs = {name: streams[stream] for stream, name in self.reads.items()}
+        return self.read_output(module(**inputs, **conditioning))
+
+    def read_output(self, output: Any) -> Streams:
+        """The streams in what the block returned."""
+        if isinstance(output, Tensor):
+            return {"image": output}
+        return {s: output[place] for s, place in self.returns.items() if output[place] is not None}
+
+    def write_output(self, streams: Streams) -> Any:
+        """The inverse of `read_output`, as the teacher's own forward expects it."""
+        if len(self.returns) == 1:
+            return streams["image"]
+        output: list[Tensor | None] = [None] * len(self.returns)
+        for stream, place in self.returns.items():
+            output[place] = streams.get(stream)
+        return tuple(output)
+
+
+@dataclass
+class Capture:
+    """What was recorded in one forward.
+
+    Attributes:
+        streams: boundary -> its streams.
+        conditioning: block index -> its arguments other than the streams (tensors shared between blocks stay shared).
+        parts: block index and name of a part -> what it read and what it returned, each (B, S, C).
+    """
+
+    streams: dict[int, Streams] = field(default_factory=dict)
+    conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a forward is run for; behind the last wanted block it ends.
+
+    Attributes:
+        calls: blocks whose arguments are wanted, the streams that enter them included.
+        exits: blocks whose leaving streams are wanted.
+        parts: block index and name of parts whose input and output are wanted; of `attn`, the text that it reads.
+        to_the_end: whether the velocity is wanted, too; the forward does not end before its end.
+    """
+
+    calls: frozenset[int]
+    exits: frozenset[int]
+    parts: frozenset[tuple[int, str]] = frozenset()
+    to_the_end: bool = False
+
+    @property
+    def last(self) -> int:
+        """The last block that has to run."""
+        return max(self.calls | self.exits | {block for block, _ in self.parts})
+
+
+class Anatomy:
+    """The blocks of a diffusers transformer, in execution order (weights are not needed: meta models will do).
+
+    Raises:
+        UserError: the model has no list of blocks that the registry knows.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.guessed: set[str] = set()
+        """Block classes whose stream arguments the registry names wrongly and the signature decided."""
+        blocks: list[Block] = []
+        boundary = 0
+        for list_name, modules in _block_lists(model):
+            for position, module in enumerate(modules):
+                reads, returns = self._streams_of(module)
+                text_only, channels = _text_of(module) if "text" in reads else ((), 0)
+                blocks.append(
+                    Block(
+                        index=len(blocks),
+                        list_name=list_name,
+                        position=position,
+                        last=position == len(modules) - 1,
+                        entering=boundary,
+                        leaving=boundary + 1,
+                        reads=reads,
+                        returns=returns,
+                        parameters=sum(p.numel() for p in module.parameters()),
+                        ffn=_ffn_of(module, reads),
+                        text_only=text_only,
+                        text_channels=channels,
+                    )
+                )
+                boundary += 1
+            boundary += 1
+        if not blocks:
+            raise UserError(
+                f"teacher class {type(model).__name__} has no list of transformer blocks known to diffusers"
+            )
+        self.blocks: Sequence[Block] = tuple(blocks)
+
+    def _streams_of(self, module: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
+        metadata = TransformerBlockRegistry.get(type(module))
+        signature = list(inspect.signature(module.forward).parameters)
+        image = metadata.hidden_states_argument_name
+        if image not in signature:
+            self.guessed.add(type(module).__name__)
+            image = signature[0]
+        reads, returns = {"image": image}, {"image": metadata.return_hidden_states_index}
+        text = metadata.encoder_hidden_states_argument_name
+        if text in signature and metadata.return_encoder_hidden_states_index is not None:
+            reads["text"], returns["text"] = text, metadata.return_encoder_hidden_states_index
+        return reads, returns
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def block_parameters(self) -> int:
+        """Number of parameters in all blocks together."""
+        return sum(block.parameters for block in self.blocks)
+
+    def module(self, model: nn.Module, block: Block) -> nn.Module:
+        """The block's module in `model`."""
+        return getattr(model, block.list_name)[block.position]
+
+    @contextmanager
+    def record(self, model: nn.Module, wanted: Wanted | None = None) -> Iterator[Capture]:
+        """Record what crosses the boundaries in the forwards run inside; references, not copies.
+
+        The model's own forward runs unchanged. Without `wanted` it runs to its end and every boundary and every block's
+        arguments are recorded; with it, the rest is not held, and the forward ends behind the last wanted block and
+        returns one empty tensor.
+        """
+        capture = Capture()
+        everything = range(len(self))
+        calls, exits = (wanted.calls, wanted.exits) if wanted else (everything, everything)
+        with ExitStack() as stack:
+            stack.enter_context(self.tap(model, capture, wanted.parts if wanted else ()))
+            stops = wanted is not None and not wanted.to_the_end
+            for block in self.blocks:
+                module = self.module(model, block)
+                if block.index in calls:
+                    before = partial(_record_call, capture, block)
+                    stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                if block.index in exits:
+                    stack.callback(module.register_forward_hook(partial(_record_exit, capture, block)).remove)
+                if wanted and stops and block.index == wanted.last:
+                    # The last hook of the block: a sharded block has let go of its parameters by then.
+                    stack.callback(module.register_forward_hook(_stop).remove)
+            if stops:
+                model.forward = partial(_until_stopped, model.forward)
+                stack.callback(delattr, model, "forward")
+            yield capture
+
+    @contextmanager
+    def tap(self, model: nn.Module, capture: Capture, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
+        """Record, into `capture`, what parts of blocks read and return in the forwards run inside."""
+        with ExitStack() as stack:
+            for index, name in parts:
+                part = self.module(model, self.blocks[index]).get_submodule(name)
+                hook = partial(_record_part, capture, (index, name))
+                stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
+            yield
+
+    @property
+    def parts(self) -> frozenset[tuple[int, str]]:
+        """Block index and name of every part that can be tapped."""
+        attended = {(block.index, ATTENTION) for block in self.blocks if block.text_only}
+        return frozenset(attended | {(block.index, name) for block in self.blocks for name in block.ffn.values()})
+
+
+def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
+    capture.streams[block.entering], capture.conditioning[block.index] = block.split_call(module, args, kwargs)
+
+
+def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    capture.streams[block.leaving] = block.read_output(output)
+
+
+def _record_part(
+    capture: Capture, key: tuple[int, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict, output: Any
+) -> None:
+    if key[1] == ATTENTION:
+        capture.parts[key] = kwargs[ATTENDED_TEXT], output[-1]
+    else:
+        capture.parts[key] = args[0], output
+
+
+class _Stopped(Exception):  # noqa: N818 - not an error
+    """Nothing behind this block is wanted."""
+
+
+def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    raise _Stopped
+
+
+def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The root's forward; caught here, inside the root's call, so that the root's own hooks run as ever."""
+    try:
+        return forward(*args, **kwargs)
+    except _Stopped:
+        return (torch.empty(0),)
+
+
+def _ffn_of(module: nn.Module, reads: Mapping[str, str]) -> dict[str, str]:
+    parts = {name: child for name, child in module.named_children() if isinstance(child, FeedForward)}
+    streams = {name: "text" if serves_text(name) else "image" for name in parts}
+    return {stream: name for name, stream in streams.items() if stream in reads}
+
+
+def _text_of(module: Any) -> tuple[tuple[str, ...], int]:
+    """The parts that serve the text alone, and its channels; none where attention has no weights of its own for it."""
+    attention: Any = getattr(module, ATTENTION, None)
+    if getattr(attention, "add_k_proj", None) is None:
+        return (), 0
+    return tuple(text_parts(module)), attention.add_k_proj.in_features
+
+
+def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+    """Lists of registered blocks, in the order of definition, which is the order of execution in diffusers."""
+    TransformerBlockRegistry._register()
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]) in TransformerBlockRegistry._registry:
+            yield name, child

@@ -1,0 +1,116 @@
+"""The frozen teacher as a DeepSpeed ZeRO-3 engine that is never whole on any rank, not even while it loads."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.utils import groups, set_z3_leaf_modules
+from torch import Tensor, nn
+
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+
+
+class _Partitioner(Init):
+    """DeepSpeed's ZeRO-3 partitioning for a model whose parameters are still on the meta device."""
+
+    def reserve(self, parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+        """A parameter of the same shape of which this rank holds its own part, not yet filled.
+
+        The stock class would broadcast every parameter from rank 0 here.
+        """
+        # One parameter for a moment; on the CPU not even that, as memory that nobody has written to costs nothing.
+        memory = torch.empty(parameter.shape, dtype=dtype, device=self.local_device)
+        whole: Any = nn.Parameter(memory, requires_grad=False)
+        self._convert_to_deepspeed_param(whole)
+        whole.partition()
+        return whole
+
+
+def load_teacher(
+    files: ModelFiles, config: dict[str, Any], dtype: torch.dtype, ranks_per_copy: int | None
+) -> deepspeed.DeepSpeedEngine:
+    """The teacher as a frozen ZeRO-3 engine over all ranks.
+
+    Every rank must call this, before any pipeline engine is built (DeepSpeed's global `mpu` is read here). Afterwards
+    each rank holds its own partition, read by itself from the safetensors files.
+
+    Args:
+        files: the teacher on disk.
+        config: DeepSpeed configuration with ZeRO stage 3.
+        dtype: number format; what the family keeps in float32 stays float32.
+        ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
+            (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
+            nodes. With all ranks, or one alone, there is just the one partition over all.
+    """
+    ranks_per_copy = ranks_per_copy or int(os.environ["LOCAL_WORLD_SIZE"])
+    if 1 < ranks_per_copy < dist.get_world_size():
+        zero = config["zero_optimization"] | {"zero_hpz_partition_size": ranks_per_copy}
+        config = config | {"zero_optimization": zero}
+    groups.mpu = None
+    model = files.empty_model()
+    anatomy = Anatomy(model)
+    partitioner = _Partitioner(
+        config_dict_or_path=config,
+        mem_efficient_linear=False,
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # of an earlier teacher, if any
+    )
+    for prefix, module in list(model.named_modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            key = f"{prefix}.{name}" if prefix else name
+            own = partitioner.reserve(parameter, files.runs_as(key, dtype))
+            module.register_parameter(name, own)
+            _fill_partition(files, key, own)
+    for name, buffer in model.named_buffers():
+        if name in files.keys:  # stored ones come in the number format of parameters, computed ones stay as they are
+            buffer.data = files.tensor(name).to(files.runs_as(name, dtype))
+    model.to(get_accelerator().current_device_name())
+    # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
+    set_z3_leaf_modules(
+        model, sorted({type(anatomy.module(model, b)) for b in anatomy.blocks}, key=lambda cls: cls.__name__)
+    )
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+def forget_order(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Have the next forwards record anew in which order parameters are fetched.
+
+    DeepSpeed fetches ahead along the order it has recorded. After a forward that went further than the next ones will,
+    it would fetch, in each of them, what nobody uses, and leave that gathered behind the forward.
+    """
+    coordinator = engine.optimizer.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def gathered(engine: deepspeed.DeepSpeedEngine) -> list[str]:
+    """Names of the parameters that this rank holds whole now, without the small ones that always are."""
+    return [
+        name
+        for name, parameter in engine.module.named_parameters()
+        if not parameter.ds_persist and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE
+    ]
+
+
+def _fill_partition(files: ModelFiles, name: str, parameter: Any) -> None:
+    _read_into(parameter.ds_tensor, files, name, parameter.ds_zero_partition_rank, parameter.ds_numel)
+    if parameter.ds_secondary_tensor is not None:
+        group = groups._get_zero_param_intra_parallel_rank_in_mygroup()
+        _read_into(parameter.ds_secondary_tensor, files, name, group, parameter.ds_numel)
+
+
+def _read_into(own: Tensor, files: ModelFiles, name: str, rank: int, whole: int) -> None:
+    """Fill part number `rank` of a parameter of `whole` elements; the last rank's part may be padded."""
+    start = own.numel() * rank
+    stop = min(start + own.numel(), whole)
+    if start < stop:
+        values = files.flat_range(name, start, stop)
+        own[: stop - start].copy_(values)

@@ -1,0 +1,110 @@
+"""What a run was started with: written before its first step, compared at every restart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ppcl_ds.atomic import write_whole
+from ppcl_ds.data.index import digest, split_entries
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.units.plan import Plan, UnitPlan
+
+_SHARDS = "shards.sha256"
+"""Beside the recipe that training began with: the digest of its shards."""
+
+_FIXED = (
+    "seed",
+    "noise",
+    "data.captions",
+    "data.images",
+    "data.window",
+    "teacher.precision",
+    "distill.magnitude_weight",
+)
+_FIXED_BY_KIND = {
+    "distill": ("micro_batch", "micro_batches_per_step"),
+    "finetune": (
+        "micro_batch",
+        "micro_batches_per_step",
+        "flow_weight",
+        "velocity_weight",
+        "boundary_weight",
+        "trainable",
+        "kept_lr",
+        "ema",
+    ),
+}
+_FIXED_OF_OPTIMIZER = ("lr", "betas", "weight_decay", "warmup_steps", "clip_norm")
+"""Recipe keys that a run keeps from its first step to its last."""
+
+
+def write_start(recipe: Recipe, folder: TrainingFolder, plan: Plan) -> None:
+    """Write down plan, shards and recipe; one rank alone."""
+    plan.save(folder.plan)
+    write_whole(folder.path / _SHARDS, digest(split_entries(recipe.data, "train")))
+    write_whole(folder.recipe, recipe.model_dump_json(indent=1))
+
+
+def check_resume(
+    recipe: Recipe,
+    folder: TrainingFolder,
+    kind: Literal["distill", "finetune"],
+    units: Sequence[UnitPlan],
+    trained: Plan,
+) -> None:
+    """A checkpoint goes on only as the run that wrote it: same samples and optimizer, and units that it knows.
+
+    Units may have been dropped from the plan meanwhile: no unit knows of another, so the rest go on as if nothing were.
+
+    Args:
+        folder: of the training.
+        kind: the section of the recipe that says how it trains.
+        units: as they are now.
+        trained: the plan as it was when training began.
+
+    Raises:
+        UserError: something else than the topology has changed; the message names it.
+    """
+    anew = f"restore it, or move {folder.path} away to train anew"
+    if strange := [unit.name for unit in units if unit not in trained.units]:
+        raise UserError(
+            f"{folder.path} was trained with other units than {recipe.plan_file} has, such as '{strange[0]}'; {anew}"
+        )
+    try:
+        before = Recipe.model_validate_json(folder.recipe.read_text())
+        shards = (folder.path / _SHARDS).read_text()
+    except (OSError, ValidationError) as fault:
+        name = getattr(fault, "filename", None) or folder.recipe
+        raise UserError(f"{name} is missing or damaged; {anew}") from None
+    optimizer = [f"{kind}.optimizer.{key}" for key in _FIXED_OF_OPTIMIZER]
+    for key in (*_FIXED, *(f"{kind}.{key}" for key in _FIXED_BY_KIND[kind]), *optimizer):
+        old, new = (attrgetter(key)(version) for version in (before, recipe))
+        if old != new:
+            raise UserError(f"recipe key '{key}' is not what {folder.path} was trained with ({old}); {anew}")
+    if shards != digest(split_entries(recipe.data, "train")):
+        raise UserError(f"{folder.path} was trained on other shards than those in {recipe.data.shards}; {anew}")
+    tag = (folder.checkpoints / "latest").read_text().strip()
+    if not (folder.checkpoints / tag).is_dir():
+        raise UserError(
+            f"{folder.checkpoints}/latest names '{tag}', which is gone; write the name of one that is there"
+        )
+
+
+def check_held(recipe: Recipe, folder: TrainingFolder, units: Sequence[UnitPlan]) -> None:
+    """Refuse a newest checkpoint that lacks a unit.
+
+    Raises:
+        UserError: the message names the unit.
+    """
+    held = newest_checkpoint(folder.checkpoints).contents.units
+    if lacking := [unit.name for unit in units if unit.name not in held]:
+        raise UserError(
+            f"{folder.path} was trained with other units than {recipe.plan_file} has: its newest checkpoint lacks "
+            f"'{lacking[0]}'; restore it, or move {folder.path} away to train anew"
+        )

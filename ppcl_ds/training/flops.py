@@ -1,0 +1,81 @@
+"""The arithmetic of a training step, counted on the meta device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.training.meta_forward import Rehearsal, rehearse
+from ppcl_ds.units.kinds import rehearse_unit
+from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.plan import Plan, UnitPlan
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one sample: matrix products, convolutions and attention, a multiplication and an addition as two.
+
+    What is computed element by element (norms, activations, the loss, the optimizer) does not count.
+
+    Attributes:
+        teacher: the teacher's forward, up to the last block that a unit needs.
+        units: unit name -> its forward.
+    """
+
+    teacher: float
+    units: dict[str, float]
+
+    def per_step(self, samples: int, checkpointing: bool) -> float:
+        """FLOPs of one optimizer step, over all ranks.
+
+        Args:
+            samples: the global batch.
+            checkpointing: whether units compute their activations again in the backward pass.
+        """
+        return samples * (self.teacher + sum(self.units.values()) * unit_passes(checkpointing))
+
+
+def unit_passes(checkpointing: bool) -> int:
+    """How many forwards' worth of FLOPs a unit's training costs: forward 1, backward 2, recomputation 1."""
+    return 4 if checkpointing else 3
+
+
+def measure_work(
+    files: ModelFiles, anatomy: Anatomy, plan: Plan, latents: tuple[int, int, int], text_tokens: int
+) -> Work:
+    """Count the FLOPs of one sample; no weights are needed.
+
+    Args:
+        latents: (C, H, W) of a sample.
+        text_tokens: tokens of its prompt.
+
+    Raises:
+        UserError: the teacher cannot read samples of this shape.
+    """
+    return work_of(rehearse(files, anatomy, latents, text_tokens), plan, batch=1)
+
+
+def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
+    """The work of one sample, from a rehearsal with `batch` of them. Depth units are copies of blocks."""
+    last = wanted_by(plan, rehearsal.anatomy).last
+    return Work(
+        teacher=rehearsal.flops_until[last] / batch,
+        units={unit.name: _unit_flops(unit, rehearsal) / batch for unit in plan.units},
+    )
+
+
+def _unit_flops(unit: UnitPlan, rehearsal: Rehearsal) -> float:
+    """FLOPs of a unit's forward, all samples of the rehearsal."""
+    if unit.kind == "depth":
+        return rehearsal.block_flops[unit.span[0]]
+    plan = Plan(teacher="", blocks=len(rehearsal.anatomy), units=(unit,), variants={})
+    [parcel] = parcels_of(rehearsal.capture, None, plan, rehearsal.anatomy).values()
+    module = rehearse_unit(unit, rehearsal.model, rehearsal.anatomy, torch.float32)
+    inputs = {name: tensor.float() for name, tensor in parcel.inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        module(inputs, parcel.conditioning)
+    return counter.get_total_flops()

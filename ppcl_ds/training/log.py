@@ -1,0 +1,111 @@
+"""What a run says of itself: TensorBoard, the line beside the progress bar, the table of its units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ppcl_ds.units.plan import Plan
+from ppcl_ds.watch.tensorboard import Board, gather
+
+_OUTSIDE = ("checkpoint", "pictures")
+"""Phases that are no part of a step."""
+
+
+class Journal:
+    """Every rank makes one and calls it alike; rank 0 writes and speaks.
+
+    Args:
+        board: TensorBoard folder.
+        samples: in one optimizer step, over all ranks.
+        flops: of one optimizer step, over all ranks.
+        matrix_rate: FLOP/s of one matrix product on this rank.
+        skipped: `NAME/skipped_steps` of all that is trained so far, as a checkpoint may have brought them.
+        total: the loss, from everything that was measured.
+    """
+
+    def __init__(
+        self,
+        board: Path,
+        *,
+        samples: int,
+        flops: float,
+        matrix_rate: float,
+        skipped: Mapping[str, float],
+        total: Callable[[Mapping[str, float]], float],
+    ) -> None:
+        self.board, self.total = Board(board), total
+        self.samples, self.flops, self.matrix_rate = samples, flops, matrix_rate
+        self.newest: dict[str, float] = {}
+        self.skipped = skipped
+
+    def write(self, step: int, own: Mapping[str, float], seconds: Mapping[str, float], steps: int) -> str:
+        """Write what was measured over the last `steps` steps.
+
+        Args:
+            own: this rank's values, `unit/loss/output` and so on; where several ranks have one, their mean counts.
+            seconds: by phase, over those steps.
+
+        Returns:
+            One line for the console.
+        """
+        each = {f"seconds/{phase}": value / steps for phase, value in seconds.items() if phase not in _OUTSIDE}
+        per_step = sum(each.values())
+        rate = self.flops / per_step
+        each |= {f"seconds/{phase}": seconds[phase] for phase in _OUTSIDE if phase in seconds}
+        values = gather(
+            {
+                **own,
+                **each,
+                "run/samples_per_second": self.samples / per_step,
+                "run/flops_per_second": rate,
+                "run/share_of_peak": rate / dist.get_world_size() / self.matrix_rate,
+            }
+        )
+        values["run/loss"] = self.total(values)
+        self.board.scalars(step, values)
+        self._name_skipped(step, values)
+        self.newest = values
+        shares = ", ".join(
+            f"{name.removeprefix('seconds/')} {value / per_step:.0%}"
+            for name, value in each.items()
+            if name.removeprefix("seconds/") not in _OUTSIDE
+        )
+        memory = max(value for name, value in values.items() if name.startswith("memory_gib/"))
+        return (
+            f"loss {values['run/loss']:.4f}, {values['run/samples_per_second']:.3g} samples/s, "
+            f"{per_step:.3g} s a step ({shares}), {rate / 1e12:.3g} TFLOP/s "
+            f"({values['run/share_of_peak']:.0%} of matrix products), {memory:.2f} GiB"
+        )
+
+    def _name_skipped(self, step: int, values: Mapping[str, float]) -> None:
+        counts = {name: count for name, count in values.items() if name.endswith("/skipped_steps")}
+        if dist.get_rank() == 0:
+            for name, count in counts.items():
+                if count > self.skipped.get(name, 0):
+                    trained = name.removesuffix("/skipped_steps")
+                    print(f"'{trained}': gradients not finite; it has skipped {count:.0f} of {step} steps", flush=True)
+        self.skipped = counts
+
+
+def print_units(plan: Plan, newest: Mapping[str, float]) -> None:
+    """A table of the units as they were last written down."""
+    if dist.get_rank() or not newest:
+        return
+    table = Table(title="units")
+    table.add_column("unit", overflow="fold")
+    for column in ("blocks", "output", "loss", "norm ratio", "gradient", "skipped"):
+        table.add_column(column, justify="right")
+    for unit in plan.units:
+        for output in unit.outputs:
+            numbers = (f"loss/{output}", f"norm_ratio/{output}", "gradient_norm", "skipped_steps")
+            loss, ratio, gradient, skipped = (newest[f"{unit.name}/{number}"] for number in numbers)
+            blocks = f"{unit.span[0]}-{unit.span[1]}"
+            cells = (f"{loss:.4f}", f"{ratio:.3f}", f"{gradient:.2g}", f"{skipped:.0f}")
+            table.add_row(escape(unit.name), blocks, output, *cells)
+    Console().print(table)

@@ -1,0 +1,121 @@
+"""The teacher rehearsed: one forward on the meta device, which gives shapes and FLOPs but no numbers.
+
+`config.json` is all that it needs, and a model of any size takes seconds and next to no memory.
+Shapes: B batch, C latent channels, H and W latent height and width, S text tokens.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppcl_ds.data.batch import Prompts
+from ppcl_ds.errors import UserError
+from ppcl_ds.teacher.anatomy import Anatomy, Capture
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import ModelFiles
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one forward of the teacher showed.
+
+    Attributes:
+        model: the teacher on the meta device, in the number formats that it runs in.
+        anatomy: its blocks.
+        capture: every boundary, every block's arguments and what passes through its parts, meta tensors.
+        text_mask: (B, S) bool.
+        block_flops: FLOPs of each block's forward, all B samples.
+        flops_until: FLOPs from the beginning of the forward until each block has ended, all B samples.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    capture: Capture
+    text_mask: Tensor
+    block_flops: tuple[int, ...]
+    flops_until: tuple[int, ...]
+
+
+def latent_channels(model: nn.Module) -> int:
+    """C of the latents that a teacher reads; families that pack 2 x 2 patches count four times as many."""
+    config: Any = model.config
+    packed = caller_for(type(model).__name__).packed
+    return int(config["in_channels"]) // (4 if packed else 1)
+
+
+@torch.no_grad()
+def rehearse(
+    files: ModelFiles,
+    anatomy: Anatomy,
+    latents: tuple[int, int, int],
+    text_tokens: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Rehearsal:
+    """Run the whole teacher once on meta tensors.
+
+    Args:
+        latents: (C, H, W) of a sample.
+        text_tokens: S of its prompt; all of them count.
+        batch: B.
+        dtype: number format that the teacher runs in.
+
+    Raises:
+        UserError: the teacher cannot read samples of this shape.
+    """
+    caller = caller_for(files.class_name)
+    model = _on_meta(files, dtype)
+    config: Any = model.config
+    size, patch = "x".join(map(str, latents[1:])), 2 if caller.packed else config["patch_size"]
+    if any(side % patch for side in latents[1:]):
+        raise UserError(f"latents of {size}: {files.class_name} needs height and width in multiples of {patch}")
+    prompts = Prompts(
+        embeds=torch.empty(batch, text_tokens, config["joint_attention_dim"], device="meta", dtype=dtype),
+        mask=torch.ones(batch, text_tokens, device="meta", dtype=torch.bool),
+        pooled=torch.empty(batch, config.get("pooled_projection_dim", 0), device="meta", dtype=dtype),
+    )
+    noisy = torch.empty(batch, *latents, device="meta", dtype=dtype)
+    began: dict[int, int] = {}
+    ended: dict[int, int] = {}
+    counter = FlopCounterMode(display=False)
+    with ExitStack() as stack:
+        for block in anatomy.blocks:
+            module = anatomy.module(model, block)
+            stack.callback(module.register_forward_pre_hook(partial(_note, counter, began, block.index)).remove)
+            stack.callback(module.register_forward_hook(partial(_note, counter, ended, block.index)).remove)
+        capture = stack.enter_context(anatomy.record(model))
+        stack.enter_context(anatomy.tap(model, capture, anatomy.parts))
+        stack.enter_context(counter)
+        try:
+            caller(model, noisy, prompts, torch.ones(batch, device="meta"))
+        except (ValueError, RuntimeError, IndexError) as fault:
+            reason = str(fault).strip().splitlines()[0]
+            raise UserError(f"{files.class_name} cannot read latents of {size}: {reason}") from None
+    assert prompts.mask is not None
+    order = range(len(anatomy))
+    return Rehearsal(
+        model,
+        anatomy,
+        capture,
+        prompts.mask,
+        block_flops=tuple(ended[index] - began[index] for index in order),
+        flops_until=tuple(ended[index] for index in order),
+    )
+
+
+def _note(counter: FlopCounterMode, totals: dict[int, int], index: int, *_: Any) -> None:
+    totals[index] = counter.get_total_flops()
+
+
+def _on_meta(files: ModelFiles, dtype: torch.dtype) -> nn.Module:
+    model = files.empty_model()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(files.runs_as(name, dtype))
+    return model.to("meta")

@@ -1,0 +1,169 @@
+"""Writing and loading a run's checkpoints: all ranks at once, each its own share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ppcl_ds import launch
+from ppcl_ds.atomic import to_disk, write_whole
+from ppcl_ds.recipe import checkpoint_tag
+from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
+from ppcl_ds.training.engine import StudentsEngine
+
+
+class Saver:
+    """Writes and loads the checkpoints of a run; every rank makes one, and all make every call together.
+
+    Args:
+        folder: of all checkpoints.
+        keep: so many of the newest stay.
+        moves: called while it gets on.
+    """
+
+    def __init__(self, folder: Path, keep: int, engine: StudentsEngine, moves: Callable[[], None]) -> None:
+        self.folder, self.keep, self.engine, self.moves = folder, keep, engine, moves
+        self.file = f"rank-{dist.get_rank():05d}.safetensors"
+
+    def save(self, step: int) -> str:
+        """Write a checkpoint.
+
+        It is filled under another name, and gets its own once every rank's file is on the disk; `latest` names it last.
+
+        Returns:
+            Empty; or why there is none (the disk is full), the same on every rank. Older ones are untouched then.
+        """
+        tag = checkpoint_tag(step)
+        partial = self.folder / f"{tag}.partial"
+        if dist.get_rank() == 0:
+            for left in self.folder.glob("*.partial"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        dist.barrier()
+        complaint = _first(self._attempt(partial.mkdir, parents=True, exist_ok=True))
+        complaint = complaint or _first(self._attempt(self._write_own, partial))
+        units = self._units_of_all()
+        if dist.get_rank() == 0 and not complaint:
+            complaint = self._attempt(self._publish, partial, Contents(step=step, units=units))
+        complaint = _first(complaint)
+        self.moves()
+        if dist.get_rank() == 0:
+            self._forget(partial if complaint else None, step)
+        return complaint
+
+    def _forget(self, failed: Path | None, step: int) -> None:
+        """Delete what is no checkpoint, and the oldest ones."""
+        if failed is not None:
+            shutil.rmtree(failed, ignore_errors=True)
+            return
+        # Only older ones: a run that was sent back by hand keeps what lies ahead of it until it gets there.
+        numbers = sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*[0-9]"))
+        older = [number for number in numbers if number < step]
+        for number in older[: max(0, len(older) + 1 - self.keep)]:
+            shutil.rmtree(self.folder / checkpoint_tag(number), ignore_errors=True)
+
+    def _attempt(self, write: Callable[..., None], *arguments: Any, **options: Any) -> str:
+        try:
+            write(*arguments, **options)
+            self.moves()
+        except (OSError, SafetensorError) as fault:
+            return f"rank {dist.get_rank()} cannot write into {self.folder}: {fault}"
+        return ""
+
+    def _shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """Of each part of this rank's stage: name, this replica's master, and which elements of the part it holds."""
+        replica = self.engine.grid.get_data_parallel_rank()
+        optimizer = self.engine.optimizer
+        for name, parameters, master in zip(optimizer.names, optimizer.bf16_groups, optimizer.masters, strict=True):
+            start, whole = replica * master.numel(), sum(p.numel() for p in parameters)
+            yield name, master, min(start, whole), min(start + master.numel(), whole)
+
+    def _own_shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
+        """Those that this rank writes."""
+        copies = self.engine.module.copies
+        return (share for share in self._shares() if share[0] not in copies)
+
+    def _write_own(self, folder: Path) -> None:
+        """Write this rank's file."""
+        optimizer = self.engine.optimizer
+        tensors = {"random": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            tensors["random_accelerator"] = get_accelerator().get_rng_state()
+        for name, master, start, stop in self._own_shares():
+            tensors[f"{name}/master"] = master.data[: stop - start]
+            for what, state in optimizer.state.get(master, {}).items():
+                tensors[f"{name}/{what}"] = state[: stop - start] if state.dim() else state
+        path = folder / self.file
+        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, path)
+        to_disk(path)
+
+    def _units_of_all(self) -> dict[str, SavedUnit]:
+        """Every part with the pieces that all ranks hold."""
+        skipped, trained = self.engine.optimizer.skipped, self.engine.module.trained
+        own = {}
+        for name, _, start, stop in self._own_shares():
+            shapes = {key: list(parameter.shape) for key, parameter in trained[name].items()}
+            piece = Piece(file=self.file, start=start, stop=stop)
+            own[name] = SavedUnit(parameters=shapes, pieces=[piece], skipped=skipped[name])
+        units: dict[str, SavedUnit] = {}
+        for name, unit in (item for part in launch.gather(own) for item in part.items()):
+            units.setdefault(name, unit.model_copy(update={"pieces": []})).pieces.extend(unit.pieces)
+        return units
+
+    def _publish(self, partial: Path, contents: Contents) -> None:
+        """Turn the filled folder into the newest checkpoint."""
+        write_whole(partial / "checkpoint.json", contents.model_dump_json(indent=1))
+        tag = checkpoint_tag(contents.step)
+        shutil.rmtree(self.folder / tag, ignore_errors=True)
+        partial.rename(self.folder / tag)
+        to_disk(self.folder)
+        write_whole(self.folder / "latest", tag)
+
+    def load(self) -> int:
+        """Load the newest checkpoint, each rank its own share, whatever the topology was. Returns its step.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        checkpoint = newest_checkpoint(self.folder)
+        step, optimizer, schedule = checkpoint.contents.step, self.engine.optimizer, self.engine.lr_scheduler
+        for name, master, start, stop in self._shares():
+            if name not in checkpoint.contents.units and name in self.engine.module.copies:
+                continue  # nothing that was ever written
+            master.data[: stop - start] = checkpoint.part(name, "master", start, stop)
+            steps = checkpoint.steps_of(name)
+            if steps is not None:  # else it has skipped every one so far
+                state = {"step": steps.to(master.device)}
+                for what in checkpoint.moments_of(name):
+                    state[what] = torch.zeros_like(master)
+                    state[what][: stop - start] = checkpoint.part(name, what, start, stop)
+                optimizer.state[master] = state
+            optimizer.skipped[name] = checkpoint.contents.units[name].skipped
+        optimizer.update_lp_params()
+        self._restore_random_state(checkpoint)
+        schedule.last_epoch = self.engine.global_steps = step
+        for group, base, rule in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = base * rule(step)
+        return step
+
+    def _restore_random_state(self, checkpoint: Checkpoint) -> None:
+        """Of the rank of the same number; one that is new starts with a state of its own (nothing here draws on it)."""
+        if (checkpoint.folder / self.file).exists():
+            state, accelerator = (checkpoint.read(self.file, key) for key in ("random", "random_accelerator"))
+            if state is not None:
+                torch.set_rng_state(state)
+            if accelerator is not None and torch.cuda.is_available():
+                get_accelerator().set_rng_state(accelerator)
+
+
+def _first(complaint: str) -> str:
+    """The complaint of the first rank that has one, on every rank."""
+    return next(filter(None, launch.gather(complaint)), "")

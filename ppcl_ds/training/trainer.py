@@ -1,0 +1,219 @@
+"""What both kinds of training do: one frozen teacher, students in pipeline stages, step after step, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from ppcl_ds import launch
+from ppcl_ds.console import progress
+from ppcl_ds.distill.library import Inbox
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
+from ppcl_ds.sections import Training as Settings
+from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.reader import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.teacher.sharded import load_teacher
+from ppcl_ds.training.checks import write_start
+from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.exchange import Exchange
+from ppcl_ds.training.log import Journal
+from ppcl_ds.training.rounds import Rounds
+from ppcl_ds.training.saver import Saver
+from ppcl_ds.units.plan import Plan
+from ppcl_ds.units.unit import Parcel
+from ppcl_ds.watch.preemption import StopWatch
+from ppcl_ds.watch.tensorboard import gather, peak_memory_gib
+from ppcl_ds.watch.timer import Clock, matrix_rate
+from ppcl_ds.watch.watchdog import StallWatch
+
+
+class Training(ABC):
+    """A training on this rank; every rank of the world constructs one and calls the same methods.
+
+    Args:
+        recipe: the run.
+        settings: the recipe's section of this training.
+        folder: what it writes.
+        plan: units and variants, already checked against the teacher.
+        title: what the progress display calls it.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        settings: Settings,
+        folder: TrainingFolder,
+        plan: Plan,
+        files: ModelFiles,
+        anatomy: Anatomy,
+        title: str,
+    ) -> None:
+        self.recipe, self.settings, self.folder, self.title = recipe, settings, folder, title
+        self.plan, self.files, self.anatomy = plan, files, anatomy
+        self.dtype = DTYPES[recipe.teacher.precision]
+        self.device = torch.device(get_accelerator().current_device_name())
+        self.caller = caller_for(files.class_name)
+        # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
+        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        self.teacher = load_teacher(files, config, self.dtype, recipe.teacher.ranks_per_copy)
+        self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device, settings.micro_batches_per_step)
+        self.inbox = Inbox()
+        self.engine, readers = self.build()
+        self.group = self.engine.grid.get_pipe_parallel_group()
+        words, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
+        self.exchange = Exchange(self.group, words, self.engine.stage_id, readers)
+        self.stall = StallWatch(settings.timeout)
+        self.stop = StopWatch(recipe.run, folder.path)
+        self.clock = Clock(self.stall.tell)
+        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.stall.moves)
+        # A phase may hold many forwards; each is a sign of life.
+        self.teacher.module.register_forward_pre_hook(lambda *_: self.stall.moves())
+        launch.set_timeout(settings.timeout)
+
+    @abstractmethod
+    def build(self) -> tuple[StudentsEngine, list[list[str]]]:
+        """The students; and for each stage, the names of the parcels that it reads."""
+
+    def sample_shape(self) -> tuple[tuple[int, int, int], int]:
+        """(C, H, W) of the latents and tokens of the prompt of the first sample that is stored."""
+        batch = self.data.clean.first()
+        _, channels, height, width = batch.latents.shape
+        return (channels, height, width), batch.prompts.embeds.shape[1]
+
+    @abstractmethod
+    def forward(self, batch: NoisyBatch) -> Mapping[str, Parcel]:
+        """One teacher forward on this rank's micro-batch, and what every stage reads of it; collective over all."""
+
+    @abstractmethod
+    def settle(self, done: int) -> None:
+        """What the students need before the first step, or behind `done`; none of it counts as a step's time."""
+
+    @abstractmethod
+    def step(self, rounds: Rounds) -> None:
+        """One optimizer step; collective over all ranks."""
+
+    @abstractmethod
+    def measured(self) -> dict[str, float]:
+        """What this rank knows of the steps since the last call."""
+
+    @abstractmethod
+    def skipped(self) -> dict[str, float]:
+        """`NAME/skipped_steps` of what this rank trains: steps left out as the gradient was not finite."""
+
+    def total_loss(self, values: Mapping[str, float]) -> float:
+        """What the students are trained on, from everything that was measured."""
+        return sum(value for name, value in values.items() if "/loss/" in name and math.isfinite(value))
+
+    @abstractmethod
+    def flops(self, samples: int) -> float:
+        """FLOPs of an optimizer step of so many samples, over all ranks."""
+
+    @abstractmethod
+    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Figures and pictures of held-out data for TensorBoard, see `Board.pictures`; collective over all ranks."""
+
+    def rounds(self, step: int) -> Rounds:
+        """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        first = step * self.settings.micro_batches_per_step + rank
+        stream = self.data.take(first, world)
+
+        # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
+        batches = chain([next(stream)], stream)
+        return Rounds(batches, self.forward, self.exchange, self.inbox, self.clock, self.device)
+
+    def train(self, until: int | None = None) -> dict[str, float]:
+        """Train to the recipe's last step, from the newest checkpoint if there is one.
+
+        Args:
+            until: stop behind this step already, with a checkpoint.
+
+        Returns:
+            What was last written down.
+
+        Raises:
+            UserError: the last checkpoint cannot be written; older ones are there.
+        """
+        settings = self.settings
+        last = min(until or settings.steps, settings.steps)
+        done = self._resume()
+        journal = self._journal()
+        rounds = self.rounds(done)
+
+        def due(step: int, every: int) -> bool:
+            return bool(every) and (step % every == 0 or step == last)
+
+        with self.stall:
+            self.settle(done)
+            self.clock.drain()
+            with progress(self.title, last, done) as advance:
+                logged = done
+                for step in range(done + 1, last + 1):
+                    self.stall.step = step
+                    self.step(rounds)
+                    note = ""
+                    if due(step, settings.log_every):
+                        note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
+                        logged = step
+                    advance(1, note)
+                    stops = step < last and self.stop.asked(step)
+                    if stops or due(step, settings.checkpoint_every):
+                        self._save(step, stops or step == last)
+                    if stops:
+                        break
+                    if due(step, settings.sample_every):
+                        with self.clock.phase("pictures"):
+                            figures, pictures = self.look()
+                        journal.board.scalars(step, figures)
+                        journal.board.pictures(step, pictures)
+        if dist.get_rank() == 0 and (bad := int(journal.newest.get("data/bad_samples", 0))):
+            print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
+        return journal.newest
+
+    def _resume(self) -> int:
+        if self.folder.begun:
+            return self.saver.load()
+        if dist.get_rank() == 0:
+            self.begin()
+        return 0
+
+    def begin(self) -> None:
+        """Write down what training starts with; one rank alone."""
+        write_start(self.recipe, self.folder, self.plan)
+
+    def _journal(self) -> Journal:
+        samples = self.settings.micro_batch * self.settings.micro_batches_per_step
+        return Journal(
+            self.folder.board,
+            samples=samples,
+            flops=self.flops(samples),
+            matrix_rate=matrix_rate(self.device, self.dtype),
+            skipped=gather(self.skipped()),
+            total=self.total_loss,
+        )
+
+    def _measured(self) -> dict[str, float]:
+        own = self.measured() | self.skipped()
+        own["data/bad_samples"] = float(self.data.clean.share())
+        schedule = self.engine.lr_scheduler  # the first part's rate may be a multiple of the recipe's
+        own["run/learning_rate"] = self.settings.optimizer.lr * schedule.lr_lambdas[0](schedule.last_epoch)
+        own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
+        return own
+
+    def _save(self, step: int, last: bool) -> None:
+        with self.clock.phase("checkpoint"):
+            complaint = self.saver.save(step)
+        if complaint and last:
+            raise UserError(f"{complaint}; make room and run the same command: it goes on from the last checkpoint")
+        if complaint and dist.get_rank() == 0:
+            print(f"warning: no checkpoint of step {step}: {complaint}; training goes on", flush=True)

@@ -1,0 +1,87 @@
+"""Which steps a chain has, from what a run folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.sections import Finetune
+from ppcl_ds.steps import due, steps
+
+VARIANTS = ["medium", "small"]
+ALL = ["encode", "probe", "merge", "plan", "distill", "consolidate", "evaluate"]
+
+
+@pytest.fixture
+def recipe(new_run: Callable[..., Path]) -> Recipe:
+    """Nothing but encoded shards and a teacher."""
+    return load_recipe(new_run("qwen"))
+
+
+def names(recipe: Recipe, start: str | None = None) -> list[str]:
+    return [step.name for step in due(steps(recipe, VARIANTS), start)]
+
+
+def touch(path: Path, content: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+
+
+def test_what_is_done_is_left_out(recipe: Recipe) -> None:
+    assert names(recipe) == ALL[1:]
+    touch(recipe.probe_folder / "report.json")
+    assert names(recipe) == ALL[3:]
+    touch(recipe.plan_file)
+    assert names(recipe) == ALL[4:]
+    touch(recipe.distillation.checkpoints / "latest", f"step-{recipe.distill.steps:06d}")
+    assert names(recipe) == ALL[5:]
+    for variant in VARIANTS:
+        touch(recipe.pruned(variant) / "config.json")
+    assert names(recipe) == ALL[6:]
+    touch(recipe.run / "report.json")
+    assert names(recipe) == []
+
+
+def test_fine_tuned_variants_are_consolidated_too(recipe: Recipe) -> None:
+    tuning = Finetune(steps=9, micro_batch=1, micro_batches_per_step=2, variants=("small",))
+    tuned = recipe.model_copy(update={"finetune": tuning})
+    chain = {step.name: step for step in due(steps(tuned, VARIANTS), None)}
+    assert [*chain] == [*ALL[1:5], "finetune", *ALL[5:]]
+    assert chain["finetune"].arguments == ("small",)
+    assert chain["consolidate"].arguments == ("medium", "small", "small-finetuned")
+    touch(recipe.plan_file)
+    touch(recipe.distillation.checkpoints / "latest", f"step-{recipe.distill.steps:06d}")
+    assert names(tuned)[0] == "finetune"
+    touch(recipe.finetuning("small").checkpoints / "latest", "step-000009")
+    assert names(tuned)[0] == "consolidate"
+
+
+def test_a_plan_of_ones_own_needs_no_probe(recipe: Recipe) -> None:
+    touch(recipe.plan_file)
+    (recipe.data.shards / "encoded" / "index.json").unlink()
+    assert names(recipe) == ["encode", *ALL[4:]]
+
+
+def test_what_is_made_of_something_new_is_made_again(recipe: Recipe) -> None:
+    touch(recipe.plan_file)
+    touch(recipe.run / "report.json")
+    for variant in VARIANTS:
+        touch(recipe.pruned(variant) / "config.json")
+    assert names(recipe) == ["distill", "consolidate", "evaluate"]
+
+
+def test_a_chain_begins_where_it_is_told_to(recipe: Recipe) -> None:
+    assert names(recipe, "encode") == ALL
+    with pytest.raises(UserError, match="--from distill: plan has not been done"):
+        names(recipe, "distill")
+    with pytest.raises(UserError, match="--from destill: there is no such step; the steps are encode, "):
+        names(recipe, "destill")
+    for part in range(1, 1 + recipe.cluster.probe_parts):
+        touch(recipe.probe_folder / "parts" / f"part-{part:03d}-of-{recipe.cluster.probe_parts:03d}.safetensors")
+    assert names(recipe, "merge") == ALL[2:]
+    touch(recipe.plan_file)
+    assert names(recipe, "distill") == ALL[4:]

@@ -1,0 +1,191 @@
+"""Whatever stops a run, it goes on from its newest whole checkpoint as if nothing had happened, and nobody hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.watch.tensorboard import read_scalars
+from tests.conftest import command, make_recipe
+from tests.distill.test_library import PLAN
+
+STEPS = 8
+SETTINGS = {"steps": STEPS, "checkpoint_every": 2, "keep_checkpoints": 2, "timeout": 20}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+ENVIRONMENT = {
+    **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+}
+OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
+DEATHS = {"0:forward:37": 2, "1:exchange:11": 4, "0:checkpoint:1": 4}
+"""Who dies where and when (see `dying.py`; counted from each start) -> the newest whole checkpoint it leaves behind."""
+
+
+def new(new_run: Callable[..., Path], **changes: object) -> Path:
+    path = new_run("qwen", distill=SETTINGS | changes)
+    PLAN.save(load_recipe(path).plan_file)
+    return path
+
+
+def outcome(path: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, dict[str, Tensor]]]:
+    """Losses of every unit and step, and the final weights."""
+    recipe = load_recipe(path)
+    losses = {name: points for name, points in read_scalars(recipe.distillation.board).items() if "/loss/" in name}
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    assert checkpoint.contents.step == STEPS
+    return losses, {unit.name: checkpoint.unit(unit.name) for unit in PLAN.units}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prepared: Callable[[str], Path]) -> Path:
+    """A run of the same recipe that nothing stopped."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    shutil.copytree(prepared("qwen"), run)
+    recipe = make_recipe("qwen", run)
+    recipe["distill"] |= SETTINGS
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    PLAN.save(load_recipe(path).plan_file)
+    command("distill", path)
+    return path
+
+
+def expect_same(path: Path, other: Path) -> None:
+    (losses, weights), (expected_losses, expected_weights) = outcome(path), outcome(other)
+    assert losses == expected_losses
+    assert all([step for step, _ in points] == list(range(1, STEPS + 1)) for points in losses.values())
+    torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
+
+
+def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
+    new_run: Callable[..., Path], uninterrupted: Path
+) -> None:
+    path = new(new_run)
+    folder = load_recipe(path).distillation.checkpoints
+    for death, newest in DEATHS.items():
+        began = time.monotonic()
+        done = run_dying(path, death)
+        assert done.returncode != 0
+        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+        assert time.monotonic() - began < 90
+        assert not ranks_of(path)
+        assert newest_checkpoint(folder).contents.step == newest
+    assert (folder / "step-000006.partial").exists()  # what the last one was killed at
+    command("distill", path)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000006", "step-000008"]
+    expect_same(path, uninterrupted)
+
+
+def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path], uninterrupted: Path) -> None:
+    """On a disk with room for one checkpoint; then on a larger one."""
+    path = new(new_run)
+    recipe = load_recipe(path)
+    one = next(load_recipe(uninterrupted).distillation.checkpoints.glob("step-*"))
+    size = int(1.5 * sum(file.stat().st_size for file in one.iterdir()))
+    recipe.distillation.checkpoints.mkdir(parents=True)
+    small_disk = """
+        mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
+        "$3" -m ppcl_ds.cli distill "$4"
+        code=$?
+        cp -r "$2" "$2 saved"
+        exit $code
+    """
+    done = subprocess.run(
+        [
+            *OWN_MOUNTS,
+            "sh",
+            "-c",
+            small_disk,
+            "sh",
+            str(size),
+            str(recipe.distillation.checkpoints),
+            sys.executable,
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=ENVIRONMENT,
+    )
+    printed = done.stdout + done.stderr
+    for step in (4, 6):
+        assert f"warning: no checkpoint of step {step}: rank" in printed
+    assert "No space left on device" in printed
+    assert "make room and run the same command" in printed
+    assert done.returncode not in (0, 99), printed
+    recipe.distillation.checkpoints.rmdir()
+    Path(f"{recipe.distillation.checkpoints} saved").rename(recipe.distillation.checkpoints)
+    assert sorted(file.name for file in recipe.distillation.checkpoints.iterdir()) == ["latest", "step-000002"]
+    command("distill", path)
+    expect_same(path, uninterrupted)
+
+
+def test_a_rank_that_does_not_answer_is_named_and_the_run_ends(new_run: Callable[..., Path]) -> None:
+    path = new(new_run, steps=100000, timeout=6)
+    with subprocess.Popen(
+        [sys.executable, "-m", "ppcl_ds.cli", "distill", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as run:
+        assert run.stdout is not None
+        for line in run.stdout:  # the first progress line: the ranks are training
+            if "distill: " in line:
+                break
+        [still] = [pid for pid in ranks_of(path) if psutil.Process(pid).environ().get("RANK") == "1"]
+        os.kill(still, signal.SIGSTOP)
+        began = time.monotonic()
+        _, printed = run.communicate(timeout=120)
+    assert time.monotonic() - began < 80  # the time-out, and 30 s that the launcher gives the ranks to end
+    assert run.returncode != 0
+    expect_named(printed, "error: rank 1 on ", "does not answer in phase '")
+    assert not ranks_of(path)
+
+
+def test_a_rank_that_waits_for_its_data_is_named_and_the_run_ends(new_run: Callable[..., Path]) -> None:
+    path = new(new_run, timeout=6)
+    done = run_dying(path, "1:data:5")
+    assert done.returncode != 0
+    # A rank reads two micro-batches a step: the fifth is the first one of step 3.
+    expect_named(done.stderr, "error: rank 1 on ", "stands still in phase 'data' of step 3; the others have waited")
+    assert not ranks_of(path)
+
+
+def expect_named(printed: str, *words: str) -> None:
+    named = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(named) == 1, printed
+    assert all(word in named[0] for word in words), named
+
+
+def run_dying(path: Path, death: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCHER, "-m", "tests.training.dying", "distill", str(path)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=Path(__file__).parents[2],
+        env=ENVIRONMENT | {"DIE": death},
+    )
+
+
+def ranks_of(path: Path) -> list[int]:
+    """Processes whose command line names the recipe, the launcher left out."""
+    processes = psutil.process_iter(["cmdline"])
+    found = [process for process in processes if str(path) in (process.info["cmdline"] or [])]
+    return [process.pid for process in found if "torch.distributed.run" not in process.info["cmdline"]]
