@@ -29,9 +29,7 @@ from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from ppcl_ds.atomic import to_disk, whole_folder
 from ppcl_ds.export.model_folder import write_model, write_sums
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
 from ppcl_ds.training.trained import unit_sources, unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
@@ -43,12 +41,11 @@ SHARD = 200 * 10**6
 
 def make_checkpoint(folder: Path, teacher: Path, blocks: int) -> None:
     """A plan of a unit for every other pair of blocks, and its checkpoint with random masters in two files."""
-    files = ModelFiles(teacher)
-    model = files.empty_model()
-    shapes = block_shapes(Anatomy(model).module(model, Anatomy(model).blocks[0]))
+    opened = Teacher(teacher)
+    shapes = block_shapes(opened.module(opened.blocks[0]))
     size = sum(shape.numel() for shape in shapes.values())
     units = tuple(UnitPlan(name=f"u{u}", span=(u, u + 1), streams=("image",)) for u in range(0, blocks - 2, 4))
-    plan = Plan(teacher=files.class_name, blocks=blocks, units=units, variants={"small": tuple(u.name for u in units)})
+    plan = Plan(teacher=opened.class_name, blocks=blocks, units=units, variants={"small": tuple(u.name for u in units)})
     plan.save(folder / "plan.yaml")
     cuts = [(0, size // 2), (size // 2, size)]
     pieces = [Piece(file=f"rank-{r:05d}.safetensors", start=a, stop=b) for r, (a, b) in enumerate(cuts)]
@@ -64,15 +61,14 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = ModelFiles(folder / "teacher")
-        self.anatomy = Anatomy(self.files.empty_model())
-        self.plan = load_plan(folder / "plan.yaml", self.files, self.anatomy)
+        self.teacher = Teacher(folder / "teacher")
+        self.plan = load_plan(folder / "plan.yaml", self.teacher)
         self.checkpoint = Checkpoint(folder)
 
     def layout(self) -> Layout:
         """The variant, before a tensor is read."""
         units = partial(unit_sources, self.checkpoint, self.plan)
-        return layout(self.files, self.anatomy, self.plan, "small", units)
+        return layout(self.teacher, self.plan, "small", units)
 
     def write(self, laid: Layout) -> Path:
         """Stream a variant's folder to the disk."""
@@ -89,7 +85,7 @@ class Run:
     def whole(self) -> None:
         """Load the variant whole, then save it."""
         trained = partial(unit_state, self.checkpoint, self.plan)
-        model = assembled(self.files, self.anatomy, self.plan, "small", trained)
+        model = assembled(self.teacher, self.plan, "small", trained)
         model.save_pretrained(self.folder / "whole", max_shard_size=SHARD)
         shutil.rmtree(self.folder / "whole")
 

@@ -17,12 +17,12 @@ import yaml
 from torch import nn
 
 from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import shipped
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, load_plan
@@ -118,23 +118,23 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.recipe: Recipe = load_recipe(path)
-        self.files, self.anatomy = open_teacher(self.recipe)
+        self.teacher = open_teacher(self.recipe)
 
     @property
     def plan(self) -> Plan:
         """The plan as it is now."""
-        return load_plan(self.recipe.plan_file, self.files, self.anatomy)
+        return load_plan(self.recipe.plan_file, self.teacher)
 
     @property
     def trained(self) -> Plan:
         """The plan that training began with."""
-        return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
+        return load_plan(self.recipe.distillation.plan, self.teacher)
 
     def model(self, names: tuple[str, ...]) -> nn.Module:
         """The teacher with these units plugged in, without retraining."""
         plan = self.trained.model_copy(update={"variants": {"set": names}})
         state = partial(unit_state, newest_checkpoint(self.recipe.distillation.checkpoints), self.trained)
-        return assembled(self.files, self.anatomy, plan, "set", state)
+        return assembled(self.teacher, plan, "set", state)
 
 
 class Judge:
@@ -142,12 +142,12 @@ class Judge:
 
     def __init__(self, recipe: Recipe) -> None:
         recipe = recipe.model_copy(update={"seed": 0})
-        files, _ = open_teacher(recipe)
+        teacher = open_teacher(recipe)
         self.dtype = DTYPES[recipe.teacher.precision]
-        self.bench = Bench(recipe, caller_for(files.class_name), torch.device("cpu"))
+        self.bench = Bench(recipe, teacher.caller, torch.device("cpu"))
         self.decode = image_encoder(recipe.data, torch.device("cpu")).decode
-        assert files.model_class is not None
-        self.teacher = self.of(files.model_class.from_pretrained(files.folder))
+        assert teacher.files.model_class is not None
+        self.teacher = self.of(teacher.files.model_class.from_pretrained(teacher.files.folder))
 
     def of(self, model: nn.Module) -> ModelFigures:
         """All figures of a model."""

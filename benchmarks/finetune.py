@@ -64,9 +64,9 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     start = ours.start
     assert start.library is not None
     state = partial(unit_state, start.library.checkpoint, start.library.trained)
-    student: Any = assembled(start.files, start.anatomy, start.plan, VARIANT, state).requires_grad_(True)
+    student: Any = assembled(start.teacher, start.plan, VARIANT, state).requires_grad_(True)
     assert start.files.model_class is not None
-    teacher = start.files.model_class.from_pretrained(start.files.folder).eval()
+    teacher = start.files.model_class.from_pretrained(start.teacher.files.folder).eval()
     _, batch = next(ours.data.take(dist.get_rank(), load.stages))
 
     def plain_loop() -> None:

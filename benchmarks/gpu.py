@@ -22,11 +22,11 @@ from benchmarks.ranks import THREADS, device_here, run_ranks
 from benchmarks.step import WARM_UP, EngineStep, seconds_of
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from benchmarks.workload import Span, Workload, prepare, save_teacher
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.activations import LiveBytes
 from ppcl_ds.estimate.sizing import size_run
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.reader import DTYPES
 
 GIB = 2**30
 QWEN_IMAGE = Workload(

@@ -77,10 +77,9 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     launch.join()
     from ppcl_ds.recipe import read_deepspeed_file
     from ppcl_ds.sections import shipped
-    from ppcl_ds.teacher.files import ModelFiles
     from ppcl_ds.teacher.sharded import load_teacher
 
-    files = ModelFiles(Path(folder))
+    teacher = Teacher(Path(folder))
     config = read_deepspeed_file(shipped("ds_configs/teacher_zero3.json"))
     sampler = Sampler()
     engine = load_teacher(files, config, getattr(torch, dtype), ranks_per_copy=None)

@@ -63,7 +63,7 @@ def foretold(library: Library, judge: Judge, forecast: Forecast, count: int) -> 
 
 def curve(library: Library, judge: Judge, forecast: Forecast) -> list[ModelFigures]:
     """Figures of the planner's set at every number of blocks."""
-    budget = budget_of(library.recipe.plan, library.files, library.anatomy, judge.dtype)
+    budget = budget_of(library.recipe.plan, library.teacher, judge.dtype)
     candidates, block, sizes = forecast.candidates(budget), float(budget.blocks.max()), budget.blocks
     found = []
     for gone in track(range(1, len(sizes)), "sizes", len(sizes) - 1):

@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.distill.library import Inbox, Library
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
-from ppcl_ds.teacher.reader import DTYPES
 from ppcl_ds.training.engine import LocalEngine, StudentsEngine, TrainUnits
 from ppcl_ds.units.unit import Parcel
 
@@ -74,12 +74,12 @@ def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
     """An engine of this kind with a library of its own, fed with these parcels; all ranks together."""
     from ppcl_ds.distill.distill import check
 
-    files, anatomy, plan = check(recipe)
+    teacher, plan = check(recipe)
     inbox = Inbox()
     library = Library(
         plan,
-        files,
-        anatomy,
+        teacher.files,
+        teacher.anatomy,
         costs={unit.name: 1 for unit in plan.units},
         stages=recipe.topology.stages,
         dtype=DTYPES[recipe.teacher.precision],
@@ -123,8 +123,8 @@ def idle_shares(recipe: str, unit_seconds: float, repeats: int) -> list[list[flo
 
     launch.join()
     loaded = load_recipe(Path(recipe))
-    files, anatomy, plan = check(loaded)
-    trainer = Trainer(loaded, plan, files, anatomy)
+    teacher, plan = check(loaded)
+    trainer = Trainer(loaded, plan, teacher)
     rounds, parcels = trainer.rounds(0), []
     for _ in range(STAGES):
         next(rounds)

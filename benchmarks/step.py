@@ -52,8 +52,8 @@ class EngineStep:
         from ppcl_ds.recipe import load_recipe
 
         loaded = load_recipe(recipe)
-        files, anatomy, plan = check(loaded)
-        self.trainer = Trainer(loaded, plan, files, anatomy)
+        teacher, plan = check(loaded)
+        self.trainer = Trainer(loaded, plan, teacher)
         self.rounds = self.trainer.rounds(0)
         settings = loaded.distill
         samples = settings.micro_batch * settings.micro_batches_per_step

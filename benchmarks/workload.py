@@ -17,10 +17,10 @@ from PIL import Image
 
 from data_tools.encode import encode
 from data_tools.shard import shard
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Precision
 from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 Span = tuple[int, int]

@@ -53,13 +53,13 @@ def probe(
     loaded = load_recipe(recipe)
     from ppcl_ds.probing.probe import check, merge_parts, probe
 
-    files, anatomy = check(loaded, part, merge)
+    teacher = check(loaded, part, merge)
     if merge:
-        merge_parts(loaded, files, anatomy)
+        merge_parts(loaded, teacher)
         return
     if not launch.is_rank():
         launch.start_ranks(["probe", str(recipe), *(["--part", part] if part else [])], loaded.topology.world)
-    probe(loaded, files, anatomy, part)
+    probe(loaded, teacher, part)
 
 
 @app.command()
@@ -179,13 +179,13 @@ def distill(
     loaded = load_recipe(recipe)
     from ppcl_ds.distill.distill import check, distill, rehearse
 
-    files, anatomy, checked = check(loaded)
+    teacher, checked = check(loaded)
     if dry_run:
         rehearse(loaded)
         return
     if not launch.is_rank():
         launch.start_ranks(["distill", str(recipe), *(["--until", str(until)] if until else [])], loaded.topology.world)
-    distill(loaded, files, anatomy, checked, until)
+    distill(loaded, teacher, checked, until)
 
 
 @app.command()

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checks import write_start
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from tests.conftest import command
@@ -69,8 +69,8 @@ def start(path: Path) -> None:
     recipe = load_recipe(path)
     recipe.distillation.checkpoints.mkdir(parents=True)
     (recipe.distillation.checkpoints / "latest").write_text("step-000001")
-    files, anatomy = open_teacher(recipe)
-    write_start(recipe, recipe.distillation, load_plan(recipe.plan_file, files, anatomy))
+    teacher = open_teacher(recipe)
+    write_start(recipe, recipe.distillation, load_plan(recipe.plan_file, teacher))
 
 
 def other_units(path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import load_plan
@@ -35,18 +35,18 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
         command(step, path)
 
     recipe = load_recipe(path)
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     class_name = TEACHERS[family][0]
     teacher = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path)
-    whole = sum(block.parameters for block in anatomy.blocks)
+    whole = sum(block.parameters for block in teacher.blocks)
     models = {row["name"]: row for row in json.loads((recipe.run / "report.json").read_text())["models"]}
     assert set(models) == {"teacher", *plan.variants, *(f"{variant}-undistilled" for variant in plan.variants)}
 
     for variant, share in recipe.plan.variants.items():
         model = getattr(diffusers, class_name).from_pretrained(recipe.pruned(variant))
-        left = sum(anatomy.blocks[origin].parameters for origin, _ in plan.places(variant))
-        assert abs(left / whole - (1 - share)) < 0.6 * max(b.parameters for b in anatomy.blocks) / whole
+        left = sum(teacher.blocks[origin].parameters for origin, _ in plan.places(variant))
+        assert abs(left / whole - (1 - share)) < 0.6 * max(b.parameters for b in teacher.blocks) / whole
         assert models[variant]["params"] == sum(p.numel() for p in model.parameters())
         expect_parts(model, teacher, path, variant)
         printed = subprocess.run(
@@ -62,15 +62,15 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
 def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, variant: str) -> None:
     """Units come from the checkpoint, every other block and everything around the blocks from the teacher."""
     recipe = load_recipe(path)
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     places = plan.places(variant)
-    lists = list(dict.fromkeys(block.list_name for block in anatomy.blocks))
+    lists = list(dict.fromkeys(block.list_name for block in teacher.blocks))
     modules = [module for name in lists for module in getattr(model, name)]
     assert len(modules) == len(places)
     for module, (origin, unit) in zip(modules, places, strict=True):
-        source = anatomy.module(teacher, anatomy.blocks[origin]).state_dict()
+        source = teacher.anatomy.module(teacher, teacher.blocks[origin]).state_dict()
         expected = unit_state(checkpoint, plan, unit) if unit else source
         expected = {key: tensor.float() for key, tensor in expected.items()}  # as the teacher is stored
         torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)

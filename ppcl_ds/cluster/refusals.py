@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ppcl_ds.atomic import need_space
 from ppcl_ds.data.index import Index, split_entries
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.distill import distill as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
@@ -15,10 +16,8 @@ from ppcl_ds.finetune import finetune as finetune
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.steps import Step
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, open_teacher
-from ppcl_ds.units.plan import Plan, allowed_spans, load_plan
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
+from ppcl_ds.units.plan import Plan, load_plan
 
 _TRAINING_BYTES = 12
 """Of a parameter in a checkpoint: a master and two moments in float32."""
@@ -43,7 +42,7 @@ def nodes_of(recipe: Recipe) -> int:
 
 def variants_of(recipe: Recipe) -> list[str]:
     """Names of the run's variants: the plan's if there is one, else those that are asked for."""
-    return _variants(recipe, _plan(recipe, *open_teacher(recipe)))
+    return _variants(recipe, _plan(recipe, open_teacher(recipe)))
 
 
 def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
@@ -52,9 +51,9 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     Raises:
         UserError: one line that says what is wrong.
     """
-    files, anatomy = open_teacher(recipe)
-    plan = _plan(recipe, files, anatomy)
-    most = len(plan.units) if plan else _most_units(recipe, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = _plan(recipe, teacher)
+    most = len(plan.units) if plan else _most_units(recipe, teacher)
     if recipe.topology.stages > most:
         raise UserError(
             f"topology.stages is {recipe.topology.stages}, but the plan "
@@ -107,12 +106,12 @@ def _need_memory(numbers: Sized, what: str, command: str) -> None:
     )
 
 
-def _plan(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Plan | None:
+def _plan(recipe: Recipe, teacher: Teacher) -> Plan | None:
     if recipe.plan_file.exists():
-        return load_plan(recipe.plan_file, files, anatomy)
+        return load_plan(recipe.plan_file, teacher)
     given = recipe.plan.given
     if recipe.plan.rule == "given" and given and not recipe.plan.variants and not recipe.plan.candidates:
-        return load_plan(given, files, anatomy)
+        return load_plan(given, teacher)
     return None
 
 
@@ -120,13 +119,13 @@ def _variants(recipe: Recipe, plan: Plan | None) -> list[str]:
     return list(plan.variants if plan else recipe.plan.variants)
 
 
-def _most_units(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> int:
+def _most_units(recipe: Recipe, teacher: Teacher) -> int:
     """More units than any plan of the recipe can have: spans do not overlap within what a rule gives a variant."""
     section = recipe.plan
-    spans = [span for span in allowed_spans(files, anatomy) if span[1] - span[0] < section.max_span]
-    chosen = len(section.variants) * (1 + len(section.candidates)) * (len(anatomy) // 2)
-    given = len(load_plan(section.given, files, anatomy).units) if section.given else 0
-    return min(len(spans), chosen) + given + len(width_candidates(section, anatomy))
+    spans = [span for span in teacher.allowed_spans if span[1] - span[0] < section.max_span]
+    chosen = len(section.variants) * (1 + len(section.candidates)) * (len(teacher.blocks) // 2)
+    given = len(load_plan(section.given, teacher).units) if section.given else 0
+    return min(len(spans), chosen) + given + len(width_candidates(section, teacher.anatomy))
 
 
 def _bytes_to_write(recipe: Recipe, numbers: Estimate, tunings: Sequence[Tuning], variants: int) -> int:

@@ -1,19 +1,27 @@
-"""Noise levels and noisy latents, drawn as diffusers' flow-matching training scripts draw them.
+"""Micro-batches as the teacher reads them: noise levels and noise, drawn as diffusers' flow-matching scripts draw them.
 
 Shapes: B batch, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
+from ppcl_ds.data.batch import Batch, Prompts
+from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Noise
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 _DIFFUSERS_NAME = {"logit_normal": "logit_normal", "uniform": "none"}
 
@@ -64,3 +72,71 @@ def add_noise(latents: Tensor, sigmas: Tensor, generator: torch.Generator) -> tu
 def _sigma_table(shift: float) -> Tensor:
     """The scheduler's (1000,) noise levels from 1 downwards, after the time shift."""
     return FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.float()
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """A micro-batch as the teacher reads it.
+
+    Attributes:
+        latents: (B, C, H, W), noisy.
+        prompts: B captions, some of them replaced by the empty one.
+        sigmas: (B,) float32 noise levels in (0, 1]; families round them themselves, if at all.
+        velocity: (B, C, H, W) float32, `noise - data`: what flow matching asks for.
+    """
+
+    latents: Tensor
+    prompts: Prompts
+    sigmas: Tensor
+    velocity: Tensor
+
+
+class NoisyStream:
+    """Endless numbered micro-batches with noise; number j is the same whoever reads it.
+
+    Everything random about micro-batch j (noise, noise levels, dropped captions) is drawn from a generator seeded by
+    (seed, j), so neither the number of ranks nor a restart changes it, and no random state needs saving.
+
+    Args:
+        split: `train` in shuffled order, `heldout` in stored order.
+        micro_batch: samples in a micro-batch.
+        lanes: micro-batches in an optimizer step; the recipe's distillation by default.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        split: Literal["train", "heldout"],
+        micro_batch: int,
+        device: torch.device,
+        lanes: int | None = None,
+    ) -> None:
+        self.noise: Noise = recipe.noise
+        self.seed, self.device, self.dtype = recipe.seed, device, DTYPES[recipe.teacher.precision]
+        self.empty = empty_prompt(recipe.data)
+        self.clean = MicroBatchStream(
+            recipe.data,
+            split,
+            micro_batch,
+            recipe.seed,
+            recipe.bad_samples,
+            lanes=lanes or recipe.distill.micro_batches_per_step,
+        )
+
+    def take(self, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
+        """Micro-batches start, start + stride, ... with their numbers, on the device."""
+        for number, batch in self.clean.take(start, stride):
+            yield number, self._with_noise(number, batch)
+
+    def _with_noise(self, number: int, batch: Batch) -> NoisyBatch:
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        generator = torch.Generator().manual_seed(seed)
+        batch = batch.drop_captions(self.empty, self.noise.caption_dropout, generator)
+        sigmas = draw_sigmas(self.noise, len(batch.keys), generator)
+        noisy, velocity = add_noise(batch.latents, sigmas, generator)
+        return NoisyBatch(
+            noisy.to(self.device, self.dtype),
+            batch.prompts.to(self.device, self.dtype),
+            sigmas.to(self.device),
+            velocity.to(self.device, torch.float32),
+        )

@@ -11,9 +11,7 @@ from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.sizing import size_run
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.sections import Training
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.training.checks import check_held, check_resume
 from ppcl_ds.units.plan import Plan, load_plan
 
@@ -21,14 +19,14 @@ _NODE = 8
 """Accelerators of a node that a dry run assumes where they fill whole ones."""
 
 
-def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
+def check(recipe: Recipe) -> tuple[Teacher, Plan]:
     """Everything that can be wrong before a process starts.
 
     Raises:
         UserError: one line that says what.
     """
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     if recipe.topology.stages > len(plan.units):
         raise UserError(
             f"topology.stages is {recipe.topology.stages}, but the plan has only {len(plan.units)} units; "
@@ -39,9 +37,9 @@ def check(recipe: Recipe) -> tuple[ModelFiles, Anatomy, Plan]:
     check_students(recipe, "distill")
     folder = recipe.distillation
     if folder.begun:
-        check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, files, anatomy))
+        check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, teacher))
         check_held(recipe, folder, plan.units)
-    return files, anatomy, plan
+    return teacher, plan
 
 
 def check_data(recipe: Recipe, heldout: bool) -> None:
@@ -99,10 +97,10 @@ def say_epochs(recipe: Recipe, training: Training) -> None:
     print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 
-def distill(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan, until: int | None = None) -> None:
+def distill(recipe: Recipe, teacher: Teacher, plan: Plan, until: int | None = None) -> None:
     """Distill the plan's library, to its last step or only `until` an earlier one; every rank must call this."""
     launch.join(recipe.distill.timeout)
     from ppcl_ds.distill.trainer import Trainer
 
-    Trainer(recipe, plan, files, anatomy).train(until)
+    Trainer(recipe, plan, teacher).train(until)
     launch.leave()

@@ -8,8 +8,7 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.students import Means, Students
 from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.kinds import build_unit
@@ -41,8 +40,7 @@ class UnitLayer(nn.Module):
     def __init__(
         self,
         plan: UnitPlan,
-        files: ModelFiles,
-        anatomy: Anatomy,
+        teacher: Teacher,
         dtype: torch.dtype,
         inbox: Inbox,
         magnitude_weight: float,
@@ -50,7 +48,7 @@ class UnitLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.plan, self.inbox, self.magnitude_weight = plan, inbox, magnitude_weight
-        self.unit = build_unit(plan, files, anatomy, dtype).requires_grad_(True)
+        self.unit = build_unit(plan, teacher, dtype).requires_grad_(True)
         if checkpointing and isinstance(self.unit, DepthUnit):
             recompute_parts(self.unit.core)
         self._means = Means()
@@ -85,8 +83,7 @@ class Library(Students):
     def __init__(
         self,
         plan: Plan,
-        files: ModelFiles,
-        anatomy: Anatomy,
+        teacher: Teacher,
         *,
         costs: Mapping[str, float],
         stages: int,
@@ -95,7 +92,7 @@ class Library(Students):
         magnitude_weight: float,
         checkpointing: bool,
     ) -> None:
-        shared = (files, anatomy, dtype, inbox, magnitude_weight, checkpointing)
+        shared = (teacher, dtype, inbox, magnitude_weight, checkpointing)
         specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
         super().__init__(specs, [int(costs[unit.name]) for unit in plan.units], stages)
         names = [unit.name for unit in plan.units]

@@ -13,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import Caller
-from ppcl_ds.teacher.reader import NoisyStream
 from ppcl_ds.teacher.sampling import draw
 from ppcl_ds.teacher.sharded import forget_order
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.unit import Unit
@@ -30,9 +29,8 @@ _PICTURES = 8
 def look(
     recipe: Recipe,
     plan: Plan,
-    anatomy: Anatomy,
-    caller: Caller,
-    teacher: deepspeed.DeepSpeedEngine,
+    teacher: Teacher,
+    sharded: deepspeed.DeepSpeedEngine,
     units: Mapping[str, Unit],
     owner: Mapping[str, int],
     group: dist.ProcessGroup,
@@ -56,11 +54,11 @@ def look(
     pictures: dict[str, Tensor] = {}
     reference: Tensor | None = None
     for name in ["teacher", *plan.variants]:
-        inside = plugged(teacher.module, anatomy, plan, name, units, group, owner)
+        inside = plugged(sharded.module, teacher.anatomy, plan, name, units, group, owner)
         with nullcontext() if name == "teacher" else inside, torch.no_grad():
-            velocity = caller(teacher, batch.latents, batch.prompts, batch.sigmas)
+            velocity = teacher.caller(sharded, batch.latents, batch.prompts, batch.sigmas)
             latents = draw(
-                partial(caller, teacher),
+                partial(teacher.caller, sharded),
                 noise,
                 batch.prompts,
                 empty,
@@ -74,5 +72,5 @@ def look(
             errors[f"heldout/velocity_mse/{name}"] = float((velocity - reference).float().square().mean())
         if decoder is not None:
             pictures[name] = decoder.decode(latents.float()).cpu()
-    forget_order(teacher)  # training's forwards end earlier
+    forget_order(sharded)  # training's forwards end earlier
     return errors, pictures

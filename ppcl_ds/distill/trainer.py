@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from ppcl_ds.console import track
+from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.distill.least_squares import calibrate
 from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.preview import look
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import NoisyBatch, read_teacher
+from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from ppcl_ds.training.engine import LocalEngine, StudentsEngine
 from ppcl_ds.training.flops import measure_work
 from ppcl_ds.training.log import print_units
@@ -32,18 +31,17 @@ class Trainer(Training):
         plan: units and variants, already checked against the teacher.
     """
 
-    def __init__(self, recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy) -> None:
-        super().__init__(recipe, recipe.distill, recipe.distillation, plan, files, anatomy, "distill")
+    def __init__(self, recipe: Recipe, plan: Plan, teacher: Teacher) -> None:
+        super().__init__(recipe, recipe.distill, recipe.distillation, plan, teacher, "distill")
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The library."""
         recipe, settings = self.recipe, self.recipe.distill
-        self.wanted = wanted_by(self.plan, self.anatomy)
-        self.work = measure_work(self.files, self.anatomy, self.plan, *self.sample_shape())
+        self.wanted = wanted_by(self.plan, self.teacher.anatomy)
+        self.work = measure_work(self.teacher, self.plan, *self.sample_shape())
         self.library = Library(
             self.plan,
-            self.files,
-            self.anatomy,
+            self.teacher,
             costs=self.work.units,
             stages=recipe.topology.stages,
             dtype=self.dtype,
@@ -57,8 +55,8 @@ class Trainer(Training):
 
     def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
         """One teacher forward, as far as units need it."""
-        capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, self.wanted)
-        return parcels_of(capture, batch.prompts.mask, self.plan, self.anatomy)
+        capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
+        return parcels_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
 
     def step(self, rounds: Rounds) -> None:
         """One optimizer step of every unit."""
@@ -114,6 +112,4 @@ class Trainer(Training):
         """Every variant, plugged into the sharded teacher."""
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.plan.name: layer.unit for layer in self.library.layers}
-        return look(
-            self.recipe, self.plan, self.anatomy, self.caller, self.teacher, units, owner, self.group, self.device
-        )
+        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device)

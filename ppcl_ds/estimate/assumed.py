@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 
 from ppcl_ds.teacher.anatomy import Anatomy, Block
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.units.plan import Plan, UnitPlan, allowed_spans
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.plan import Plan, UnitPlan
 
 
-def assume_plan(shares: dict[str, float], files: ModelFiles, anatomy: Anatomy) -> Plan:
+def assume_plan(shares: dict[str, float], teacher: Teacher) -> Plan:
     """Spans of equal length, spread evenly over every block list, that give up the largest share asked for.
 
     They are the shortest spans that can give it up: so many units as a variant may need, hence rather too much memory
@@ -21,15 +21,17 @@ def assume_plan(shares: dict[str, float], files: ModelFiles, anatomy: Anatomy) -
     """
     variant, share = max(shares.items(), key=lambda item: item[1])
     lists: dict[str, list[Block]] = {}
-    for block in anatomy.blocks:
+    for block in teacher.blocks:
         lists.setdefault(block.list_name, []).append(block)
-    allowed = allowed_spans(files, anatomy)
+    allowed = teacher.allowed_spans
     spans = sorted(span for blocks in lists.values() for span in _spans(blocks, share, allowed))
     if not spans:  # a share of less than half a block: one span, as the planner would choose
         spans = [min(allowed)]
-    units = tuple(UnitPlan(name=f"blocks_{u:02d}_{v:02d}", span=(u, v), streams=_streams(anatomy, v)) for u, v in spans)
+    units = tuple(
+        UnitPlan(name=f"blocks_{u:02d}_{v:02d}", span=(u, v), streams=_streams(teacher.anatomy, v)) for u, v in spans
+    )
     names = tuple(unit.name for unit in units)
-    return Plan(teacher=files.class_name, blocks=len(anatomy), units=units, variants={variant: names})
+    return Plan(teacher=teacher.class_name, blocks=len(teacher.blocks), units=units, variants={variant: names})
 
 
 def _spans(blocks: list[Block], share: float, allowed: set[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ppcl_ds.estimate.activations import block_activations, unit_activations
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.teacher.anatomy import Anatomy, block_shapes
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.flops import Work, work_of
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
 from ppcl_ds.units.kinds import rehearse_unit
@@ -69,8 +68,7 @@ class Measured:
 
 
 def measure(
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     plan: Plan,
     latents: tuple[int, int, int],
     text_tokens: int,
@@ -91,24 +89,24 @@ def measure(
     Raises:
         UserError: the teacher cannot read samples of this shape.
     """
-    rehearsal = rehearse(files, anatomy, latents, text_tokens, micro_batch, dtype)
-    last = wanted_by(plan, anatomy).last
-    unused = tuple(f"{block.key}." for block in anatomy.blocks[last + 1 :])
+    rehearsal = rehearse(teacher, latents, text_tokens, micro_batch, dtype)
+    last = wanted_by(plan, teacher.anatomy).last
+    unused = tuple(f"{block.key}." for block in teacher.blocks[last + 1 :])
     named = {name: (p.numel(), p.itemsize) for name, p in rehearsal.model.named_parameters()}
-    parcels = parcels_of(rehearsal.capture, rehearsal.text_mask, plan, anatomy)
-    units = {unit.name: rehearse_unit(unit, rehearsal.model, anatomy, dtype) for unit in plan.units}
+    parcels = parcels_of(rehearsal.capture, rehearsal.text_mask, plan, teacher.anatomy)
+    units = {unit.name: rehearse_unit(unit, rehearsal.model, teacher.anatomy, dtype) for unit in plan.units}
     sizes = {name: [parameter.numel() for parameter in unit.parameters()] for name, unit in units.items()}
     return Measured(
         parameters=tuple(named.values()),
         used=tuple(size for name, size in named.items() if not name.startswith(unused)),
         buffers=sum(buffer.numel() * buffer.itemsize for buffer in rehearsal.model.buffers()),
-        largest_block=max(block.parameters for block in anatomy.blocks[: last + 1]),
+        largest_block=max(block.parameters for block in teacher.blocks[: last + 1]),
         largest_parameter=max(map(max, sizes.values())),
         element=dtype.itemsize,
         unit_parameters={name: sum(each) for name, each in sizes.items()},
         parcels=parcels,
-        activations=_unit_activations(rehearsal, anatomy, plan, units, parcels, checkpointing),
-        teacher_activations=_teacher_activations(rehearsal, anatomy, last),
+        activations=_unit_activations(rehearsal, teacher.anatomy, plan, units, parcels, checkpointing),
+        teacher_activations=_teacher_activations(rehearsal, teacher.anatomy, last),
         work=work_of(rehearsal, plan, micro_batch),
         micro_batch=micro_batch,
     )

@@ -11,7 +11,7 @@ from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.probing.sums import HALVES, SUMS_BYTES, Lane, block_bytes, lanes_of, ranges, wanted_for
 from ppcl_ds.sections import Probe
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
 
 
@@ -46,8 +46,7 @@ class Probing(BaseModel):
 
 
 def probing_of(
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     section: Probe,
     latents: tuple[int, int, int],
     text_tokens: int,
@@ -64,15 +63,15 @@ def probing_of(
         world: processes.
         utilisation: share of the accelerator's peaks, bf16 and float64, that matrix products reach.
     """
-    rehearsal = rehearse(files, anatomy, latents, text_tokens)
-    lanes, span = lanes_of(anatomy, rehearsal.capture, []), section.max_span
+    rehearsal = rehearse(teacher, latents, text_tokens)
+    lanes, span = lanes_of(teacher.anatomy, rehearsal.capture, []), section.max_span
     passes = ranges(lanes, span, section.blocks_at_once, SUMS_BYTES)
     samples = section.batches * section.batch_size
     wanted = [wanted_for(lanes, blocks, span) for blocks in passes]
     teacher = samples * sum(rehearsal.flops_until[each.last] for each in wanted)
     sizes = [sum(block_bytes(lanes, block, span) for block in blocks) for blocks in passes]
     moments = samples * sum(
-        2 * lane.channels**2 * window * _exit(rehearsal, anatomy, lane, block).shape[1]
+        2 * lane.channels**2 * window * _exit(rehearsal, teacher.anatomy, lane, block).shape[1]
         for lane, block, window in _windows(lanes, span)
     )
     # LU and its solution for each probe; five products a step of a chain: one of maps, four of covariances.
@@ -82,7 +81,7 @@ def probing_of(
         samples=samples,
         passes=len(passes),
         sums=max(sizes),
-        boundaries=section.batch_size * max(_held(rehearsal, anatomy, lanes, each.exits) for each in wanted),
+        boundaries=section.batch_size * max(_held(rehearsal, teacher.anatomy, lanes, each.exits) for each in wanted),
         part=sum(sizes),
         teacher_flops=teacher,
         moment_flops=moments,

@@ -10,9 +10,7 @@ from ppcl_ds.estimate.layout import Layout, layout_on
 from ppcl_ds.estimate.settings import Settings, settings_of
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Training
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import latent_channels
 from ppcl_ds.units.plan import Plan, load_plan
 
@@ -25,15 +23,14 @@ class Question:
     """A recipe on a cluster.
 
     Attributes:
-        files: the teacher, without weights.
+        teacher: without weights.
         words: where the plan comes from.
         latents: (C, H, W) of a sample.
         tokens: of its prompt.
     """
 
     layout: Layout
-    files: ModelFiles
-    anatomy: Anatomy
+    teacher: Teacher
     plan: Plan
     words: str
     latents: tuple[int, int, int]
@@ -62,19 +59,16 @@ def ask(
         UserError: recipe, plan, teacher and cluster do not go together; the message says which.
     """
     layout = layout_on(recipe.topology, nodes, gpus_per_node)
-    files = ModelFiles(recipe.teacher.path, weights=False)
-    caller_for(files.class_name)
-    model = files.empty_model()
-    anatomy = Anatomy(model)
+    teacher = Teacher(recipe.teacher.path, weights=False)
     if recipe.plan_file.exists():
-        plan, words = load_plan(recipe.plan_file, files, anatomy), str(recipe.plan_file)
+        plan, words = load_plan(recipe.plan_file, teacher), str(recipe.plan_file)
     elif recipe.plan.rule == "given" and recipe.plan.given:
-        plan, words = load_plan(recipe.plan.given, files, anatomy), str(recipe.plan.given)
+        plan, words = load_plan(recipe.plan.given, teacher), str(recipe.plan.given)
     else:
         shares = {name: share for name, share in recipe.plan.variants.items() if variant in (None, name)}
         if not shares:
             raise UserError(f"variant '{variant}' is not in plan.variants: {', '.join(recipe.plan.variants)}")
-        plan, words = assume_plan(shares, files, anatomy), f"assumed, as there is no {recipe.plan_file}"
+        plan, words = assume_plan(shares, teacher), f"assumed, as there is no {recipe.plan_file}"
     side = recipe.data.images.latent_size
     sharing = settings_of(recipe, training, gpus_per_node)
     if layout.world % sharing.ranks_per_copy:
@@ -83,11 +77,10 @@ def ask(
         )
     return Question(
         layout,
-        files,
-        anatomy,
+        teacher,
         plan,
         words,
-        latents=(latent_channels(model), *(latent_size or (side, side))),
+        latents=(latent_channels(teacher.empty), *(latent_size or (side, side))),
         tokens=text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS,
         sharing=sharing,
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.estimate.layout import Layout, layouts_of_growing_clusters, units_by_stage
@@ -17,7 +18,6 @@ from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import Step, step_of
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision, Topology, Training
-from ppcl_ds.teacher.reader import DTYPES
 
 _MOST_NODES = 128
 """Largest cluster that is searched for one that is large enough."""
@@ -153,12 +153,11 @@ def size_run(
     """
     settings = recipe.distill
     asked = ask(recipe, settings, nodes, gpus_per_node, latent_size, text_tokens)
-    layout, files, anatomy, plan, sharing = asked.layout, asked.files, asked.anatomy, asked.plan, asked.sharing
+    layout, teacher, plan, sharing = asked.layout, asked.teacher, asked.plan, asked.sharing
     if not plan.units:
         raise UserError(f"plan {recipe.plan_file}: it has no units, so there is nothing to train")
     run = measure(
-        files,
-        anatomy,
+        teacher,
         plan,
         asked.latents,
         asked.tokens,
@@ -181,7 +180,7 @@ def size_run(
         utilisation=utilisation,
     )
     return Estimate(
-        teacher=files.class_name,
+        teacher=teacher.class_name,
         teacher_parameters=sum(elements for elements, _ in run.parameters),
         plan=asked.words,
         units=len(plan.units),
@@ -210,8 +209,7 @@ def size_run(
             lambda smaller: _memories(smaller, run, sharing),
         ),
         probing=probing_of(
-            files,
-            anatomy,
+            teacher,
             recipe.probe,
             asked.latents,
             asked.tokens,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.estimate.layout import Layout, stage_bounds
 from ppcl_ds.estimate.measured import Measured, measure
@@ -23,7 +24,6 @@ from ppcl_ds.finetune.trainable import Trainable
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Finetune
-from ppcl_ds.teacher.reader import DTYPES
 from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.units.parcels import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -276,8 +276,7 @@ def _blocks(recipe: Recipe, settings: Finetune, variant: str, asked: Question) -
     """Measure a variant's blocks."""
     units = _blocks_as_units(asked.plan, variant)
     run = measure(
-        asked.files,
-        asked.anatomy,
+        asked.teacher,
         units,
         asked.latents,
         asked.tokens,
@@ -294,7 +293,7 @@ def _blocks(recipe: Recipe, settings: Finetune, variant: str, asked: Question) -
         for place, (_, streams) in boundaries_of(asked.plan, variant).items():
             targets[place] = len(streams) * max(entering)  # at most: both streams together
     parameters = [round(run.unit_parameters[name] * left[name]) for name in names]
-    rest = sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.anatomy.blocks)
+    rest = sum(n for n, _ in run.parameters) - sum(block.parameters for block in asked.teacher.blocks)
     learns = _learns(asked.plan, variant, settings.trainable)
     return _Blocks(
         joined=[unit.span[0] in text for unit in units.units],
@@ -342,7 +341,7 @@ def _left(asked: Question, variant: str, run: Measured) -> dict[str, float]:
     lost = dict.fromkeys((origin for origin, _ in asked.plan.places(variant)), 0.0)
     for unit in asked.plan.width_units(variant):
         members = _places(unit)
-        saved = parameters_saved(unit, asked.files, asked.anatomy) / len(members)
+        saved = parameters_saved(unit, asked.teacher) / len(members)
         for block in members:
             lost[block] += saved
     return {

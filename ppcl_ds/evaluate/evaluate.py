@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ppcl_ds.console import track
 from ppcl_ds.data.encoders import image_encoder
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.evaluate.report import draw_samples, write_report
@@ -23,10 +24,7 @@ from ppcl_ds.export.load import load_model
 from ppcl_ds.export.model_folder import weights_digest
 from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.units.plan import UNDISTILLED, Plan, load_plan
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
@@ -34,17 +32,17 @@ from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
 
 def evaluate(recipe: Recipe) -> None:
     """Measure, write `samples.png`, `report.json`, `report.html` and the models' cards, print the table."""
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     for variant in plan.variants:
         if not any((recipe.pruned(name) / "config.json").exists() for name in (variant, finetuned(variant))):
             raise UserError(f"{recipe.pruned(variant)} is missing; run `ppcl consolidate RECIPE` first")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(recipe, caller_for(files.class_name), device)
+    bench = Bench(recipe, teacher.caller, device)
     decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data, device).decode
     rows: list[ModelFigures] = []
     pictures: dict[str, Tensor] = {}
-    models = list(_models(recipe, files, anatomy, plan))
+    models = list(_models(recipe, teacher, plan))
     for name, load in track(models, "evaluate", len(models)):
         figures, pictures[name] = bench.measure(name, load(), decode)
         if (recipe.pruned(name).parent / FACTS).exists():
@@ -54,39 +52,37 @@ def evaluate(recipe: Recipe) -> None:
     scalars = read_scalars(recipe.distillation.board) if recipe.distillation.board.exists() else {}
     prefix = "heldout/velocity_mse/"
     heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
-    write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, files, device))
+    write_report(recipe.run, rows, unit_losses(scalars), heldout, _facts(recipe, teacher, device))
     for name, _ in models:
         write_card(recipe.pruned(name).parent, [row.model_dump() for row in rows])
     _show(rows)
     print(f"wrote samples.png, report.json and report.html into {recipe.run}")
 
 
-def _models(
-    recipe: Recipe, files: ModelFiles, anatomy: Anatomy, plan: Plan
-) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
+def _models(recipe: Recipe, teacher: Teacher, plan: Plan) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
     """Name and loader of every model; each is loaded when its turn comes, so one at a time is in memory."""
     dtype = DTYPES[recipe.teacher.precision]
-    yield "teacher", partial(load_model, files.folder, dtype)
+    yield "teacher", partial(load_model, teacher.files.folder, dtype)
     for variant in plan.variants:
         for name in (finetuned(variant), variant):
             if (recipe.pruned(name) / "config.json").exists():
                 yield name, partial(load_model, recipe.pruned(name), dtype)
-        yield variant + UNDISTILLED, partial(_undistilled, files, anatomy, plan, variant, dtype)
+        yield variant + UNDISTILLED, partial(_undistilled, teacher, plan, variant, dtype)
 
 
-def _undistilled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, dtype: torch.dtype) -> nn.Module:
-    model = assembled(files, anatomy, plan, variant, None)
+def _undistilled(teacher: Teacher, plan: Plan, variant: str, dtype: torch.dtype) -> nn.Module:
+    model = assembled(teacher, plan, variant, None)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
-            tensor.data = tensor.data.to(files.runs_as(name, dtype))
+            tensor.data = tensor.data.to(teacher.files.runs_as(name, dtype))
     return model
 
 
-def _facts(recipe: Recipe, files: ModelFiles, device: torch.device) -> dict[str, str]:
+def _facts(recipe: Recipe, teacher: Teacher, device: torch.device) -> dict[str, str]:
     settings = recipe.evaluate
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     return {
-        "Teacher": f"{files.class_name} from {files.folder}",
+        "Teacher": f"{teacher.class_name} from {teacher.files.folder}",
         "Pictures": f"{settings.samples} a model, {settings.steps} Euler steps, guidance {settings.guidance:g}, "
         f"seed {recipe.seed}",
         "Distillation": f"{recipe.distill.steps} steps of "

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.noising import DTYPES, NoisyBatch
 from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
-from ppcl_ds.teacher.reader import DTYPES, NoisyBatch
 from ppcl_ds.teacher.sampling import draw
 
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]

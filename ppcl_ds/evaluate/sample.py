@@ -16,14 +16,15 @@ from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.encoders import image_encoder, text_encoder
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.columns import as_columns, as_image
 from ppcl_ds.export.load import load_model, load_pipeline
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Data
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import DTYPES, check_captions
 from ppcl_ds.teacher.sampling import draw
+from ppcl_ds.teacher.teacher import check_captions
 
 
 def sample(

@@ -14,6 +14,7 @@ import torch
 
 from ppcl_ds.atomic import need_space, one_line, whole_folder
 from ppcl_ds.console import track
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
 from ppcl_ds.export.card import (
@@ -41,10 +42,9 @@ from ppcl_ds.export.single_files import single_file_tensors
 from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, untuned
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.files import find_class
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
-from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.training.trained import unit_sources
 from ppcl_ds.units.kinds import blank_unit
@@ -135,8 +135,8 @@ class Export:
 
     def __init__(self, recipe: Recipe, form: Form) -> None:
         self.recipe, self.form = recipe, form
-        self.files, self.anatomy = open_teacher(recipe)
-        self.plan = load_plan(recipe.plan_file, self.files, self.anatomy)
+        self.teacher = open_teacher(recipe)
+        self.plan = load_plan(recipe.plan_file, self.teacher)
         self.is_pipeline = (recipe.teacher.path / INDEX).exists()
         self.around = pipeline_files(recipe.teacher.path) if self.is_pipeline else {}
 
@@ -148,7 +148,7 @@ class Export:
     @cached_property
     def trained(self) -> Plan:
         """The plan that training began with."""
-        return load_plan(self.recipe.distillation.plan, self.files, self.anatomy)
+        return load_plan(self.recipe.distillation.plan, self.teacher)
 
     @property
     def names(self) -> list[str]:
@@ -175,7 +175,7 @@ class Export:
         if not self.recipe.finetuning(variant).begun:
             raise UserError(f"'{name}' is not there yet; run `ppcl finetune RECIPE --variant {variant}` first")
         folder = self.recipe.finetuning(variant)
-        before = load_plan(folder.plan, self.files, self.anatomy).units_of(variant)
+        before = load_plan(folder.plan, self.teacher).units_of(variant)
         if units != before:
             plan = self.recipe.plan_file
             raise UserError(
@@ -188,9 +188,9 @@ class Export:
         dtype = FORMATS[self.form.dtype] if self.form.dtype else None
         if name == variant:
             units = partial(unit_sources, self.checkpoint, self.trained)
-            return layout(self.files, self.anatomy, plan, variant, units, dtype)
-        blank = partial(blank_unit, files=self.files, anatomy=self.anatomy)
-        model = layout(self.files, self.anatomy, plan, variant, blank, dtype)
+            return layout(self.teacher, plan, variant, units, dtype)
+        blank = partial(blank_unit, teacher=self.teacher)
+        model = layout(self.teacher, plan, variant, blank, dtype)
         return replace(model, tensors=self.tuned(variant).put_into(model.tensors))
 
     def write(self, plan: Plan, variant: str, out: Path) -> None:
@@ -218,8 +218,8 @@ class Export:
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
         places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
         tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
-        path, anatomy = self.recipe.teacher.path, self.anatomy
-        saved = sum(parameters_saved(unit, self.files, anatomy) for unit in chosen)
+        path, teacher = self.recipe.teacher.path, self.teacher
+        saved = sum(parameters_saved(unit, teacher) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
         for source in model.tensors.values():
             bytes_of[source.dtype] += source.bytes
@@ -232,9 +232,9 @@ class Export:
             pipeline_class=pipeline_class(path) if self.is_pipeline else None,
             dtype=str(bytes_of.most_common(1)[0][0]).removeprefix("torch."),
             parameters=model.parameters,
-            block_share=1 - saved / anatomy.block_parameters,
+            block_share=1 - saved / teacher.anatomy.block_parameters,
             blocks=len(places),
-            teacher_blocks=len(anatomy),
+            teacher_blocks=len(teacher.blocks),
             units=[_unit_facts(unit) for unit in chosen],
             step=tuned.origin.step if tuned else self.checkpoint.contents.step,
             finetuned=tuned.words if tuned else None,
@@ -245,11 +245,11 @@ class Export:
         """Put quantised weights in the place of a folder's plain ones, and measure what that costs."""
         plain = folder.with_name("plain")
         folder.rename(plain)
-        recipe, files = self.recipe, self.files
+        recipe = self.recipe
         dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
         quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        heldout = HeldOut(recipe, caller_for(files.class_name), device)
+        heldout = HeldOut(recipe, self.teacher.caller, device)
         running = DTYPES[recipe.teacher.precision]
         found = [
             heldout.velocities(model_class.from_pretrained(each, torch_dtype=running).eval())

@@ -99,7 +99,7 @@ def _numbering(plan_file: Path, variant: str, teacher: Path | None) -> Numbering
     model = files.empty_model()
     anatomy = Anatomy(model)
     lists = Counter(block.list_name for block in anatomy.blocks)
-    plan = load_plan(plan_file, files, anatomy)
+    plan = load_plan(plan_file, teacher)
     return Numbering(lists, _others(model, lists), parts_of(anatomy), plan, variant)
 
 

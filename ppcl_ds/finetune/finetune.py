@@ -19,7 +19,7 @@ from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.files import empty_model
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.checks import check_resume
 from ppcl_ds.units.plan import load_plan
@@ -36,8 +36,8 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
         UserError: one line that says what.
     """
     settings = recipe.tuning
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     chosen = plan.units_of(variant)
     if not chosen:
         raise UserError(
@@ -49,7 +49,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     folder = recipe.finetuning(variant)
     library = None
     if folder.begun:
-        before = load_plan(folder.plan, files, anatomy)
+        before = load_plan(folder.plan, teacher)
         check_resume(recipe, folder, "finetune", chosen, before)
         if before.units_of(variant) != chosen:
             raise UserError(
@@ -58,8 +58,8 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
             )
     else:
         source = (open_run(from_run) if from_run else recipe).distillation
-        library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, files, anatomy))
-    start = Start(recipe, settings, variant, plan, files, anatomy, library)
+        library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, teacher))
+    start = Start(recipe, settings, variant, plan, teacher, library)
     config = start.layout().config  # complains of a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
     stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)

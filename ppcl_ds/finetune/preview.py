@@ -11,12 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ppcl_ds.data.encoders import image_encoder
-from ppcl_ds.data.noising import add_noise, sigma_quantiles
+from ppcl_ds.data.noising import NoisyStream, add_noise, sigma_quantiles
 from ppcl_ds.finetune.pipeline import VariantEngine
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.heldout import mean_squared
-from ppcl_ds.teacher.reader import NoisyStream
 from ppcl_ds.teacher.sampling import Velocity, draw
 
 _PICTURES = 8
@@ -27,7 +26,7 @@ def look(
     recipe: Recipe,
     quantiles: Sequence[float],
     caller: Caller,
-    teacher: deepspeed.DeepSpeedEngine,
+    sharded: deepspeed.DeepSpeedEngine,
     engine: VariantEngine,
     device: torch.device,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -43,7 +42,7 @@ def look(
     stream = NoisyStream(recipe, "heldout", _PICTURES, device)
     _, clean = next(iter(stream.clean.take(0, 1)))
     prompts = clean.prompts.to(device, stream.dtype)
-    models: dict[str, Velocity] = {"teacher": partial(caller, teacher), "variant": engine.velocity}
+    models: dict[str, Velocity] = {"teacher": partial(caller, sharded), "variant": engine.velocity}
     figures: dict[str, float] = {}
     with torch.no_grad():
         levels = sigma_quantiles(recipe.noise, quantiles)

@@ -8,9 +8,8 @@ import torch
 
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.training.trained import unit_sources
 from ppcl_ds.units.kinds import blank_unit
@@ -43,8 +42,7 @@ class Start:
     settings: Finetune
     variant: str
     plan: Plan
-    files: ModelFiles
-    anatomy: Anatomy
+    teacher: Teacher
     library: Library | None
 
     @property
@@ -55,9 +53,9 @@ class Start:
     def units(self, unit: UnitPlan) -> Sources:
         """A unit's tensors as its library left them; zeros where they will come from the variant's own checkpoint."""
         if self.library is None:
-            return blank_unit(unit, self.files, self.anatomy)
+            return blank_unit(unit, self.teacher)
         return unit_sources(self.library.checkpoint, self.library.trained, unit)
 
     def layout(self, dtype: torch.dtype | None = None) -> Layout:
         """The variant as it starts."""
-        return layout(self.files, self.anatomy, self.plan, self.variant, self.units, dtype)
+        return layout(self.teacher, self.plan, self.variant, self.units, dtype)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.finetune.origin import Origin
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
@@ -18,7 +19,6 @@ from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.teacher.anatomy import Anatomy, Wanted
 from ppcl_ds.teacher.files import empty_model
-from ppcl_ds.teacher.reader import NoisyBatch
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.training.meta_forward import rehearse
@@ -44,7 +44,7 @@ class FineTuner(Training):
             "boundary": settings.boundary_weight,
         }
         title = f"finetune {start.variant}"
-        super().__init__(start.recipe, settings, start.folder, start.plan, start.files, start.anatomy, title)
+        super().__init__(start.recipe, settings, start.folder, start.plan, start.teacher, title)
         # A step may hold many passes; each is a sign of life.
         self.pipeline.stage.register_forward_pre_hook(lambda *_: self.stall.moves())
 
@@ -55,8 +55,8 @@ class FineTuner(Training):
         empty = empty_model(whole.config)
         parts = parts_of(empty, whole.tensors, settings.trainable)
         shape, tokens = self.sample_shape()
-        rehearsal = rehearse(self.files, self.anatomy, shape, tokens)
-        costs = block_costs(rehearsal.block_flops, self.anatomy, empty, plan.places(self.start.variant))
+        rehearsal = rehearse(self.teacher, shape, tokens)
+        costs = block_costs(rehearsal.block_flops, self.teacher.anatomy, empty, plan.places(self.start.variant))
         keys = [block.key for block in Anatomy(empty).blocks]
         self.bounds = stage_bounds(joined(whole.config, keys), costs, recipe.topology.stages)
         self.flops_of_sample = rehearsal.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
@@ -69,7 +69,7 @@ class FineTuner(Training):
             whole,
             parts,
             settings.kept_lr,
-            caller=self.caller,
+            caller=self.teacher.caller,
             inbox=self.queue,
             weights=self.weights,
             magnitude_weight=recipe.distill.magnitude_weight,
@@ -88,13 +88,13 @@ class FineTuner(Training):
     @torch.no_grad()
     def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
         """One teacher forward to its end; each stage gets the inputs, and the targets that it is judged by."""
-        with self.anatomy.record(self.teacher.module, self.wanted) as capture:
-            velocity = self.caller(self.teacher, batch.latents, batch.prompts, batch.sigmas)
+        with self.teacher.anatomy.record(self.sharded.module, self.wanted) as capture:
+            velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
         parcels = {}
         for number, name in enumerate(self.stage_names):
             blocks = range(self.bounds[number], self.bounds[number + 1])
             targets = {
-                f"boundary/{place}/{stream}": capture.streams[self.anatomy.blocks[block].leaving][stream]
+                f"boundary/{place}/{stream}": capture.streams[self.teacher.blocks[block].leaving][stream]
                 for place, (block, streams) in self.boundaries.items()
                 for stream in streams
                 if place in blocks
@@ -144,4 +144,4 @@ class FineTuner(Training):
 
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and pictures, the variant beside the teacher."""
-        return look(self.recipe, self.tuning.quantiles, self.caller, self.teacher, self.engine, self.device)
+        return look(self.recipe, self.tuning.quantiles, self.teacher.caller, self.sharded, self.engine, self.device)

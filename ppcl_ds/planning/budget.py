@@ -5,6 +5,7 @@ M blocks.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,9 +16,8 @@ from torch import nn
 
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.sections import Plan as PlanSection
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.modeling_pruned import ResidualLinear, narrow_ffn
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import UnitPlan
 from ppcl_ds.units.width import hidden_channels
 
@@ -66,8 +66,7 @@ class Budget:
 
 def budget_of(
     section: PlanSection,
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     dtype: torch.dtype,
     units: Iterable[UnitPlan] = (),
     swaps: Swaps | None = None,
@@ -83,29 +82,28 @@ def budget_of(
         return Budget("latency", np.array(swaps.seconds), swaps.saved)
 
     def weigh(name: str, parameter: nn.Parameter) -> int:
-        return parameter.numel() * (files.runs_as(name, dtype).itemsize if section.budget == "memory" else 1)
+        return parameter.numel() * (teacher.files.runs_as(name, dtype).itemsize if section.budget == "memory" else 1)
 
-    weights = {name: weigh(name, parameter) for name, parameter in files.empty_model().named_parameters()}
-    blocks = [sum(size for name, size in weights.items() if name.startswith(f"{b.key}.")) for b in anatomy.blocks]
+    weights = {name: weigh(name, parameter) for name, parameter in teacher.empty.named_parameters()}
+    blocks = [sum(size for name, size in weights.items() if name.startswith(f"{b.key}.")) for b in teacher.blocks]
     scale = dtype.itemsize if section.budget == "memory" else 1
-    parts = {unit.name: float(scale * parameters_saved(unit, files, anatomy)) for unit in units if unit.kind != "depth"}
+    parts = {unit.name: float(scale * parameters_saved(unit, teacher)) for unit in units if unit.kind != "depth"}
     return Budget("memory" if section.budget == "memory" else "parameters", np.array(blocks, dtype=float), parts)
 
 
-def parameters_saved(unit: UnitPlan, files: ModelFiles, anatomy: Anatomy) -> int:
+def parameters_saved(unit: UnitPlan, teacher: Teacher) -> int:
     """Parameters that a unit gives up, less its own."""
-    model = files.empty_model()
-    first = anatomy.blocks[unit.span[0]]
+    first = teacher.blocks[unit.span[0]]
     if unit.kind == "depth":
-        return sum(anatomy.blocks[block].parameters for block in unit.members)
+        return sum(teacher.blocks[block].parameters for block in unit.members)
     if unit.kind == "ffn":
-        parts = [anatomy.module(model, first).get_submodule(first.ffn[stream]) for stream in unit.streams]
+        parts = [copy.deepcopy(teacher.module(first).get_submodule(first.ffn[stream])) for stream in unit.streams]
         before = sum(map(_parameters, parts))
         return before - sum(_parameters(narrow_ffn(part, hidden_channels(part, unit.keep))) for part in parts)
     gone = [
-        _parameters(anatomy.module(model, anatomy.blocks[block]).get_submodule(part))
+        _parameters(teacher.module(teacher.blocks[block]).get_submodule(part))
         for block in unit.members
-        for part in anatomy.blocks[block].text_only
+        for part in teacher.blocks[block].text_only
     ]
     return sum(gone) - len(unit.outputs) * _parameters(ResidualLinear(first.text_channels, device="meta"))
 

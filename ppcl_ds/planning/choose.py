@@ -17,13 +17,11 @@ from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
 from ppcl_ds.sections import Rule
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.units.plan import Plan, Stream, UnitPlan, allowed_spans, load_plan
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.plan import Plan, Stream, UnitPlan, load_plan
 
 
-def make_plan(
-    section: PlanSection, seed: int, report: ProbeReport | None, files: ModelFiles, anatomy: Anatomy, budget: Budget
-) -> Plan:
+def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teacher: Teacher, budget: Budget) -> Plan:
     """Choose spans for every variant by the recipe's rule, and gather them, with all candidates, into one library.
 
     Args:
@@ -33,11 +31,11 @@ def make_plan(
     Raises:
         UserError: no set of spans reaches a variant's share.
     """
-    given = load_plan(section.given, files, anatomy) if section.given else None
+    given = load_plan(section.given, teacher) if section.given else None
     rules = dict.fromkeys((section.rule, *section.candidates))
     found: dict[Rule, dict[str, list[Span] | None]] = {section.rule: {}}
     if report is not None:
-        ground = _ground(section, seed, report, files, anatomy, budget, given)
+        ground = _ground(section, seed, report, teacher, budget, given)
         found = {
             rule: {name: spans_by(rule, ground, share) for name, share in section.variants.items()} for rule in rules
         }
@@ -48,33 +46,32 @@ def make_plan(
     units = {unit.span: unit for unit in own if unit.kind == "depth"}
     for span in sorted({span for sets in found.values() for spans in sets.values() for span in spans or ()}):
         assert report is not None, "spans were chosen by it"
-        units.setdefault(span, _unit(span, report, anatomy))
+        units.setdefault(span, _unit(span, report, teacher.anatomy))
     width = [unit for unit in own if unit.kind != "depth"]
     known = {unit.replaces for unit in width}
-    width += [unit for unit in width_candidates(section, anatomy) if unit.replaces not in known]
+    width += [unit for unit in width_candidates(section, teacher.anatomy) if unit.replaces not in known]
     variants = dict(given.variants) if given and section.rule == "given" else {}
     variants |= {name: tuple(units[s].name for s in spans or ()) for name, spans in found[section.rule].items()}
     library = (*(units[span] for span in sorted(units)), *width)
-    return Plan(teacher=files.class_name, blocks=len(anatomy), units=library, variants=variants)
+    return Plan(teacher=teacher.class_name, blocks=len(teacher.blocks), units=library, variants=variants)
 
 
 def _ground(
     section: PlanSection,
     seed: int,
     report: ProbeReport,
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     budget: Budget,
     given: Plan | None,
 ) -> Ground:
     lists: dict[str, list[int]] = {}
-    for block in anatomy.blocks:
+    for block in teacher.blocks:
         lists.setdefault(block.list_name, []).append(block.index)
     return Ground(
         report=report,
         budget=budget,
         lists=list(lists.values()),
-        allowed=allowed_spans(files, anatomy),
+        allowed=teacher.allowed_spans,
         max_span=section.max_span,
         seed=seed,
         given=[unit.span for unit in given.units if unit.kind == "depth"] if given else [],

@@ -15,9 +15,8 @@ from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.programme import Candidates
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.units.plan import UnitPlan, allowed_spans
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.plan import UnitPlan
 
 Array = NDArray[np.float64]
 
@@ -60,9 +59,9 @@ class Forecast:
         )
 
 
-def probed(report: ProbeReport, files: ModelFiles, anatomy: Anatomy) -> Forecast:
+def probed(report: ProbeReport, teacher: Teacher) -> Forecast:
     """Every span that was probed, its `error(u, v)`, and no word on how errors add up."""
-    errors = {(u, v): report.error[u][v] for u, v in sorted(allowed_spans(files, anatomy))}
+    errors = {(u, v): report.error[u][v] for u, v in sorted(teacher.allowed_spans)}
     known = {span: error for span, error in errors.items() if error is not None}
     units = [UnitPlan(name=f"{span}", span=span, streams=("image",)) for span in known]
     return Forecast("probed error", units, np.array(list(known.values())), np.zeros((len(units), len(units))))

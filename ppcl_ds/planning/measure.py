@@ -16,14 +16,13 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ppcl_ds.console import progress, track
+from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Wanted
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, NoisyBatch, NoisyStream, read_teacher
+from ppcl_ds.teacher.anatomy import Block, Capture, Wanted
 from ppcl_ds.teacher.sharded import forget_order, load_teacher
+from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.kinds import build_unit, narrow_block
@@ -52,17 +51,16 @@ class SwapBench:
     def __init__(
         self,
         recipe: Recipe,
-        files: ModelFiles,
-        anatomy: Anatomy,
+        teacher: Teacher,
         library: Plan,
         checkpoint: Checkpoint,
         device: torch.device,
     ) -> None:
-        self.recipe, self.files, self.anatomy, self.library, self.device = recipe, files, anatomy, library, device
-        self.dtype, self.caller = DTYPES[recipe.teacher.precision], caller_for(files.class_name)
+        self.recipe, self.teacher, self.library, self.device = recipe, teacher, library, device
+        self.dtype = DTYPES[recipe.teacher.precision]
         config = read_deepspeed_file(recipe.deepspeed.teacher)
-        self.teacher = load_teacher(files, config, self.dtype, recipe.teacher.ranks_per_copy)
-        self.units = {unit.name: build_unit(unit, files, anatomy, self.dtype) for unit in library.units}
+        self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
+        self.units = {unit.name: build_unit(unit, teacher, self.dtype) for unit in library.units}
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
             unit.settle()
@@ -123,9 +121,10 @@ class SwapBench:
         plan = self.library.model_copy(update={"variants": {"set": names}})
         inside = {name: self.units[name].to(self.device) for name in names}
         owner = dict.fromkeys(names, 0)
-        with plugged(self.teacher.module, self.anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
-            velocity = self.caller(self.teacher, batch.latents, batch.prompts, batch.sigmas)
-        forget_order(self.teacher)  # the next set runs other blocks
+        model, anatomy = self.sharded.module, self.teacher.anatomy
+        with plugged(model, anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
+            velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
+        forget_order(self.sharded)  # the next set runs other blocks
         for unit in inside.values():
             unit.cpu()
         return velocity.float().cpu().flatten()
@@ -137,28 +136,28 @@ class SwapBench:
         it.
         """
         [(_, batch)] = islice(NoisyStream(self.recipe, "heldout", 1, self.device).take(0, 1), 1)
-        calls = Wanted(frozenset(range(len(self.anatomy))), frozenset())
-        capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, calls)
-        forget_order(self.teacher)
+        calls = Wanted(frozenset(range(len(self.teacher.blocks))), frozenset())
+        capture = read_teacher(self.sharded, self.teacher, batch, calls)
+        forget_order(self.sharded)
         if dist.get_rank():
             return [], {}
         narrowed = [unit for unit in self.library.units if unit.kind != "depth"]
-        with progress("time blocks", len(self.anatomy) + len(narrowed)) as advance:
+        with progress("time blocks", len(self.teacher.blocks) + len(narrowed)) as advance:
             blocks = []
-            for block in self.anatomy.blocks:
+            for block in self.teacher.blocks:
                 blocks.append(self._time(block, capture, None))
                 advance(1)
             saved = {}
             for unit in narrowed:
                 changed = unit.members if unit.kind == "text" else [unit.span[0]]
-                left = [self._time(self.anatomy.blocks[index], capture, unit) for index in changed]
+                left = [self._time(self.teacher.blocks[index], capture, unit) for index in changed]
                 saved[unit.name] = sum(blocks[index] for index in changed) - sum(left)
                 advance(1)
         return blocks, saved
 
     def _time(self, block: Block, capture: Capture, unit: UnitPlan | None) -> float:
         """Seconds of a block's forward, as it is or with a width unit in it."""
-        module = depth_unit(self.files, block.index, self.dtype)
+        module = depth_unit(self.teacher, block.index, self.dtype)
         if unit is not None:
             narrow_block(module.core, block, unit, capture.streams[block.entering])
         module.to(self.device)

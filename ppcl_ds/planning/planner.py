@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
@@ -13,41 +14,39 @@ from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, open_teacher
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.units.plan import Plan, check_plan, load_plan
 
 
 def plan(recipe: Recipe) -> None:
     """Choose by what the probe found, write `plan.yaml`, print the variants."""
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     as_given = recipe.plan.rule == "given" and not recipe.plan.variants and not recipe.plan.candidates
     report = None if as_given else load_report(recipe.probe_folder)
     if recipe.plan.budget == "latency":
         print("plan.budget: how long blocks take is measured by --from-run; until then parameters stand for it")
     dtype = DTYPES[recipe.teacher.precision]
-    chosen = make_plan(recipe.plan, recipe.seed, report, files, anatomy, budget_of(recipe.plan, files, anatomy, dtype))
-    write(recipe, chosen, files, anatomy, _probed(recipe, files, anatomy), budget_for(recipe, chosen, files, anatomy))
+    chosen = make_plan(recipe.plan, recipe.seed, report, teacher, budget_of(recipe.plan, teacher, dtype))
+    write(recipe, chosen, teacher, _probed(recipe, teacher), budget_for(recipe, chosen, teacher))
 
 
-def _probed(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> Forecast:
+def _probed(recipe: Recipe, teacher: Teacher) -> Forecast:
     """What the probe expects; it knows nothing where it has not run, as a plan that is given needs none."""
     if not (recipe.probe_folder / "report.json").exists():
         return Forecast("probed error", (), np.zeros(0), np.zeros((0, 0)))
-    return probed(load_report(recipe.probe_folder), files, anatomy)
+    return probed(load_report(recipe.probe_folder), teacher)
 
 
-def budget_for(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, swaps: Swaps | None = None) -> Budget:
+def budget_for(recipe: Recipe, plan: Plan, teacher: Teacher, swaps: Swaps | None = None) -> Budget:
     """The recipe's budget for the units of a plan."""
     dtype = DTYPES[recipe.teacher.precision]
-    return budget_of(recipe.plan, files, anatomy, dtype, plan.units, swaps)
+    return budget_of(recipe.plan, teacher, dtype, plan.units, swaps)
 
 
-def write(recipe: Recipe, plan: Plan, files: ModelFiles, anatomy: Anatomy, forecast: Forecast, budget: Budget) -> None:
+def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget) -> None:
     """Write `plan.yaml` and print its variants."""
     plan.save(recipe.plan_file)
-    print_table(lines_of(plan, files, anatomy, forecast, budget), anatomy, forecast)
+    print_table(lines_of(plan, teacher, forecast, budget), teacher.anatomy, forecast)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
 
 
@@ -57,7 +56,7 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: something is.
     """
-    _, complaints = check_plan(recipe.plan_file, *open_teacher(recipe))
+    _, complaints = check_plan(recipe.plan_file, open_teacher(recipe))
     console = Console(stderr=True, highlight=False)
     for complaint in complaints[:-1]:
         console.print(f"error: plan {recipe.plan_file}: {complaint}", markup=False, soft_wrap=True)
@@ -71,17 +70,17 @@ def show(recipe: Recipe) -> None:
 
     What is expected comes from the measured library where the plan's units are all in it, else from the probe.
     """
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     swaps = load_swaps(recipe.swaps_file)
     if swaps is not None and set(plan.units) <= set(swaps.units):
         forecast = fitted(swaps)
     else:
-        swaps, forecast = None, _probed(recipe, files, anatomy)
+        swaps, forecast = None, _probed(recipe, teacher)
     known = plan if swaps is None else plan.model_copy(update={"units": swaps.units})
-    budget = budget_for(recipe, known, files, anatomy, swaps)
-    lines = lines_of(plan, files, anatomy, forecast, budget)
-    print_table(lines, anatomy, forecast)
+    budget = budget_for(recipe, known, teacher, swaps)
+    lines = lines_of(plan, teacher, forecast, budget)
+    print_table(lines, teacher.anatomy, forecast)
     folder = recipe.swaps_file.parent
     measured = _measured(swaps, budget) if swaps else []
     draw(folder, lines, front(forecast, budget), measured, forecast, budget.title, plan.teacher)

@@ -19,7 +19,7 @@ from ppcl_ds.planning.error_model import fitted
 from ppcl_ds.planning.planner import budget_for, write
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import load_plan
 
@@ -39,10 +39,10 @@ class Replan:
 
     def __init__(self, recipe: Recipe, run: Path) -> None:
         self.recipe = recipe
-        self.files, self.anatomy = open_teacher(recipe)
+        self.teacher = open_teacher(recipe)
         other = recipe.model_copy(update={"run": run})
         self.checkpoint: Checkpoint = newest_checkpoint(other.distillation.checkpoints)
-        trained = load_plan(other.distillation.plan, self.files, self.anatomy)
+        trained = load_plan(other.distillation.plan, self.teacher)
         units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
         self.library = trained.model_copy(update={"units": units, "variants": {}})
         if not recipe.plan.variants:
@@ -71,7 +71,7 @@ class Replan:
         device = launch.join()
         from ppcl_ds.planning.measure import SwapBench, measure_swaps
 
-        bench = SwapBench(self.recipe, self.files, self.anatomy, self.library, self.checkpoint, device)
+        bench = SwapBench(self.recipe, self.teacher, self.library, self.checkpoint, device)
         swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
         if dist.get_rank() == 0:  # before anything is chosen: what was measured is kept, whatever comes of it
             write_whole(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
@@ -84,12 +84,12 @@ class Replan:
             return
         budget = self._budget(swaps)
         now = self.recipe.plan_file
-        others = load_plan(now, self.files, self.anatomy).variants if now.exists() else {}
+        others = load_plan(now, self.teacher).variants if now.exists() else {}
         plan = choose_again(self.recipe.plan, swaps, self.library, budget, others)
-        write(self.recipe, plan, self.files, self.anatomy, fitted(swaps), budget)
+        write(self.recipe, plan, self.teacher, fitted(swaps), budget)
 
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
         return choose_sets(self.recipe.plan, swaps, self._budget(swaps))
 
     def _budget(self, swaps: Swaps) -> Budget:
-        return budget_for(self.recipe, self.library, self.files, self.anatomy, swaps)
+        return budget_for(self.recipe, self.library, self.teacher, swaps)

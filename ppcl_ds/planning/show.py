@@ -24,7 +24,7 @@ from ppcl_ds.planning.error_model import Forecast
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.probing.heatmaps import as_png, inline
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 _LEVELS = 24
@@ -58,12 +58,12 @@ class Line(NamedTuple):
     error: float | None
 
 
-def lines_of(plan: Plan, files: ModelFiles, anatomy: Anatomy, forecast: Forecast, budget: Budget) -> list[Line]:
+def lines_of(plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget) -> list[Line]:
     """The variants of a plan."""
     lines = []
     for name in plan.variants:
         units = plan.units_of(name)
-        parameters = anatomy.block_parameters - sum(parameters_saved(unit, files, anatomy) for unit in units)
+        parameters = teacher.anatomy.block_parameters - sum(parameters_saved(unit, teacher) for unit in units)
         left = 1 - budget.saved(units) / budget.total
         lines.append(Line(name, len(plan.places(name)), _words(units), parameters, left, forecast.of(units)))
     return lines

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from ppcl_ds import launch
 from ppcl_ds.console import track
 from ppcl_ds.data.index import split_entries
+from ppcl_ds.data.noising import DTYPES, NoisyStream
 from ppcl_ds.data.stream import empty_prompt
 from ppcl_ds.errors import UserError
 from ppcl_ds.probing.heatmaps import save_report
@@ -22,13 +23,10 @@ from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_p
 from ppcl_ds.probing.report import make_report
 from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import Caller, caller_for
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, NoisyStream, open_teacher, read_teacher, unread_streams
+from ppcl_ds.teacher.teacher import Teacher, open_teacher, read_teacher, unread_streams
 
 
-def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> tuple[ModelFiles, Anatomy]:
+def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teacher:
     """Everything that can be wrong before a process starts.
 
     Raises:
@@ -38,19 +36,19 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> tuple
         raise UserError("--part and --merge: give one of them; parts are merged when all of them are there")
     if part:
         Part.parse(part, recipe.probe.batches)
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     split_entries(recipe.data, "train")
     if not merge:
         launch.check_world(recipe.topology.world)
         split_entries(recipe.data, "heldout")
         empty_prompt(recipe.data)
         read_deepspeed_file(recipe.deepspeed.teacher)
-    return files, anatomy
+    return teacher
 
 
-def probe(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, part: str | None = None) -> None:
+def probe(recipe: Recipe, teacher: Teacher, part: str | None = None) -> None:
     """Probe the teacher, or sum one part of the samples; every rank must call this."""
-    reader = open_reader(recipe, files, anatomy, launch.join())
+    reader = open_reader(recipe, teacher, launch.join())
     if part:
         sum_part(reader, Part.parse(part, recipe.probe.batches))
     else:
@@ -62,10 +60,10 @@ def report_all(reader: Reader) -> None:
     """Read all samples, measure, have rank 0 write the report; every rank must call this."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sums, ridge = reader.sums(Part()), reader.recipe.probe.ridge
-    own = measure(reader.lanes, sums, len(reader.anatomy), ridge, lambda block: block % world == rank)
+    own = measure(reader.lanes, sums, len(reader.teacher.blocks), ridge, lambda block: block % world == rank)
     measured = together(launch.gather(own))
     if rank == 0:
-        _report(reader.recipe, reader.files, reader.anatomy, measured, list(reader.unused))
+        _report(reader.recipe, reader.teacher, measured, list(reader.unused))
 
 
 def sum_part(reader: Reader, part: Part) -> None:
@@ -77,7 +75,7 @@ def sum_part(reader: Reader, part: Part) -> None:
     sums = reader.sums(part)
     if dist.get_rank() == 0:
         path = reader.recipe.probe_folder / "parts" / part.file
-        contents = Contents(tuple(reader.lanes), tuple(reader.unused), made_with(reader.recipe, reader.files))
+        contents = Contents(tuple(reader.lanes), tuple(reader.unused), made_with(reader.recipe, reader.teacher.files))
         try:
             write_part(path, contents, sums, reader.recipe.probe.max_span)
         except OSError as fault:
@@ -88,30 +86,30 @@ def sum_part(reader: Reader, part: Part) -> None:
             pass
 
 
-def merge_parts(recipe: Recipe, files: ModelFiles, anatomy: Anatomy) -> None:
+def merge_parts(recipe: Recipe, teacher: Teacher) -> None:
     """Add up the parts and report, in this process alone; on an accelerator if there is one.
 
     Raises:
         UserError: a part is missing, damaged, or was made otherwise.
     """
-    parts = Parts(recipe.probe_folder / "parts", recipe, files)
+    parts = Parts(recipe.probe_folder / "parts", recipe, teacher.files)
     lanes = parts.contents.lanes
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = _ranges(recipe, lanes)
     sums = track(parts.sums(passes, device), "merge parts", len(passes))
-    measured = measure(lanes, sums, len(anatomy), recipe.probe.ridge, lambda block: True)
-    _report(recipe, files, anatomy, measured, list(parts.contents.unused))
+    measured = measure(lanes, sums, len(teacher.blocks), recipe.probe.ridge, lambda block: True)
+    _report(recipe, teacher, measured, list(parts.contents.unused))
 
 
 def _ranges(recipe: Recipe, lanes: Sequence[Lane]) -> list[range]:
     return ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, SUMS_BYTES)
 
 
-def _report(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, measured: Measured, unused: list[str]) -> None:
+def _report(recipe: Recipe, teacher: Teacher, measured: Measured, unused: list[str]) -> None:
     lists: dict[str, list[int]] = {}
-    for block in anatomy.blocks:
+    for block in teacher.blocks:
         lists.setdefault(block.list_name, []).append(block.index)
-    report = make_report(measured, files.class_name, unused, list(lists.values()))
+    report = make_report(measured, teacher.class_name, unused, list(lists.values()))
     save_report(report, recipe.probe_folder)
     spans = f"{len(report.spans)} spans of the paper's rule, {len(report.unstable)} of them unstable"
     print(f"wrote {recipe.probe_folder}/report.html: {spans}")
@@ -126,10 +124,8 @@ class Reader:
     """
 
     recipe: Recipe
-    files: ModelFiles
-    teacher: Any
-    anatomy: Anatomy
-    caller: Caller
+    teacher: Teacher
+    sharded: Any
     lanes: Sequence[Lane]
     unused: Sequence[str]
     device: torch.device
@@ -160,23 +156,22 @@ class Reader:
         stream = NoisyStream(self.recipe, "train", probe.batch_size, self.device)
         batches = islice(stream.take(first, part.count * world), rounds)
         for number, batch in track(batches, name, rounds):
-            capture = read_teacher(self.teacher, self.anatomy, self.caller, batch, wanted)
+            capture = read_teacher(self.sharded, self.teacher, batch, wanted)
             if number < probe.batches:
-                add_capture(sums, self.lanes, blocks, self.anatomy, number, capture, batch.prompts.mask)
+                add_capture(sums, self.lanes, blocks, self.teacher.anatomy, number, capture, batch.prompts.mask)
 
 
-def open_reader(recipe: Recipe, files: ModelFiles, anatomy: Anatomy, device: torch.device) -> Reader:
+def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reader:
     """Load the teacher over all ranks and find out which of its streams matter; every rank must call this."""
     # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
     from ppcl_ds.teacher.sharded import load_teacher
 
-    caller = caller_for(files.class_name)
     config = read_deepspeed_file(recipe.deepspeed.teacher)
-    teacher = load_teacher(files, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
+    sharded = load_teacher(teacher, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
     if dist.get_rank() == 0:
-        for name in sorted(anatomy.guessed):
+        for name in sorted(teacher.anatomy.guessed):
             logging.warning("diffusers' registry misnames the streams of %s; its signature decided", name)
     [(_, first)] = islice(NoisyStream(recipe, "heldout", recipe.probe.batch_size, device).take(0, 1), 1)
-    unused = unread_streams(teacher, anatomy, caller, first)
-    lanes = lanes_of(anatomy, read_teacher(teacher, anatomy, caller, first), unused)
-    return Reader(recipe, files, teacher, anatomy, caller, lanes, unused, device)
+    unused = unread_streams(sharded, teacher, first)
+    lanes = lanes_of(teacher.anatomy, read_teacher(sharded, teacher, first), unused)
+    return Reader(recipe, teacher, sharded, lanes, unused, device)

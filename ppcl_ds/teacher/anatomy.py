@@ -31,6 +31,15 @@ Streams = dict[str, Tensor]
 """Stream name (`image`, `text`) -> (B, S, C)."""
 
 
+Shapes = dict[str, torch.Size]
+"""Name -> shape of every tensor of a module."""
+
+
+def block_shapes(module: nn.Module) -> Shapes:
+    """Name -> shape of every tensor in a block's state dict."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
 @dataclass(frozen=True)
 class Block:
     """One block of the teacher.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,22 +122,15 @@ class ModelFiles:
         with self._open(key) as opened:
             return opened.get_tensor(key)
 
-    def block_part(self, block: str, part: str) -> nn.Module:
-        """A part of a block with its stored weights, on the CPU.
+    def filled(self, module: nn.Module, key: str) -> nn.Module:
+        """A copy of an empty part of the model with its stored weights, on the CPU.
 
         Args:
-            block: key of the block, such as `transformer_blocks.7`.
-            part: name inside it, such as `img_mlp`.
+            key: of the part, such as `transformer_blocks.7` or `transformer_blocks.7.img_mlp`.
         """
-        key = f"{block}.{part}"
-        module = self.empty_model().get_submodule(key)
-        self.fill(module, key)
+        module = copy.deepcopy(module)
+        module.load_state_dict({name: self.tensor(f"{key}.{name}") for name in module.state_dict()}, assign=True)
         return module
-
-    def fill(self, module: nn.Module, key: str) -> None:
-        """Give an empty part of the model its stored weights."""
-        names = {name: f"{key}.{name}" for name in module.state_dict()}
-        module.load_state_dict({name: self.tensor(stored) for name, stored in names.items()}, assign=True)
 
     def source(self, key: str) -> Source:
         """One stored tensor, looked at but not loaded."""

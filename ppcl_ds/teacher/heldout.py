@@ -8,9 +8,9 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from ppcl_ds.data.noising import NoisyBatch, NoisyStream
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.call import Caller
-from ppcl_ds.teacher.reader import NoisyBatch, NoisyStream
 
 
 class HeldOut:

@@ -13,8 +13,8 @@ from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 
 
 class _Partitioner(Init):
@@ -34,7 +34,7 @@ class _Partitioner(Init):
 
 
 def load_teacher(
-    files: ModelFiles, config: dict[str, Any], dtype: torch.dtype, ranks_per_copy: int | None
+    teacher: Teacher, config: dict[str, Any], dtype: torch.dtype, ranks_per_copy: int | None
 ) -> deepspeed.DeepSpeedEngine:
     """The teacher as a frozen ZeRO-3 engine over all ranks.
 
@@ -42,7 +42,6 @@ def load_teacher(
     each rank holds its own partition, read by itself from the safetensors files.
 
     Args:
-        files: the teacher on disk.
         config: DeepSpeed configuration with ZeRO stage 3.
         dtype: number format; what the family keeps in float32 stays float32.
         ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
@@ -54,8 +53,7 @@ def load_teacher(
         zero = config["zero_optimization"] | {"zero_hpz_partition_size": ranks_per_copy}
         config = config | {"zero_optimization": zero}
     groups.mpu = None
-    model = files.empty_model()
-    anatomy = Anatomy(model)
+    files, model = teacher.files, teacher.files.empty_model()
     partitioner = _Partitioner(
         config_dict_or_path=config,
         mem_efficient_linear=False,
@@ -73,7 +71,7 @@ def load_teacher(
     model.to(get_accelerator().current_device_name())
     # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
     set_z3_leaf_modules(
-        model, sorted({type(anatomy.module(model, b)) for b in anatomy.blocks}, key=lambda cls: cls.__name__)
+        model, sorted({type(teacher.module(block)) for block in teacher.blocks}, key=lambda cls: cls.__name__)
     )
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
 from ppcl_ds.units.kinds import rehearse_unit
 from ppcl_ds.units.parcels import parcels_of, wanted_by
@@ -44,9 +43,7 @@ def unit_passes(checkpointing: bool) -> int:
     return 4 if checkpointing else 3
 
 
-def measure_work(
-    files: ModelFiles, anatomy: Anatomy, plan: Plan, latents: tuple[int, int, int], text_tokens: int
-) -> Work:
+def measure_work(teacher: Teacher, plan: Plan, latents: tuple[int, int, int], text_tokens: int) -> Work:
     """Count the FLOPs of one sample; no weights are needed.
 
     Args:
@@ -56,7 +53,7 @@ def measure_work(
     Raises:
         UserError: the teacher cannot read samples of this shape.
     """
-    return work_of(rehearse(files, anatomy, latents, text_tokens), plan, batch=1)
+    return work_of(rehearse(teacher, latents, text_tokens), plan, batch=1)
 
 
 def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:

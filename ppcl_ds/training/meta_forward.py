@@ -20,6 +20,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy, Capture
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def latent_channels(model: nn.Module) -> int:
 
 @torch.no_grad()
 def rehearse(
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     latents: tuple[int, int, int],
     text_tokens: int,
     batch: int = 1,
@@ -70,12 +70,12 @@ def rehearse(
     Raises:
         UserError: the teacher cannot read samples of this shape.
     """
-    caller = caller_for(files.class_name)
-    model = _on_meta(files, dtype)
+    caller = teacher.caller
+    model = _on_meta(teacher.files, dtype)
     config: Any = model.config
     size, patch = "x".join(map(str, latents[1:])), 2 if caller.packed else config["patch_size"]
     if any(side % patch for side in latents[1:]):
-        raise UserError(f"latents of {size}: {files.class_name} needs height and width in multiples of {patch}")
+        raise UserError(f"latents of {size}: {teacher.class_name} needs height and width in multiples of {patch}")
     prompts = Prompts(
         embeds=torch.empty(batch, text_tokens, config["joint_attention_dim"], device="meta", dtype=dtype),
         mask=torch.ones(batch, text_tokens, device="meta", dtype=torch.bool),
@@ -86,23 +86,23 @@ def rehearse(
     ended: dict[int, int] = {}
     counter = FlopCounterMode(display=False)
     with ExitStack() as stack:
-        for block in anatomy.blocks:
-            module = anatomy.module(model, block)
+        for block in teacher.blocks:
+            module = teacher.anatomy.module(model, block)
             stack.callback(module.register_forward_pre_hook(partial(_note, counter, began, block.index)).remove)
             stack.callback(module.register_forward_hook(partial(_note, counter, ended, block.index)).remove)
-        capture = stack.enter_context(anatomy.record(model))
-        stack.enter_context(anatomy.tap(model, capture, anatomy.parts))
+        capture = stack.enter_context(teacher.anatomy.record(model))
+        stack.enter_context(teacher.anatomy.tap(model, capture, teacher.anatomy.parts))
         stack.enter_context(counter)
         try:
             caller(model, noisy, prompts, torch.ones(batch, device="meta"))
         except (ValueError, RuntimeError, IndexError) as fault:
             reason = str(fault).strip().splitlines()[0]
-            raise UserError(f"{files.class_name} cannot read latents of {size}: {reason}") from None
+            raise UserError(f"{teacher.class_name} cannot read latents of {size}: {reason}") from None
     assert prompts.mask is not None
-    order = range(len(anatomy))
+    order = range(len(teacher.blocks))
     return Rehearsal(
         model,
-        anatomy,
+        teacher.anatomy,
         capture,
         prompts.mask,
         block_flops=tuple(ended[index] - began[index] for index in order),

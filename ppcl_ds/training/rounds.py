@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.distill.library import Inbox
-from ppcl_ds.teacher.reader import NoisyBatch
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.units.unit import Parcel
 from ppcl_ds.watch.timer import Clock

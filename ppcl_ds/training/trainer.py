@@ -14,15 +14,13 @@ from torch import Tensor
 
 from ppcl_ds import launch
 from ppcl_ds.console import progress
+from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.distill.library import Inbox
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
 from ppcl_ds.sections import Training as Settings
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.teacher.sharded import load_teacher
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.checks import write_start
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.exchange import Exchange
@@ -54,18 +52,16 @@ class Training(ABC):
         settings: Settings,
         folder: TrainingFolder,
         plan: Plan,
-        files: ModelFiles,
-        anatomy: Anatomy,
+        teacher: Teacher,
         title: str,
     ) -> None:
         self.recipe, self.settings, self.folder, self.title = recipe, settings, folder, title
-        self.plan, self.files, self.anatomy = plan, files, anatomy
+        self.plan, self.teacher = plan, teacher
         self.dtype = DTYPES[recipe.teacher.precision]
         self.device = torch.device(get_accelerator().current_device_name())
-        self.caller = caller_for(files.class_name)
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
         config = read_deepspeed_file(recipe.deepspeed.teacher)
-        self.teacher = load_teacher(files, config, self.dtype, recipe.teacher.ranks_per_copy)
+        self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device, settings.micro_batches_per_step)
         self.inbox = Inbox()
         self.engine, readers = self.build()
@@ -77,7 +73,7 @@ class Training(ABC):
         self.clock = Clock(self.stall.tell)
         self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.stall.moves)
         # A phase may hold many forwards; each is a sign of life.
-        self.teacher.module.register_forward_pre_hook(lambda *_: self.stall.moves())
+        self.sharded.module.register_forward_pre_hook(lambda *_: self.stall.moves())
         launch.set_timeout(settings.timeout)
 
     @abstractmethod

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.anatomy import Block, Streams
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.unit import Unit
 
 
@@ -33,13 +33,10 @@ class DepthUnit(Unit):
         return self.shape.call(self.core, inputs, conditioning)
 
 
-def depth_unit(files: ModelFiles, first: int, dtype: torch.dtype) -> DepthUnit:
+def depth_unit(teacher: Teacher, first: int, dtype: torch.dtype) -> DepthUnit:
     """A depth unit as it is before training, on the CPU: the teacher's block `first`."""
-    model = files.empty_model()
-    block = Anatomy(model).blocks[first]
-    module = model.get_submodule(block.key)
-    files.fill(module, block.key)
-    return DepthUnit(block, module.to(dtype).requires_grad_(True))
+    block = teacher.blocks[first]
+    return DepthUnit(block, teacher.filled(block.key).to(dtype).requires_grad_(True))
 
 
 def recompute_parts(block: nn.Module) -> None:

@@ -10,28 +10,28 @@ import torch
 from torch import nn
 
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.modeling_pruned import ModulatedText, make_text_linear, narrow_ffn
 from ppcl_ds.teacher.sources import Source
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthUnit, depth_unit
 from ppcl_ds.units.plan import UnitPlan
 from ppcl_ds.units.unit import Unit
 from ppcl_ds.units.width import FFNUnit, TextUnit, hidden_channels
 
 
-def build_unit(plan: UnitPlan, files: ModelFiles, anatomy: Anatomy, dtype: torch.dtype) -> Unit:
+def build_unit(plan: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
     """The unit as it is before training, on the CPU.
 
     Args:
-        files: the teacher, with weights.
+        teacher: with weights.
         dtype: number format of its parameters.
     """
-    block = anatomy.blocks[plan.span[0]]
+    block = teacher.blocks[plan.span[0]]
     if plan.kind == "depth":
-        return depth_unit(files, block.index, dtype)
+        return depth_unit(teacher, block.index, dtype)
     if plan.kind == "text":
         return TextUnit(plan.outputs, block.text_channels, dtype)
-    return FFNUnit({s: files.block_part(block.key, block.ffn[s]) for s in plan.streams}, plan.keep, dtype)
+    return FFNUnit({s: teacher.filled(f"{block.key}.{block.ffn[s]}") for s in plan.streams}, plan.keep, dtype)
 
 
 def narrow_block(module: Any, block: Block, unit: UnitPlan, streams: Streams) -> None:
@@ -60,9 +60,9 @@ def rehearse_unit(plan: UnitPlan, model: nn.Module, anatomy: Anatomy, dtype: tor
     return FFNUnit({s: module.get_submodule(block.ffn[s]) for s in plan.streams}, plan.keep, dtype)
 
 
-def blank_unit(plan: UnitPlan, files: ModelFiles, anatomy: Anatomy) -> dict[str, Source]:
+def blank_unit(plan: UnitPlan, teacher: Teacher) -> dict[str, Source]:
     """A unit's tensors, all zeros, where others are going to take their place; float32, by their name in the unit."""
-    tensors = rehearse_unit(plan, files.empty_model(), anatomy, torch.float32).core.state_dict()
+    tensors = rehearse_unit(plan, teacher.empty, teacher.anatomy, torch.float32).core.state_dict()
     return {
         name: Source(tensor.shape, torch.float32, partial(torch.zeros, tensor.shape))
         for name, tensor in tensors.items()

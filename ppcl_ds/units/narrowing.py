@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.sources import Source, Sources
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, modulated
 
 Config = dict[str, Any]
@@ -15,8 +15,7 @@ Tensors = dict[str, Source]
 
 
 def narrowed(
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     plan: Plan,
     variant: str,
     config: Config,
@@ -32,14 +31,14 @@ def narrowed(
     width = plan.width_units(variant)
     if not width:
         return config, tensors
-    smaller = Anatomy(files.empty_model(config)).blocks
+    smaller = Anatomy(teacher.files.empty_model(config)).blocks
     keys = {origin: block.key for (origin, _), block in zip(plan.places(variant), smaller, strict=True)}
-    config = config | {"_class_name": f"Pruned{files.class_name}"}
+    config = config | {"_class_name": f"Pruned{teacher.class_name}"}
     config |= {"linear_text": [], "text_jumps": [], "narrow_ffn": {}}
     tensors = dict(tensors)
     for unit in width:
         put_in = _put_text if unit.kind == "text" else _put_ffn
-        put_in(unit, units(unit), anatomy, keys, config, tensors)
+        put_in(unit, units(unit), teacher.anatomy, keys, config, tensors)
     return config, tensors
 
 

@@ -13,9 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.teacher.anatomy import Anatomy, block_shapes
+from ppcl_ds.teacher.teacher import Teacher
 
 _HEADER = """\
 # Plan: what the units replace, and which variants plug which units.
@@ -174,19 +173,19 @@ def _quoted(name: str) -> str:
     return name if plain else json.dumps(name)
 
 
-def load_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> Plan:
+def load_plan(path: Path, teacher: Teacher) -> Plan:
     """Read a plan and check it against its teacher.
 
     Raises:
         UserError: one line that names the file and the unit or variant that is wrong.
     """
-    plan, complaints = check_plan(path, files, anatomy)
+    plan, complaints = check_plan(path, teacher)
     if plan is None or complaints:
         raise UserError(f"plan {path}: {complaints[0]}")
     return plan
 
 
-def check_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> tuple[Plan | None, list[str]]:
+def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     """Read a plan, and say everything that is wrong with it; None where it cannot even be read."""
     try:
         plan = Plan.model_validate(yaml.safe_load(path.read_text()))
@@ -196,18 +195,18 @@ def check_plan(path: Path, files: ModelFiles, anatomy: Anatomy) -> tuple[Plan | 
         return None, [f"not valid YAML: {' '.join(str(fault).split())}"]
     except ValidationError as fault:
         return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
-    if (plan.teacher, plan.blocks) != (files.class_name, len(anatomy)):
-        teacher = f"the teacher is {files.class_name} with {len(anatomy)}"
+    if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
+        teacher = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
         return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {teacher}"]
-    return plan, list(_complaints(plan, files, anatomy))
+    return plan, list(_complaints(plan, teacher))
 
 
-def _complaints(plan: Plan, files: ModelFiles, anatomy: Anatomy) -> Iterator[str]:
+def _complaints(plan: Plan, teacher: Teacher) -> Iterator[str]:
     names = [unit.name for unit in plan.units]
     yield from (f"two units are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1}))
-    spans = allowed_spans(files, anatomy)
+    spans = teacher.allowed_spans
     for unit in plan.units:
-        complaint = _unit_complaint(unit, spans, anatomy)
+        complaint = _unit_complaint(unit, spans, teacher.anatomy)
         if complaint:
             yield f"unit '{unit.name}': {complaint}"
     for variant in plan.variants:
@@ -292,17 +291,17 @@ def conflict(a: UnitPlan, b: UnitPlan) -> str:
     return f"'{a.name}' and '{b.name}' both need the {part} of block {block}"
 
 
-def allowed_spans(files: ModelFiles, anatomy: Anatomy) -> set[tuple[int, int]]:
+def allowed_spans(teacher: Teacher) -> set[tuple[int, int]]:
     """All spans [u, v], u < v, whose place a copy of block u can take in a stock model.
 
     A span stays inside one list. If it closes the list, block u must have the shapes of the list's last block, which
     the stock class builds there (SD3's last block has no text output).
     """
-    model = files.empty_model()
-    shapes = [block_shapes(anatomy.module(model, block)) for block in anatomy.blocks]
+    model = teacher.empty
+    shapes = [block_shapes(teacher.anatomy.module(model, block)) for block in teacher.blocks]
     return {
         (u.index, v.index)
-        for u in anatomy.blocks
-        for v in anatomy.blocks[u.index + 1 :]
+        for u in teacher.blocks
+        for v in teacher.blocks[u.index + 1 :]
         if u.list_name == v.list_name and (not v.last or shapes[u.index] == shapes[v.index])
     }

@@ -12,10 +12,10 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles, empty_model
+from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.sources import Source, Sources, held
 from ppcl_ds.teacher.surgery import lay_out
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.narrowing import narrowed
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -46,8 +46,7 @@ Trained = Callable[[UnitPlan], Mapping[str, Tensor]]
 
 
 def layout(
-    files: ModelFiles,
-    anatomy: Anatomy,
+    teacher: Teacher,
     plan: Plan,
     variant: str,
     units: Callable[[UnitPlan], Sources],
@@ -67,11 +66,11 @@ def layout(
         return {name: replace(source, unit=unit.name) for name, source in units(unit).items()}
 
     places = [(origin, None if unit is None else own(unit)) for origin, unit in plan.places(variant)]
-    config, found = lay_out(files, anatomy, places)
-    config, found = narrowed(files, anatomy, plan, variant, config, found, own)
+    config, found = lay_out(teacher, places)
+    config, found = narrowed(teacher, plan, variant, config, found, own)
     if dtype is not None:
         found = {
-            name: source.to(files.runs_as(name, dtype)) if source.dtype.is_floating_point else source
+            name: source.to(teacher.files.runs_as(name, dtype)) if source.dtype.is_floating_point else source
             for name, source in found.items()
         }
     return laid_out(f"variant '{variant}'", config, found)
@@ -98,7 +97,7 @@ def laid_out(what: str, config: dict[str, Any], found: Sources) -> Layout:
     return Layout(json.loads(model.to_json_string()), {name: found[name] for name in wanted}, parameters)
 
 
-def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:
+def assembled(teacher: Teacher, plan: Plan, variant: str, trained: Trained | None) -> ModelMixin:
     """A variant in memory.
 
     Args:
@@ -106,10 +105,10 @@ def assembled(files: ModelFiles, anatomy: Anatomy, plan: Plan, variant: str, tra
     """
 
     def tensors(unit: UnitPlan) -> Sources:
-        fresh = build_unit(unit, files, anatomy, torch.float32).core.state_dict() if trained is None else trained(unit)
+        fresh = build_unit(unit, teacher, torch.float32).core.state_dict() if trained is None else trained(unit)
         return held(fresh)
 
-    whole = layout(files, anatomy, plan, variant, tensors)
-    model: Any = files.empty_model(whole.config)
+    whole = layout(teacher, plan, variant, tensors)
+    model: Any = teacher.files.empty_model(whole.config)
     model.load_state_dict({name: source.load() for name, source in whole.tensors.items()}, assign=True)
     return model

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
+from ppcl_ds.data.noising import DTYPES, NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
-from ppcl_ds.teacher.reader import DTYPES, NoisyStream
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.tensorboard import read_scalars

@@ -21,11 +21,12 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
 from ppcl_ds import launch
+from ppcl_ds.data.noising import NoisyBatch, NoisyStream
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import NoisyBatch, NoisyStream, open_teacher
 from ppcl_ds.teacher.sharded import forget_order
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.kinds import build_unit
@@ -234,8 +235,8 @@ def be_a_rank(path: Path) -> None:
     from ppcl_ds.teacher.sharded import load_teacher
 
     recipe = load_recipe(path)
-    files, anatomy = open_teacher(recipe)
-    plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
+    teacher = open_teacher(recipe)
+    plan = with_random_variants(load_plan(recipe.plan_file, teacher))
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None
@@ -243,12 +244,12 @@ def be_a_rank(path: Path) -> None:
     own = [unit for unit in plan.units if owner[unit.name] == rank]
     found = {}
     for name, dtype in DTYPES.items():
-        units = {unit.name: build_unit(unit, files, anatomy, dtype) for unit in own}
+        units = {unit.name: build_unit(unit, teacher, dtype) for unit in own}
         for unit in own:
             units[unit.name].core.load_state_dict(checkpoint.unit(unit.name))
-        teacher = load_teacher(files, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
+        teacher = load_teacher(teacher.files, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
         for variant in plan.variants:
-            with plugged(teacher.module, anatomy, plan, variant, units, group, owner):
+            with plugged(teacher.module, teacher.anatomy, plan, variant, units, group, owner):
                 found[name, variant] = velocity(teacher, recipe, dtype)
             forget_order(teacher)
         found[name, "teacher"] = velocity(teacher, recipe, dtype)
@@ -267,26 +268,26 @@ def velocity(model: Any, recipe: Recipe, dtype: torch.dtype) -> Tensor:
 def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path) -> None:
     run_ranks("tests.distill.test_width", trained)
     recipe = load_recipe(trained)
-    files, anatomy = open_teacher(recipe)
-    plan = with_random_variants(load_plan(recipe.plan_file, files, anatomy))
+    teacher = open_teacher(recipe)
+    plan = with_random_variants(load_plan(recipe.plan_file, teacher))
     state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
     ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
     outputs = [ranks[0]["fp32", "teacher"]]
     for name, dtype in DTYPES.items():
         for variant in plan.variants:
-            model: Any = assembled(files, anatomy, plan, variant, state)
+            model: Any = assembled(teacher, plan, variant, state)
             for key, tensor in model.state_dict(keep_vars=True).items():  # stored buffers, too
-                tensor.data = tensor.data.to(files.runs_as(key, dtype))
+                tensor.data = tensor.data.to(teacher.files.runs_as(key, dtype))
             output = velocity(model, recipe, dtype)
             for found in ranks:
                 assert torch.equal(found[name, variant], output), (name, variant)
             if name == "fp32":
                 outputs.append(output)
     sizes = {variant: plan.units_of(variant) for variant in plan.variants}
-    whole = sum(p.numel() for p in files.empty_model().parameters())
+    whole = sum(p.numel() for p in teacher.empty.parameters())
     for variant, units in sizes.items():
-        saved = sum(parameters_saved(unit, files, anatomy) for unit in units)
-        model = assembled(files, anatomy, plan, variant, state)
+        saved = sum(parameters_saved(unit, teacher) for unit in units)
+        model = assembled(teacher, plan, variant, state)
         assert sum(p.numel() for p in model.parameters()) == whole - saved
     distinct = {frozenset(names) for names in plan.variants.values()}
     assert len({tuple(each.flatten().tolist()) for each in outputs}) == len(distinct) + 1

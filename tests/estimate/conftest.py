@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from tests.conftest import TEACHERS, make_recipe
 
 QWEN_IMAGE: dict[str, Any] = {
@@ -26,7 +26,7 @@ QWEN_IMAGE: dict[str, Any] = {
 }
 """The published Qwen-Image transformer."""
 
-Configured = Callable[..., ModelFiles]
+Configured = Callable[..., Teacher]
 
 
 def write_config(folder: Path, family: str, **changes: Any) -> Path:
@@ -41,10 +41,8 @@ def write_config(folder: Path, family: str, **changes: Any) -> Path:
 def configured(tmp_path: Path) -> Configured:
     """`configured(family, key=value, ...)`: a teacher without weights."""
 
-    def make(family: str, **changes: Any) -> ModelFiles:
-        return ModelFiles(
-            write_config(tmp_path / f"{family} {len(list(tmp_path.iterdir()))}", family, **changes), False
-        )
+    def make(family: str, **changes: Any) -> Teacher:
+        return Teacher(write_config(tmp_path / f"{family} {len(list(tmp_path.iterdir()))}", family, **changes), False)
 
     return make
 

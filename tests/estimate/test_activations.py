@@ -84,10 +84,10 @@ def estimated(
     checkpointing: bool = False,
     side: int = SIDE,
 ) -> Measured:
-    files = configured(family, **changes)
-    anatomy = Anatomy(files.empty_model())
+    teacher = configured(family, **changes)
+    anatomy = teacher.anatomy
     options: dict[str, Any] = {"micro_batch": BATCH, "dtype": dtype, "checkpointing": checkpointing}
-    return measure(files, anatomy, plan(span), (1, side, side), TEXT, **options)
+    return measure(teacher, plan(span), (1, side, side), TEXT, **options)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -111,8 +111,8 @@ def test_the_peak_of_a_frozen_block_is_what_a_profiler_sees_on_real_tensors(
     call = partial(real.block.call, real.module, real.parcel.inputs, real.parcel.conditioning)
     with torch.no_grad():
         seen = profiled(lambda: call())
-    files = configured(family, **changes)
-    anatomy = Anatomy(files.empty_model())
+    teacher = configured(family, **changes)
+    anatomy = teacher.anatomy
     meta = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), vars(real.parcel))
     module = anatomy.module(files.empty_model().to("meta"), real.block)
     measured = block_activations(real.block, module, meta["inputs"], meta["conditioning"])

@@ -14,7 +14,6 @@ from ppcl_ds.estimate.layout import Layout
 from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.memory import memory_of, partition_bytes
 from ppcl_ds.estimate.settings import Settings
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured
@@ -26,14 +25,14 @@ BATCH, IMAGE, TEXT, WIDTH = 3, 16, 5, 32
 
 @pytest.fixture
 def run(configured: Configured) -> Measured:
-    files = configured("qwen")
+    teacher = configured("qwen")
     units = tuple(
         UnitPlan(name=name, span=span, streams=("image", "text")) for name, span in (("a", (0, 1)), ("b", (2, 4)))
     )
     plan = Plan(teacher="", blocks=6, units=units, variants={})
-    anatomy = Anatomy(files.empty_model())
+    anatomy = teacher.anatomy
     options: dict[str, Any] = {"micro_batch": BATCH, "dtype": torch.bfloat16, "checkpointing": False}
-    return measure(files, anatomy, plan, (1, 8, 8), TEXT, **options)
+    return measure(teacher, plan, (1, 8, 8), TEXT, **options)
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +59,12 @@ def test_a_partition_is_an_equal_share_of_every_parameter(ranks: int, teacher: A
 
 
 def test_families_keep_some_tensors_in_float32(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = configured("qwen")
+    teacher = configured("qwen")
     monkeypatch.setattr(files.model_class, "_keep_in_fp32_modules", ["norm_out"])
     units = (UnitPlan(name="a", span=(0, 1), streams=("image",)),)
     plan = Plan(teacher="", blocks=6, units=units, variants={})
     options: dict[str, Any] = {"micro_batch": 1, "dtype": torch.bfloat16, "checkpointing": False}
-    run = measure(files, Anatomy(files.empty_model()), plan, (1, 8, 8), TEXT, **options)
+    run = measure(teacher, plan, (1, 8, 8), TEXT, **options)
     norm_out = WIDTH * 2 * WIDTH + 2 * WIDTH
     assert sum(elements for elements, size in run.parameters if size == 4) == norm_out
 

@@ -14,14 +14,14 @@ from ppcl_ds.probing.measure import measure
 from ppcl_ds.probing.sums import BlockSums, Lane, zero_sums
 from ppcl_ds.sections import Probe
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from tests.estimate.conftest import QWEN_IMAGE
 
-Configured = Callable[..., ModelFiles]
+Configured = Callable[..., Teacher]
 LATENTS, WORDS = (1, 8, 8), 5  # 16 image tokens
 
 
-def estimated(files: ModelFiles, world: int = 1, accelerator: str = "h100", **probe: int) -> Probing:
+def estimated(files: Teacher, world: int = 1, accelerator: str = "h100", **probe: int) -> Probing:
     return probing_of(
         files,
         Anatomy(files.empty_model()),
@@ -55,7 +55,7 @@ def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) 
 
 
 def test_ranges_cost_passes_and_save_memory(configured: Configured) -> None:
-    files = configured("flux")
+    teacher = configured("flux")
     whole, ranged = estimated(files), estimated(files, blocks_at_once=3)
     assert (whole.passes, ranged.passes) == (1, 3)
     assert ranged.sums < 0.5 * whole.sums
@@ -64,17 +64,15 @@ def test_ranges_cost_passes_and_save_memory(configured: Configured) -> None:
 
 
 def test_more_accelerators_are_faster_and_weak_float64_is_slow(configured: Configured) -> None:
-    files = configured("qwen")
+    teacher = configured("qwen")
     assert estimated(files, world=4).seconds == pytest.approx(estimated(files).seconds / 4)
     assert estimated(files, accelerator="l40s").seconds > 2 * estimated(files).seconds
 
 
 def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None:
-    files = configured("qwen", **QWEN_IMAGE)
+    teacher = configured("qwen", **QWEN_IMAGE)
     section, wide = Probe(batch_size=1, batches=2), ACCELERATORS["h100"]
-    found = probing_of(
-        files, Anatomy(files.empty_model()), section, (16, 8, 8), 5, world=8, accelerator=wide, utilisation=0.4
-    )
+    found = probing_of(teacher, section, (16, 8, 8), 5, world=8, accelerator=wide, utilisation=0.4)
     assert found.passes == 5
     assert 2**34 < found.sums <= 2**35
     lane = Lane("image", 0, 60, 3072)

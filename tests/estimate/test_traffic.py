@@ -13,7 +13,6 @@ from ppcl_ds.estimate.measured import Measured, measure
 from ppcl_ds.estimate.settings import Settings
 from ppcl_ds.estimate.speed import step_of
 from ppcl_ds.estimate.traffic import Traffic, exchange, gathers, reduction, ring
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.estimate.conftest import Configured
 
@@ -23,11 +22,11 @@ SETTINGS = Settings(ranks_per_copy=4, max_live=10**9, prefetch=0, persistent=100
 
 @pytest.fixture
 def run(configured: Configured) -> Measured:
-    files = configured("qwen")
+    teacher = configured("qwen")
     units = tuple(UnitPlan(name=f"{u}", span=(u, u + 1), streams=("image",)) for u in (0, 2))
     plan = Plan(teacher="", blocks=6, units=units, variants={})
     options: dict[str, Any] = {"micro_batch": 2, "dtype": torch.bfloat16, "checkpointing": True}
-    return measure(files, Anatomy(files.empty_model()), plan, (1, 8, 8), 5, **options)
+    return measure(teacher, plan, (1, 8, 8), 5, **options)
 
 
 def test_a_ring_stays_in_the_node_where_its_group_does() -> None:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.lora import remap
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.plan import Plan, Stream, UnitPlan
 from ppcl_ds.units.variant import assembled
@@ -98,15 +96,15 @@ def teacher_of(folder: Path, family: str) -> Any:
 
 def pruned_of(folder: Path, family: str, variant: str = "small") -> Any:
     """The variant with random units, as `ppcl consolidate` would write it."""
-    files = ModelFiles(folder / "pipeline")
-    anatomy = Anatomy(files.empty_model())
+    teacher = Teacher(folder / "pipeline")
+    anatomy = teacher.anatomy
 
     def random(unit: UnitPlan) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(unit.span[0])
-        fresh = build_unit(unit, files, anatomy, torch.float32).core.state_dict()
+        fresh = build_unit(unit, teacher, torch.float32).core.state_dict()
         return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
 
-    return assembled(files, anatomy, plan_of(family), variant, random)
+    return assembled(teacher, plan_of(family), variant, random)
 
 
 def train_lora(teacher: Any, targets: list[str] | str) -> None:

@@ -24,7 +24,7 @@ from ppcl_ds.export.consolidate import Export, Form, consolidate
 from ppcl_ds.export.model_folder import shard_bytes, weights_digest
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.variant import assembled
@@ -37,10 +37,10 @@ NewRun = Callable[..., Path]
 
 def in_memory(recipe: Recipe, family: str, variant: str = "small") -> Any:
     """The variant without streaming."""
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     plan = plan_of(family)
     trained = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    return assembled(files, anatomy, plan, variant, trained)
+    return assembled(teacher, plan, variant, trained)
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

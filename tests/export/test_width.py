@@ -26,7 +26,7 @@ from ppcl_ds.evaluate.sample import sample
 from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import conflict
@@ -41,10 +41,10 @@ FAMILIES = ["qwen", "flux", "sd3"]
 
 
 def in_memory(recipe: Recipe, family: str, variant: str) -> Any:
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     plan = plan_of(family)
     return assembled(
-        files, anatomy, plan, variant, partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
+        teacher, plan, variant, partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
     )
 
 
@@ -84,9 +84,9 @@ def test_any_plugs_that_go_together_make_a_model_and_others_are_refused(
             replug(plan, plan, "mixed", read_switches(words))
         return
     changed = replug(plan, plan, "mixed", read_switches(words))
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
-    model = assembled(files, anatomy, changed, "mixed", partial(unit_state, checkpoint, plan))
+    model = assembled(teacher, changed, "mixed", partial(unit_state, checkpoint, plan))
     state = model.state_dict()
     assert all(tensor.device.type == "cpu" for tensor in state.values())
     for unit in units:  # every number that was trained is in the model, whatever it is called there

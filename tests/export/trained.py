@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.reader import open_teacher
-from ppcl_ds.teacher.surgery import block_shapes
+from ppcl_ds.teacher.anatomy import block_shapes
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Contents, Piece, SavedUnit
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -45,12 +45,12 @@ def pretend_trained(path: Path, family: str, ranks: int = 3, plan: Plan | None =
 
 def write_checkpoint(recipe: Recipe, plan: Plan, ranks: int, step: int = 7) -> None:
     """Random units, their flat vectors cut into as many parts as there are ranks."""
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     generator = torch.Generator().manual_seed(step)
     saved: dict[str, SavedUnit] = {}
     held: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
     for unit in plan.units:
-        shapes = block_shapes(build_unit(unit, files, anatomy, torch.float32).core)
+        shapes = block_shapes(build_unit(unit, teacher, torch.float32).core)
         flat = torch.randn(sum(shape.numel() for shape in shapes.values()), generator=generator) / 10
         pieces, start = [], 0
         for rank, part in enumerate(flat.chunk(ranks)):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor
 
+from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -89,11 +89,11 @@ def blocks_of(model: Any) -> list[Any]:
 def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
     """The plain loop."""
     found = Reference()
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    student: Any = assembled(files, anatomy, plan, "small", state).requires_grad_(True).eval()
-    teacher: Any = files.model_class.from_pretrained(files.folder).eval()
-    caller = caller_for(files.class_name)
+    student: Any = assembled(teacher, plan, "small", state).requires_grad_(True).eval()
+    teacher: Any = teacher.files.model_class.from_pretrained(teacher.files.folder).eval()
+    caller = teacher.caller
     settings = recipe.finetune
     assert settings is not None
     units = {

@@ -15,10 +15,9 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppcl_ds.data.noising import sigma_quantiles
+from ppcl_ds.data.noising import NoisyStream, sigma_quantiles
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.variant import assembled
@@ -117,12 +116,12 @@ def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[
     command("finetune", path, "--variant", "small")  # its first step has a learning rate of zero
     recipe = load_recipe(path)
 
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan_of("qwen"))
-    student: Any = assembled(files, anatomy, plan_of("qwen"), "small", state)
-    assert files.model_class is not None
-    teacher = files.model_class.from_pretrained(files.folder)
-    caller = caller_for(files.class_name)
+    student: Any = assembled(teacher, plan_of("qwen"), "small", state)
+    assert teacher.files.model_class is not None
+    teacher = teacher.files.model_class.from_pretrained(teacher.files.folder)
+    caller = teacher.caller
     [(_, clean)] = islice(NoisyStream(recipe, "heldout", 8, torch.device("cpu")).clean.take(0, 1), 1)
     shown = read_scalars(recipe.finetuning("small").board)
     quantiles = (0.1, 0.3, 0.5, 0.7, 0.9)

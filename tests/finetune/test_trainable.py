@@ -14,11 +14,12 @@ import yaml
 from torch import Tensor
 
 import ppcl_ds
+from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.parcels import boundaries_of
@@ -51,10 +52,10 @@ def new(new_run: Callable[..., Path], family: str, variant: str, **changes: Any)
 
 def states(recipe: Recipe, variant: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A variant's tensors before fine-tuning, and as the consolidated folder has them."""
-    files, anatomy = open_teacher(recipe)
-    plan = load_plan(recipe.plan_file, files, anatomy)
+    teacher = open_teacher(recipe)
+    plan = load_plan(recipe.plan_file, teacher)
     state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    before: Any = assembled(files, anatomy, plan, variant, state)
+    before: Any = assembled(teacher, plan, variant, state)
     after = ppcl_ds.load_model(recipe.pruned(f"{variant}-finetuned"), torch.float32)
     return before.state_dict(), after.state_dict()
 

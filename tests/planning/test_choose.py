@@ -21,8 +21,7 @@ from ppcl_ds.planning.choose import choose_again, choose_sets, make_plan
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict
 from tests.conftest import TEACHERS
 
@@ -44,8 +43,7 @@ class Case:
         closing: whether spans may close their list (not so in SD3: its last block has no text output).
     """
 
-    files: ModelFiles
-    anatomy: Anatomy
+    teacher: Teacher
     parameters: np.ndarray
     lists: Sequence[range]
     closing: bool
@@ -62,11 +60,11 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
             model = getattr(diffusers, class_name)(**config | CHANGES[family])
             folder: Path = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
-            files = ModelFiles(folder)
+            teacher = Teacher(folder)
             blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
             sizes = np.array([sum(p.numel() for p in block.parameters()) for block in blocks], dtype=float)
             lists = [range(4), range(4, 8)] if family == "flux" else [range(len(blocks))]
-            made[family] = Case(files, Anatomy(files.empty_model()), sizes, lists, family != "sd3")
+            made[family] = Case(teacher, sizes, lists, family != "sd3")
         return made[family]
 
     return make
@@ -108,12 +106,12 @@ def total(report: ProbeReport, spans: Sequence[Span]) -> float:
 
 
 def plan_of(section: PlanSection, report: ProbeReport, case: Case, seed: int = 0) -> Plan:
-    return make_plan(section, seed, report, case.files, case.anatomy, budget_of_case(section, case))
+    return make_plan(section, seed, report, case.teacher, budget_of_case(section, case))
 
 
 def budget_of_case(section: PlanSection, case: Case, swaps: Swaps | None = None) -> Budget:
     units = swaps.units if swaps else ()
-    return budget_of(section, case.files, case.anatomy, torch.float32, units, swaps)
+    return budget_of(section, case.teacher, torch.float32, units, swaps)
 
 
 def chosen(plan: Plan, variant: str) -> list[Span]:
@@ -230,7 +228,7 @@ def test_a_section_that_says_too_little_is_refused(changes: dict[str, Any]) -> N
 def test_memory_counts_bytes_and_latency_seconds(case_of: Callable[[str], Case]) -> None:
     case = case_of("flux")
     memory = PlanSection(variants={"v": 0.5}, budget="memory")
-    halves = budget_of(memory, case.files, case.anatomy, torch.bfloat16)
+    halves = budget_of(memory, case.teacher, torch.bfloat16)
     assert (halves.blocks == 2 * case.parameters).all()
     latency = PlanSection(variants={"v": 0.5}, budget="latency")
     seconds = [0.1 * block for block in range(8)]
@@ -279,7 +277,7 @@ def test_blocks_stay_lose_parts_or_go_with_a_span_whatever_costs_least(case_of: 
     swaps = depth.model_copy(update={"units": (*depth.units, *width), "products": np.diag(errors).tolist()})
     section = PlanSection(variants={"v": 0.2})
     budget = budget_of_case(section, case, swaps)
-    saved = {unit.name: parameters_saved(unit, case.files, case.anatomy) for unit in swaps.units}
+    saved = {unit.name: parameters_saved(unit, case.teacher) for unit in swaps.units}
     assert budget.parts == {name: saved[name] for name in ("group", "line", "thin")}
 
     def total(names: tuple[str, ...]) -> float:

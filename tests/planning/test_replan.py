@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.reader import NoisyStream, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
@@ -36,10 +36,10 @@ LIBRARY = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=UNITS, var
 
 def stock_velocities(recipe: Recipe, names: tuple[str, ...], checkpoint: Checkpoint) -> Tensor:
     """Velocities of the teacher's stock class with units in place, on the micro-batches that planning measures on."""
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     plan = LIBRARY.model_copy(update={"variants": {"set": names}})
-    model = assembled(files, anatomy, plan, "set", partial(unit_state, checkpoint, LIBRARY))
-    settings, caller = recipe.evaluate, caller_for(files.class_name)
+    model = assembled(teacher, plan, "set", partial(unit_state, checkpoint, LIBRARY))
+    settings, caller = recipe.evaluate, teacher.caller
     stream = NoisyStream(recipe, "heldout", settings.batch_size, torch.device("cpu"))
     batches = islice(stream.take(settings.velocity_batches, 1), settings.velocity_batches)
     with torch.no_grad():

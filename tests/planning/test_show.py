@@ -16,7 +16,7 @@ from ppcl_ds.planning.planner import show
 from ppcl_ds.planning.show import front
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import command
 
@@ -72,10 +72,10 @@ def test_the_table_says_what_is_left_and_what_it_is_expected_to_cost(
 
 def test_the_front_holds_sets_that_no_smaller_one_beats(probed_run: tuple[Path, Recipe]) -> None:
     _, recipe = probed_run
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     report = ProbeReport.model_validate_json((recipe.probe_folder / "report.json").read_text())
-    forecast = probed(report, files, anatomy)
-    points = front(forecast, budget_of(recipe.plan, files, anatomy, torch.float32))
+    forecast = probed(report, teacher)
+    points = front(forecast, budget_of(recipe.plan, teacher, torch.float32))
     assert [point.left for point in points] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
     assert [point.error for point in points] == sorted(point.error for point in points)
     assert points[0].name == "[0,1]"

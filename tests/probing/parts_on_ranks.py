@@ -20,8 +20,8 @@ from ppcl_ds.recipe import load_recipe
 def main(path: Path) -> None:
     """Leave `whole`, `ranged` and `probe` (of the parts) in the run folder."""
     recipe = load_recipe(path)
-    files, anatomy = check(recipe)
-    reader = open_reader(recipe, files, anatomy, launch.join())
+    teacher = check(recipe)
+    reader = open_reader(recipe, teacher, launch.join())
 
     def keep(name: str) -> None:
         if dist.get_rank() == 0:
@@ -36,7 +36,7 @@ def main(path: Path) -> None:
     for index in (3, 1, 2, 1):  # in any order, and one of them again
         sum_part(reader, Part(index, 3))
     if dist.get_rank() == 0:
-        merge_parts(recipe, files, anatomy)
+        merge_parts(recipe, teacher)
     launch.leave()
     launch.end()
 

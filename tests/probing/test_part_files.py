@@ -17,7 +17,6 @@ from ppcl_ds.probing.probe import check
 from ppcl_ds.probing.report import ProbeReport, load_report
 from ppcl_ds.probing.sums import Lane, Sums, zero_sums
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.files import ModelFiles
 from tests.conftest import command, run_ranks
 
 CPU = torch.device("cpu")
@@ -68,7 +67,7 @@ class Folder:
 
     def read(self) -> None:
         self.recipe: Recipe = load_recipe(self.path)
-        self.files = ModelFiles(self.recipe.teacher.path)
+        self.teacher = Teacher(self.recipe.teacher.path)
 
     def write(self, index: int, count: int, seed: int = 0) -> Path:
         """Range by range, the last first."""
@@ -155,7 +154,7 @@ def other_shards(folder: Folder) -> None:
 
 
 def other_teacher(folder: Folder) -> None:
-    [weights] = folder.files.folder.glob("*.safetensors")
+    [weights] = folder.teacher.files.folder.glob("*.safetensors")
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"abcd")
 

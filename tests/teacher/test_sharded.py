@@ -22,7 +22,6 @@ from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.plugging import plugged
@@ -75,7 +74,7 @@ def be_a_rank(folder: Path) -> None:
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     found: dict[str, Any] = {}
     for family in FAMILIES:
-        files = ModelFiles(folder / family)
+        teacher = Teacher(folder / family)
         for name, dtype in DTYPES.items():
             engine = load_teacher(files, config, dtype, None)
             parameters: list[Any] = list(engine.module.parameters())
@@ -147,8 +146,8 @@ def test_each_of_two_ranks_holds_half_and_nothing_whole(folder: Path, family: st
 @pytest.mark.parametrize("variant", ["both", "second"])
 @pytest.mark.parametrize("family", SPANS)
 def test_a_plugged_variant_computes_what_the_assembled_model_does(folder: Path, family: str, variant: str) -> None:
-    files = ModelFiles(folder / family)
-    model = assembled(files, Anatomy(files.empty_model()), plan_of(family), variant, None)
+    teacher = Teacher(folder / family)
+    model = assembled(teacher, plan_of(family), variant, None)
     expected = velocity(family, model, torch.float32, seed=7)
     for rank in range(RANKS):
         torch.testing.assert_close(found(folder, rank)[f"{family} {variant}"], expected, rtol=0, atol=1e-6)

@@ -21,12 +21,13 @@ from torch import nn
 
 from ppcl_ds import launch
 from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
 from ppcl_ds.teacher.anatomy import Anatomy, Capture, Wanted
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.reader import NoisyBatch, read_teacher
+from ppcl_ds.teacher.teacher import read_teacher
 from tests.conftest import TEACHERS
 
 FAMILIES = ("qwen", "flux")

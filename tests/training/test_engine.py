@@ -46,13 +46,13 @@ Weights = dict[str, dict[str, Tensor]]
 def be_a_rank(path: Path) -> None:
     """Train the same library on the same parcels three times; write its weights behind every step."""
     recipe = load_recipe(path)
-    files, anatomy, plan = check(recipe)
+    teacher, plan = check(recipe)
     launch.join()
     # DeepSpeed is imported by ranks only.
     from benchmarks.schedule import OneForwardOneBackward, WithoutBubbles, new_engine
     from ppcl_ds.distill.trainer import Trainer
 
-    trainer = Trainer(recipe, plan, files, anatomy)
+    trainer = Trainer(recipe, plan, teacher)
     rounds = trainer.rounds(0)
     parcels: list[Mapping[str, Parcel]] = []
     for _ in range(STEPS * MICRO_BATCHES):

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.training.flops import Work, measure_work
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.estimate.conftest import QWEN_IMAGE, Configured
@@ -52,9 +51,9 @@ def time_embedding(width: int) -> int:
 def test_a_qwen_image_stack_costs_what_its_matrices_cost(
     configured: Configured, height: int, width: int, text: int
 ) -> None:
-    files = configured("qwen")
+    teacher = configured("qwen")
     image = height // 2 * (width // 2)
-    work = measure_work(files, Anatomy(files.empty_model()), plan((0, 1), (2, 4)), (1, height, width), text)
+    work = measure_work(teacher, plan((0, 1), (2, 4)), (1, height, width), text)
     block = joint_block(image, text, WIDTH)
     entrance = linear(image, 4, WIDTH) + linear(text, 16, WIDTH) + time_embedding(WIDTH)
     assert work.units == {"0-1": block, "2-4": block}
@@ -69,7 +68,7 @@ def test_width_units_cost_what_their_matrices_cost(configured: Configured) -> No
         UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25),
     )
     width = Plan(teacher="", blocks=6, units=units, variants={})
-    work = measure_work(files, Anatomy(files.empty_model()), width, (1, 8, 8), text)
+    work = measure_work(teacher, width, (1, 8, 8), text)
     assert work.units == {
         "group": 3 * linear(text, WIDTH, WIDTH),
         "line": linear(image, WIDTH, WIDTH),
@@ -80,8 +79,8 @@ def test_width_units_cost_what_their_matrices_cost(configured: Configured) -> No
 
 
 def test_both_block_lists_of_flux_cost_what_their_matrices_cost(configured: Configured) -> None:
-    files = configured("flux")
-    work = measure_work(files, Anatomy(files.empty_model()), plan((1, 2), (5, 7)), (1, 8, 8), 4)
+    teacher = configured("flux")
+    work = measure_work(teacher, plan((1, 2), (5, 7)), (1, 8, 8), 4)
     joint, single = joint_block(16, 4, WIDTH), single_block(20, WIDTH)
     pooled = linear(1, 8, WIDTH) + linear(1, WIDTH, WIDTH)
     entrance = linear(16, 4, WIDTH) + linear(4, 16, WIDTH) + time_embedding(WIDTH) + pooled
@@ -90,8 +89,8 @@ def test_both_block_lists_of_flux_cost_what_their_matrices_cost(configured: Conf
 
 
 def test_sd3s_second_attention_costs_extra(configured: Configured) -> None:
-    files = configured("sd3")
-    work = measure_work(files, Anatomy(files.empty_model()), plan((0, 1), (2, 3)), (1, 8, 8), 4)
+    teacher = configured("sd3")
+    work = measure_work(teacher, plan((0, 1), (2, 3)), (1, 8, 8), 4)
     plain = joint_block(16, 4, WIDTH)
     extra = linear(1, WIDTH, 3 * WIDTH) + 4 * linear(16, WIDTH, WIDTH) + attention(16, WIDTH)
     assert work.units == {"0-1": plain + extra, "2-3": plain}
@@ -104,10 +103,10 @@ def test_a_step_counts_the_backward_twice_and_recomputation_once() -> None:
 
 
 def test_the_work_of_twenty_billion_parameters_is_counted_in_seconds(configured: Configured) -> None:
-    files = configured("qwen", **QWEN_IMAGE)
-    anatomy = Anatomy(files.empty_model())
+    teacher = configured("qwen", **QWEN_IMAGE)
+    anatomy = teacher.anatomy
     began = time.monotonic()
-    work = measure_work(files, anatomy, plan((57, 58)), (16, 128, 128), 64)
+    work = measure_work(teacher, plan((57, 58)), (16, 128, 128), 64)
     assert time.monotonic() - began < 30  # about three seconds on one idle core
     assert work.units["57-58"] == joint_block(4096, 64, 3072)
     assert work.teacher == pytest.approx(59 * joint_block(4096, 64, 3072), rel=1e-3)
@@ -115,6 +114,6 @@ def test_the_work_of_twenty_billion_parameters_is_counted_in_seconds(configured:
 
 def test_a_sample_that_the_teacher_cannot_read_is_refused(configured: Configured) -> None:
     for family, latents, words in (("qwen", (1, 7, 8), "multiples of 2"), ("sd3", (1, 64, 64), "64x64")):
-        files = configured(family)
+        teacher = configured(family)
         with pytest.raises(UserError, match=words):
-            measure_work(files, Anatomy(files.empty_model()), plan((2, 3)), latents, 4)
+            measure_work(teacher, plan((2, 3)), latents, 4)

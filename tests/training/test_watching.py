@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.reader import open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.flops import measure_work
 from ppcl_ds.training.log import Journal
 from ppcl_ds.watch.tensorboard import read_scalars
@@ -53,10 +53,10 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     assert scalars["data/bad_samples"][-1][1] == 1, "though both ranks may have met it"
     assert f"bad samples that were skipped: 1; {recipe.bad_samples} names them" in printed
 
-    files, anatomy = open_teacher(recipe)
+    teacher = open_teacher(recipe)
     samples = recipe.distill.micro_batch * recipe.distill.micro_batches_per_step
     # The first sample of the run says "a tiny ..." or one word: the FLOPs are those of its own length.
-    possible = [measure_work(files, anatomy, PLAN, (1, 8, 8), words).per_step(samples, False) for words in (1, 3)]
+    possible = [measure_work(teacher, PLAN, (1, 8, 8), words).per_step(samples, False) for words in (1, 3)]
     at_the_end = {name: points[-1][1] for name, points in scalars.items()}
     per_step = sum(at_the_end[f"seconds/{phase}"] for phase in phases[:4])
     assert at_the_end["run/samples_per_second"] * per_step == pytest.approx(samples, rel=0.2)  # means of two ranks

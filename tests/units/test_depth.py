@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stock(files: ModelFiles) -> Any:
-    return getattr(diffusers, files.class_name).from_pretrained(files.folder).eval()
+    return getattr(diffusers, files.class_name).from_pretrained(teacher.files.folder).eval()
 
 
 def block_of(model: Any, index: int) -> torch.nn.Module:
@@ -49,7 +49,7 @@ def recorded(model: Any) -> Capture:
 @pytest.mark.parametrize(("family", "first"), FIRSTS)
 @torch.no_grad()
 def test_a_fresh_unit_is_the_teachers_block(folders: dict[str, Path], family: str, first: int) -> None:
-    files = ModelFiles(folders[family])
+    teacher = Teacher(folders[family])
     model = stock(files)
     block = Anatomy(model).blocks[first]
     capture = recorded(model)
@@ -62,7 +62,7 @@ def test_a_fresh_unit_is_the_teachers_block(folders: dict[str, Path], family: st
 
 @pytest.mark.parametrize(("family", "first"), FIRSTS)
 def test_its_tensors_are_named_as_in_the_teachers_block(folders: dict[str, Path], family: str, first: int) -> None:
-    files = ModelFiles(folders[family])
+    teacher = Teacher(folders[family])
     expected = {f"core.{name}": tensor for name, tensor in block_of(stock(files), first).state_dict().items()}
     state = depth_unit(files, first, torch.float32).state_dict()
     assert state.keys() == expected.keys()
@@ -79,7 +79,7 @@ def test_all_of_a_unit_can_be_trained_in_the_number_format_asked_for(
 
 
 def test_every_parameter_of_a_unit_receives_a_gradient(folders: dict[str, Path]) -> None:
-    files = ModelFiles(folders["qwen"])
+    teacher = Teacher(folders["qwen"])
     model = stock(files)
     capture = recorded(model)
     unit = depth_unit(files, 2, torch.float32)
@@ -90,7 +90,7 @@ def test_every_parameter_of_a_unit_receives_a_gradient(folders: dict[str, Path])
 
 
 def test_training_one_unit_leaves_other_units_of_the_same_block_alone(folders: dict[str, Path]) -> None:
-    files = ModelFiles(folders["qwen"])
+    teacher = Teacher(folders["qwen"])
     trained, other = depth_unit(files, 1, torch.float32), depth_unit(files, 1, torch.float32)
     with torch.no_grad():
         for parameter in trained.parameters():

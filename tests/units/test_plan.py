@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from tests.conftest import TEACHERS, make_teacher
 
@@ -28,7 +27,7 @@ PLAN = Plan(
 )
 
 
-Teachers = dict[str, tuple[ModelFiles, Anatomy]]
+Teachers = dict[str, Teacher]
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
     for family in TEACHERS:
         folder = tmp_path_factory.mktemp(family)
         make_teacher(family, folder)
-        files = ModelFiles(folder)
-        made[family] = (files, Anatomy(files.empty_model()))
+        teacher = Teacher(folder)
+        made[family] = teacher
     return made
 
 
@@ -178,7 +177,7 @@ def test_a_file_that_is_no_plan_is_named(teachers: Teachers, tmp_path: Path, con
     complaint(path, teachers["flux"])
 
 
-def complaint(path: Path, teacher: tuple[ModelFiles, Anatomy]) -> str:
+def complaint(path: Path, teacher: Teacher) -> str:
     with pytest.raises(UserError) as refused:
         load_plan(path, *teacher)
     message = str(refused.value)
