@@ -30,6 +30,7 @@ from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from ppcl_ds.atomic import to_disk, whole_folder
 from ppcl_ds.export.model_folder import write_model, write_sums
 from ppcl_ds.teacher.anatomy import block_shapes
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
 from ppcl_ds.training.trained import unit_sources, unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan

@@ -65,15 +65,15 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     assert start.library is not None
     state = partial(unit_state, start.library.checkpoint, start.library.trained)
     student: Any = assembled(start.teacher, start.plan, VARIANT, state).requires_grad_(True)
-    assert start.files.model_class is not None
-    teacher = start.files.model_class.from_pretrained(start.teacher.files.folder).eval()
+    assert start.teacher.files.model_class is not None
+    teacher = start.teacher.files.model_class.from_pretrained(start.teacher.files.folder).eval()
     _, batch = next(ours.data.take(dist.get_rank(), load.stages))
 
     def plain_loop() -> None:
         for _ in range(load.micro_batches // load.stages):
             with torch.no_grad():
-                true = ours.caller(teacher, batch.latents, batch.prompts, batch.sigmas)
-            own = ours.caller(student, batch.latents, batch.prompts, batch.sigmas)
+                true = start.teacher.caller(teacher, batch.latents, batch.prompts, batch.sigmas)
+            own = start.teacher.caller(student, batch.latents, batch.prompts, batch.sigmas)
             (own - true).square().mean().backward()
         for parameter in student.parameters():
             parameter.grad = None

@@ -20,6 +20,7 @@ import typer
 
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, show
+from ppcl_ds.teacher.teacher import Teacher
 
 MIB = 2**20
 CONFIG: dict[str, Any] = {
@@ -82,7 +83,7 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     teacher = Teacher(Path(folder))
     config = read_deepspeed_file(shipped("ds_configs/teacher_zero3.json"))
     sampler = Sampler()
-    engine = load_teacher(files, config, getattr(torch, dtype), ranks_per_copy=None)
+    engine = load_teacher(teacher, config, getattr(torch, dtype), ranks_per_copy=None)
     grown = sampler.growth()
     assert all(p.numel() == 0 or p.ds_persist for p in engine.module.parameters())  # nothing is whole on a rank
     launch.leave()

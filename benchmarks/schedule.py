@@ -78,8 +78,7 @@ def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
     inbox = Inbox()
     library = Library(
         plan,
-        teacher.files,
-        teacher.anatomy,
+        teacher,
         costs={unit.name: 1 for unit in plan.units},
         stages=recipe.topology.stages,
         dtype=DTYPES[recipe.teacher.precision],

@@ -103,7 +103,7 @@ def against_bare_parts(recipe: str, work: dict[str, Any], repeats: int) -> list[
     device = launch.join()
     load = Workload(**work)
     engine = EngineStep(Path(recipe))
-    plain = PlainStudents(engine.trainer.files.folder, engine.spans, load.dtype, device)
+    plain = PlainStudents(engine.trainer.teacher.files.folder, engine.spans, load.dtype, device)
     batch = Latents.random(load, torch.Generator().manual_seed(dist.get_rank()), device)
     reading = plain.read(batch)
 

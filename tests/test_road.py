@@ -38,7 +38,7 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
     teacher = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, teacher)
     class_name = TEACHERS[family][0]
-    teacher = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path)
+    stock = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path)
     whole = sum(block.parameters for block in teacher.blocks)
     models = {row["name"]: row for row in json.loads((recipe.run / "report.json").read_text())["models"]}
     assert set(models) == {"teacher", *plan.variants, *(f"{variant}-undistilled" for variant in plan.variants)}
@@ -48,7 +48,7 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
         left = sum(teacher.blocks[origin].parameters for origin, _ in plan.places(variant))
         assert abs(left / whole - (1 - share)) < 0.6 * max(b.parameters for b in teacher.blocks) / whole
         assert models[variant]["params"] == sum(p.numel() for p in model.parameters())
-        expect_parts(model, teacher, path, variant)
+        expect_parts(model, stock, path, variant)
         printed = subprocess.run(
             [sys.executable, "-c", LOAD_WITHOUT_US, str(recipe.pruned(variant)), class_name],
             capture_output=True,
@@ -59,7 +59,7 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
         assert int(printed) == models[variant]["params"]
 
 
-def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, variant: str) -> None:
+def expect_parts(model: torch.nn.Module, stock: torch.nn.Module, path: Path, variant: str) -> None:
     """Units come from the checkpoint, every other block and everything around the blocks from the teacher."""
     recipe = load_recipe(path)
     teacher = open_teacher(recipe)
@@ -70,11 +70,11 @@ def expect_parts(model: torch.nn.Module, teacher: torch.nn.Module, path: Path, v
     modules = [module for name in lists for module in getattr(model, name)]
     assert len(modules) == len(places)
     for module, (origin, unit) in zip(modules, places, strict=True):
-        source = teacher.anatomy.module(teacher, teacher.blocks[origin]).state_dict()
+        source = teacher.anatomy.module(stock, teacher.blocks[origin]).state_dict()
         expected = unit_state(checkpoint, plan, unit) if unit else source
         expected = {key: tensor.float() for key, tensor in expected.items()}  # as the teacher is stored
         torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
         if unit:
             assert any(not torch.equal(expected[key], source[key]) for key in source)
-    around = {k: v for k, v in teacher.state_dict().items() if not k.startswith(tuple(lists))}
+    around = {k: v for k, v in stock.state_dict().items() if not k.startswith(tuple(lists))}
     torch.testing.assert_close({k: model.state_dict()[k] for k in around}, around, rtol=0, atol=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from ppcl_ds.teacher.anatomy import Anatomy, Block
 from ppcl_ds.teacher.teacher import Teacher
@@ -34,7 +34,7 @@ def assume_plan(shares: dict[str, float], teacher: Teacher) -> Plan:
     return Plan(teacher=teacher.class_name, blocks=len(teacher.blocks), units=units, variants={variant: names})
 
 
-def _spans(blocks: list[Block], share: float, allowed: set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _spans(blocks: list[Block], share: float, allowed: Set[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     first, count = blocks[0].index, len(blocks)
     length = max(2, math.ceil(1 / (1 - share) - 1e-9))  # the shortest with (length - 1) / length >= share
     last = first + count - 1

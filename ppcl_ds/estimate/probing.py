@@ -68,7 +68,7 @@ def probing_of(
     passes = ranges(lanes, span, section.blocks_at_once, SUMS_BYTES)
     samples = section.batches * section.batch_size
     wanted = [wanted_for(lanes, blocks, span) for blocks in passes]
-    teacher = samples * sum(rehearsal.flops_until[each.last] for each in wanted)
+    forwards = samples * sum(rehearsal.flops_until[each.last] for each in wanted)
     sizes = [sum(block_bytes(lanes, block, span) for block in blocks) for blocks in passes]
     moments = samples * sum(
         2 * lane.channels**2 * window * _exit(rehearsal, teacher.anatomy, lane, block).shape[1]
@@ -83,10 +83,10 @@ def probing_of(
         sums=max(sizes),
         boundaries=section.batch_size * max(_held(rehearsal, teacher.anatomy, lanes, each.exits) for each in wanted),
         part=sum(sizes),
-        teacher_flops=teacher,
+        teacher_flops=forwards,
         moment_flops=moments,
         figure_flops=cubes,
-        seconds=teacher / (rate * accelerator.tflops) + (moments + cubes) / (rate * accelerator.tflops64),
+        seconds=forwards / (rate * accelerator.tflops) + (moments + cubes) / (rate * accelerator.tflops64),
     )
 
 

@@ -23,7 +23,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 
 _MARKS = ("lora", "lokr_", "hada_")
@@ -95,12 +95,10 @@ def _numbering(plan_file: Path, variant: str, teacher: Path | None) -> Numbering
         if teacher is None:
             why = f"has several lists of blocks ({', '.join(names)})" if names else "cannot be looked at by itself"
             raise UserError(f"{plan.teacher} {why}; give --teacher, of which config.json is enough")
-    files = ModelFiles(teacher, weights=False)
-    model = files.empty_model()
-    anatomy = Anatomy(model)
-    lists = Counter(block.list_name for block in anatomy.blocks)
-    plan = load_plan(plan_file, teacher)
-    return Numbering(lists, _others(model, lists), parts_of(anatomy), plan, variant)
+    opened = Teacher(teacher, weights=False)
+    lists = Counter(block.list_name for block in opened.blocks)
+    plan = load_plan(plan_file, opened)
+    return Numbering(lists, _others(opened.empty, lists), parts_of(opened.anatomy), plan, variant)
 
 
 def _others(model: nn.Module, lists: Mapping[str, int] | list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
@@ -196,8 +196,8 @@ def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     except ValidationError as fault:
         return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
     if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
-        teacher = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
-        return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {teacher}"]
+        own = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
+        return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {own}"]
     return plan, list(_complaints(plan, teacher))
 
 
@@ -213,7 +213,7 @@ def _complaints(plan: Plan, teacher: Teacher) -> Iterator[str]:
         yield from _variant_complaints(plan, variant)
 
 
-def _unit_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatomy) -> str:
+def _unit_complaint(unit: UnitPlan, spans: Set[tuple[int, int]], anatomy: Anatomy) -> str:
     first, last = unit.span
     if not 0 <= first <= last < len(anatomy):
         return f"span {list(unit.span)} is not possible; this teacher has blocks 0 to {len(anatomy) - 1}"
@@ -224,7 +224,7 @@ def _unit_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatom
     return {"depth": _depth_complaint, "text": _text_complaint, "ffn": _ffn_complaint}[unit.kind](unit, spans, anatomy)
 
 
-def _depth_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatomy) -> str:
+def _depth_complaint(unit: UnitPlan, spans: Set[tuple[int, int]], anatomy: Anatomy) -> str:
     last = anatomy.blocks[unit.span[1]]
     if unit.span not in spans:
         return (
@@ -236,7 +236,7 @@ def _depth_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anato
     return "" if set(unit.streams) <= set(last.returns) else f"block {last.index} returns only {list(last.returns)}"
 
 
-def _text_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatomy) -> str:
+def _text_complaint(unit: UnitPlan, spans: Set[tuple[int, int]], anatomy: Anatomy) -> str:
     blocks = anatomy.blocks[unit.span[0] : unit.span[1] + 1]
     if len(blocks) < 2 or blocks[0].list_name != blocks[-1].list_name:
         return f"span {list(unit.span)} is not possible; a text group holds at least two blocks of one list"
@@ -249,7 +249,7 @@ def _text_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatom
     return ""
 
 
-def _ffn_complaint(unit: UnitPlan, spans: set[tuple[int, int]], anatomy: Anatomy) -> str:
+def _ffn_complaint(unit: UnitPlan, spans: Set[tuple[int, int]], anatomy: Anatomy) -> str:
     block = anatomy.blocks[unit.span[0]]
     if unit.span[0] != unit.span[1]:
         return f"span {list(unit.span)} is not possible; kind ffn is for one block: [{unit.span[0]}, {unit.span[0]}]"

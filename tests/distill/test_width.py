@@ -26,7 +26,7 @@ from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.sharded import forget_order
-from ppcl_ds.teacher.teacher import Teacher, open_teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.kinds import build_unit
@@ -84,7 +84,7 @@ Seen = dict[str, tuple[Tensor, Tensor]]
 """Output of a unit -> what it is computed from and what it should be, tokens that count only, (N, C) each."""
 
 
-class Teacher:
+class StockTeacher:
     """The stock model, read by plain hooks: an independent account of what width units see."""
 
     def __init__(self, family: str, path: Path) -> None:
@@ -198,8 +198,8 @@ def least_squares(x: Tensor, y: Tensor, ridge: float) -> nn.Linear:
 
 def test_width_units_start_from_least_squares_and_are_trained_like_a_plain_loop(trained: Path) -> None:
     recipe = load_recipe(trained)
-    family = next(name for name, (cls, _) in TEACHERS.items() if cls == open_teacher(recipe)[0].class_name)
-    teacher = Teacher(family, trained)
+    family = next(name for name, (cls, _) in TEACHERS.items() if cls == open_teacher(recipe).class_name)
+    teacher = StockTeacher(family, trained)
     seen = teacher.see(max(STEPS, CALIBRATION_STEPS) * PER_STEP)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     for name in ("group", "line", "thin"):
@@ -247,12 +247,12 @@ def be_a_rank(path: Path) -> None:
         units = {unit.name: build_unit(unit, teacher, dtype) for unit in own}
         for unit in own:
             units[unit.name].core.load_state_dict(checkpoint.unit(unit.name))
-        teacher = load_teacher(teacher.files, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
+        sharded = load_teacher(teacher, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
         for variant in plan.variants:
-            with plugged(teacher.module, teacher.anatomy, plan, variant, units, group, owner):
-                found[name, variant] = velocity(teacher, recipe, dtype)
-            forget_order(teacher)
-        found[name, "teacher"] = velocity(teacher, recipe, dtype)
+            with plugged(sharded.module, teacher.anatomy, plan, variant, units, group, owner):
+                found[name, variant] = velocity(sharded, recipe, dtype)
+            forget_order(sharded)
+        found[name, "teacher"] = velocity(sharded, recipe, dtype)
     torch.save(found, path.parent / f"velocities {rank}.pt")
     launch.leave()
     launch.end()
@@ -261,7 +261,7 @@ def be_a_rank(path: Path) -> None:
 @torch.no_grad()
 def velocity(model: Any, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     [(_, batch)] = islice(NoisyStream(recipe, "heldout", 4, torch.device("cpu")).take(0, 1), 1)
-    caller = caller_for(open_teacher(recipe)[0].class_name)
+    caller = caller_for(open_teacher(recipe).class_name)
     return caller(model, batch.latents.to(dtype), batch.prompts.to(torch.device("cpu"), dtype), batch.sigmas)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.lora import remap
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.plan import Plan, Stream, UnitPlan
 from ppcl_ds.units.variant import assembled
@@ -97,7 +98,6 @@ def teacher_of(folder: Path, family: str) -> Any:
 def pruned_of(folder: Path, family: str, variant: str = "small") -> Any:
     """The variant with random units, as `ppcl consolidate` would write it."""
     teacher = Teacher(folder / "pipeline")
-    anatomy = teacher.anatomy
 
     def random(unit: UnitPlan) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(unit.span[0])

@@ -89,11 +89,11 @@ def blocks_of(model: Any) -> list[Any]:
 def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
     """The plain loop."""
     found = Reference()
-    teacher = open_teacher(recipe)
+    opened = open_teacher(recipe)
     state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    student: Any = assembled(teacher, plan, "small", state).requires_grad_(True).eval()
-    teacher: Any = teacher.files.model_class.from_pretrained(teacher.files.folder).eval()
-    caller = teacher.caller
+    student: Any = assembled(opened, plan, "small", state).requires_grad_(True).eval()
+    teacher: Any = opened.files.model_class.from_pretrained(opened.files.folder).eval()
+    caller = opened.caller
     settings = recipe.finetune
     assert settings is not None
     units = {

@@ -149,7 +149,7 @@ def test_all_variants_draw_on_one_library(case_of: Callable[[str], Case], family
     assert spans["large"] == spans["twin"] != spans["small"]
     assert sorted({span for part in spans.values() for span in part}) == [unit.span for unit in plan.units]
     assert len({unit.name for unit in plan.units}) == len(plan.units)
-    assert (plan.teacher, plan.blocks) == (case.files.class_name, len(case.parameters))
+    assert (plan.teacher, plan.blocks) == (case.teacher.class_name, len(case.parameters))
 
 
 def test_units_are_trained_on_the_streams_that_somebody_reads(case_of: Callable[[str], Case]) -> None:
@@ -211,7 +211,7 @@ def test_candidates_join_the_library_without_a_variant(case_of: Callable[[str], 
 def test_a_given_plan_is_taken_as_it_is_and_chosen_from(case_of: Callable[[str], Case], tmp_path: Path) -> None:
     case = case_of("qwen")
     units = tuple(UnitPlan(name=f"own {u}", span=(u, v), streams=("image",)) for u, v in [(0, 1), (2, 4), (5, 6)])
-    own = Plan(teacher=case.files.class_name, blocks=8, units=units, variants={"published": ("own 2",)})
+    own = Plan(teacher=case.teacher.class_name, blocks=8, units=units, variants={"published": ("own 2",)})
     own.save(tmp_path / "plan.yaml")
     section = PlanSection(rule="given", given=tmp_path / "plan.yaml", variants={"half": 0.5})
     plan = plan_of(section, report_of(case, 0), case)
@@ -247,7 +247,7 @@ def measured_library(case: Case, errors: dict[Span, float], sets: dict[tuple[Spa
 def test_variants_are_chosen_anew_by_what_units_cost(case_of: Callable[[str], Case]) -> None:
     case = case_of("qwen")
     swaps = measured_library(case, {(0, 1): 0.9, (2, 4): 0.1, (5, 6): 0.2, (5, 7): 0.8}, {})
-    library = Plan(teacher=case.files.class_name, blocks=8, units=swaps.units, variants={})
+    library = Plan(teacher=case.teacher.class_name, blocks=8, units=swaps.units, variants={})
     section = PlanSection(variants={"v": 3 / 8, "w": 2 / 8})
     plan = choose_again(section, swaps, library, budget_of_case(section, case, swaps), {"mine": ("(0, 1)",), "v": ()})
     assert chosen(plan, "v") == [(2, 4), (5, 6)]

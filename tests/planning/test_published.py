@@ -12,9 +12,8 @@ from accelerate import init_empty_weights
 
 from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.sections import shipped
-from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.modeling_pruned import PrunedQwenImageTransformer2DModel
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import load_plan
 from tests.conftest import command
 
@@ -22,29 +21,29 @@ PUBLISHED = shipped("plans/qwen_image_published.yaml")
 
 
 @pytest.fixture(scope="module")
-def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
     """Qwen-Image by its configuration, which is the class's default."""
     folder = tmp_path_factory.mktemp("qwen-image")
     with init_empty_weights():
         config = diffusers.QwenImageTransformer2DModel().config
     (folder / "config.json").write_text(json.dumps({"_class_name": "QwenImageTransformer2DModel", **config}))
-    return ModelFiles(folder, weights=False)
+    return Teacher(folder, weights=False)
 
 
-def test_it_fits_qwen_image_and_takes_25_of_60_blocks_out(qwen_image: ModelFiles) -> None:
-    anatomy = Anatomy(qwen_image.empty_model())
-    plan = load_plan(PUBLISHED, qwen_image, anatomy)
-    assert len(anatomy) == 60
+def test_it_fits_qwen_image_and_takes_25_of_60_blocks_out(qwen_image: Teacher) -> None:
+    blocks = qwen_image.blocks
+    plan = load_plan(PUBLISHED, qwen_image)
+    assert len(blocks) == 60
     assert {variant: len(plan.places(variant)) for variant in plan.variants} == {"depth": 35, "depth-and-width": 35}
     assert [unit.span for unit in plan.units if unit.kind == "depth"][4] == (15, 24)
-    whole = sum(p.numel() for p in qwen_image.empty_model().parameters())
-    left = {v: whole - sum(parameters_saved(u, qwen_image, anatomy) for u in plan.units_of(v)) for v in plan.variants}
+    whole = sum(p.numel() for p in qwen_image.empty.parameters())
+    left = {v: whole - sum(parameters_saved(u, qwen_image) for u in plan.units_of(v)) for v in plan.variants}
     assert whole == 20_430_401_088
-    assert left["depth"] == whole - 25 * anatomy.blocks[0].parameters
+    assert left["depth"] == whole - 25 * blocks[0].parameters
 
     renumbered = {origin: place for place, (origin, _) in enumerate(plan.places("depth-and-width"))}
     block = "transformer_blocks.{}".format
-    config = {key: value for key, value in qwen_image.config.items() if key != "_class_name"} | {"num_layers": 35}
+    config = {key: value for key, value in qwen_image.files.config.items() if key != "_class_name"} | {"num_layers": 35}
     with init_empty_weights():
         model = PrunedQwenImageTransformer2DModel(
             **config,

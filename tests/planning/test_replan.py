@@ -77,7 +77,7 @@ def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..
     swaps = load_swaps(recipe.swaps_file)
     assert swaps is not None
     check_figures(recipe, swaps, halfway)
-    plan = load_plan(recipe.plan_file, *open_teacher(recipe))
+    plan = load_plan(recipe.plan_file, open_teacher(recipe))
     assert set(plan.variants) == {*recipe.plan.variants, "half"}
     assert plan.variants["half"] == ("unit_0_2",), "written by hand"
     assert {name for names in plan.variants.values() for name in names} == {unit.name for unit in plan.units}
@@ -87,7 +87,7 @@ def test_a_run_is_planned_anew_and_goes_on_with_fewer_units(new_run: Callable[..
     LIBRARY.save(recipe.plan_file)
     command("plan", path, "--from-run", recipe.run)  # nothing has been trained meanwhile: nothing is measured anew
     assert recipe.swaps_file.stat().st_mtime_ns == measured
-    assert load_plan(recipe.plan_file, *open_teacher(recipe)) == plan
+    assert load_plan(recipe.plan_file, open_teacher(recipe)) == plan
 
     command("distill", path)
     ended, throughout = (

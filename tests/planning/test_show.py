@@ -52,8 +52,7 @@ def test_the_table_says_what_is_left_and_what_it_is_expected_to_cost(
     monkeypatch.setenv("COLUMNS", "160")  # of the terminal
     show(recipe)
     lines = {line.strip().split("  ")[0]: line for line in capsys.readouterr().out.splitlines()}
-    _, anatomy = open_teacher(recipe)
-    block = anatomy.blocks[0].parameters
+    block = open_teacher(recipe).blocks[0].parameters
     assert f"{3 * block:,} (-50%)" in lines["small [a]"]
     assert "3 of 6" in lines["small [a]"]
     assert "[0,2] [3,4]" in lines["small [a]"]

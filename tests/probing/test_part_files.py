@@ -17,6 +17,7 @@ from ppcl_ds.probing.probe import check
 from ppcl_ds.probing.report import ProbeReport, load_report
 from ppcl_ds.probing.sums import Lane, Sums, zero_sums
 from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.teacher.teacher import Teacher
 from tests.conftest import command, run_ranks
 
 CPU = torch.device("cpu")
@@ -74,11 +75,11 @@ class Folder:
         whole = random_sums(seed)
         ranges = [{key: own for key, own in whole.items() if key.block in blocks} for blocks in ([3], [1, 2], [0])]
         path = self.parts / Part(index, count).file
-        write_part(path, Contents(LANES, ("text",), made_with(self.recipe, self.files)), iter(ranges), SPAN)
+        write_part(path, Contents(LANES, ("text",), made_with(self.recipe, self.teacher.files)), iter(ranges), SPAN)
         return path
 
     def merge(self) -> Parts:
-        return Parts(self.parts, self.recipe, self.files)
+        return Parts(self.parts, self.recipe, self.teacher.files)
 
     def edit(self, change: Callable[[dict], None]) -> None:
         recipe = yaml.safe_load(self.path.read_text())

@@ -20,8 +20,8 @@ from ppcl_ds import launch
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.plugging import plugged
@@ -76,15 +76,15 @@ def be_a_rank(folder: Path) -> None:
     for family in FAMILIES:
         teacher = Teacher(folder / family)
         for name, dtype in DTYPES.items():
-            engine = load_teacher(files, config, dtype, None)
+            engine = load_teacher(teacher, config, dtype, None)
             parameters: list[Any] = list(engine.module.parameters())
             found[f"{family} {name} held"] = sum(p.ds_tensor.numel() for p in parameters)
             found[f"{family} {name} whole"] = sum(p.numel() for p in parameters)
             found[f"{family} {name} velocity"] = velocity(family, engine, dtype, seed=rank)
             found[f"{family} {name} dtypes"] = {key: p.dtype for key, p in engine.module.named_parameters()}
             if family in SPANS and name == "fp32":
-                plan, anatomy = plan_of(family), Anatomy(files.empty_model())
-                units = {f"unit {rank}": depth_unit(files, SPANS[family][rank][0], dtype)}
+                plan, anatomy = plan_of(family), teacher.anatomy
+                units = {f"unit {rank}": depth_unit(teacher, SPANS[family][rank][0], dtype)}
                 for variant in plan.variants:
                     with plugged(engine.module, anatomy, plan, variant, units, group, owner={"unit 0": 0, "unit 1": 1}):
                         found[f"{family} {variant}"] = velocity(family, engine, dtype, seed=7)

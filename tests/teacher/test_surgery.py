@@ -181,7 +181,7 @@ def test_a_units_tensors_stand_where_its_block_stood(saved: Saved, family: str) 
 
 
 def test_tensors_keep_the_number_format_of_the_teachers_files(saved: Saved, tmp_path: Path) -> None:
-    source = diffusers.QwenImageTransformer2DModel.from_pretrained(saved("qwen").folder)
+    source = diffusers.QwenImageTransformer2DModel.from_pretrained(saved("qwen").files.folder)
     source.to(torch.bfloat16).save_pretrained(tmp_path)
     teacher = Teacher(tmp_path)
     trained = {name: tensor.float() for name, tensor in source.transformer_blocks[0].state_dict().items()}

@@ -24,10 +24,9 @@ from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.sections import shipped
-from ppcl_ds.teacher.anatomy import Anatomy, Capture, Wanted
+from ppcl_ds.teacher.anatomy import Capture, Wanted
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.teacher import read_teacher
+from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from tests.conftest import TEACHERS
 
 FAMILIES = ("qwen", "flux")
@@ -65,12 +64,12 @@ def be_a_rank(folder: Path) -> None:
     everything_sharded = stock["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
     found: dict[str, Any] = {}
     for family in FAMILIES:
-        files, batch = ModelFiles(folder / family), batch_of(rank)
-        anatomy, caller = Anatomy(files.empty_model()), caller_for(files.class_name)
-        engine = load_teacher(files, stock, torch.float32, None)
+        teacher, batch = Teacher(folder / family), batch_of(rank)
+        anatomy = teacher.anatomy
+        engine = load_teacher(teacher, stock, torch.float32, None)
         found[f"{family} with small parameters whole"] = velocity(family, engine, batch)
 
-        engine = load_teacher(files, stock | {"zero_optimization": everything_sharded}, torch.float32, None)
+        engine = load_teacher(teacher, stock | {"zero_optimization": everything_sharded}, torch.float32, None)
         parameters: list[Any] = list(engine.module.parameters())
         found[f"{family} held"] = sum(p.ds_secondary_tensor.numel() for p in parameters)
         found[f"{family} velocity"] = velocity(family, engine, batch)
@@ -81,7 +80,7 @@ def be_a_rank(folder: Path) -> None:
         left = []
         for _ in range(4):  # the order of fetches is recorded in the second, and fetched along from the third on
             ran.clear()
-            capture = read_teacher(engine, anatomy, caller, batch, WANTED[family])
+            capture = read_teacher(engine, teacher, batch, WANTED[family])
             left.append(gathered(engine))
         found[f"{family} capture"], found[f"{family} ran"] = (capture.streams, capture.conditioning), list(ran)
         found[f"{family} left gathered"] = left
@@ -163,12 +162,12 @@ def test_gathers_stay_inside_a_node(found: tuple[Path, list[dict[str, Any]]], fa
 def test_a_forward_ends_behind_the_last_wanted_boundary(found: tuple[Path, list[dict[str, Any]]], family: str) -> None:
     made, ranks = found
     model, wanted = stock_model(made, family), WANTED[family]
-    anatomy = Anatomy(model)
+    teacher = Teacher(made / family)
     for rank, own in enumerate(ranks):
         assert own[f"{family} ran"] == list(range(wanted.last + 1))
-        whole: Capture = read_teacher(model, anatomy, caller_for(TEACHERS[family][0]), batch_of(rank))
+        whole: Capture = read_teacher(model, teacher, batch_of(rank))
         streams, conditioning = own[f"{family} capture"]
-        blocks = anatomy.blocks
+        blocks = teacher.blocks
         assert streams.keys() == {blocks[u].entering for u in wanted.calls} | {blocks[v].leaving for v in wanted.exits}
         assert conditioning.keys() == wanted.calls
         for boundary, tensors in streams.items():

@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ppcl_ds.cli import main
-from ppcl_ds.teacher import anatomy, reader
+from ppcl_ds.data import noising
+from ppcl_ds.teacher import anatomy
 
 RANK, PLACE, COUNT = os.environ["DIE"].split(":")
 passed = 0
@@ -46,8 +47,8 @@ if __name__ == "__main__":
     elif PLACE == "exchange":
         dist.all_to_all_single = dies(dist.all_to_all_single)
     elif PLACE == "data":
-        hangs = dies(reader.NoisyStream._with_noise, lambda *_: time.sleep(1e6))
-        reader.NoisyStream._with_noise = hangs  # type: ignore[method-assign]
+        hangs = dies(noising.NoisyStream._with_noise, lambda *_: time.sleep(1e6))
+        noising.NoisyStream._with_noise = hangs  # type: ignore[method-assign]
     else:
         from ppcl_ds.training import saver
 

@@ -12,7 +12,7 @@ import torch
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.teacher.anatomy import Anatomy, Capture
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit
 from tests.conftest import TEACHERS, make_teacher
 
@@ -27,8 +27,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def stock(files: ModelFiles) -> Any:
-    return getattr(diffusers, files.class_name).from_pretrained(teacher.files.folder).eval()
+def stock(teacher: Teacher) -> Any:
+    return getattr(diffusers, teacher.class_name).from_pretrained(teacher.files.folder).eval()
 
 
 def block_of(model: Any, index: int) -> torch.nn.Module:
@@ -50,10 +50,10 @@ def recorded(model: Any) -> Capture:
 @torch.no_grad()
 def test_a_fresh_unit_is_the_teachers_block(folders: dict[str, Path], family: str, first: int) -> None:
     teacher = Teacher(folders[family])
-    model = stock(files)
+    model = stock(teacher)
     block = Anatomy(model).blocks[first]
     capture = recorded(model)
-    unit = depth_unit(files, first, torch.float32).eval()
+    unit = depth_unit(teacher, first, torch.float32).eval()
     output = unit(capture.streams[block.entering], capture.conditioning[first])
     assert output.keys() == capture.streams[block.leaving].keys()
     for stream, expected in capture.streams[block.leaving].items():
@@ -63,8 +63,8 @@ def test_a_fresh_unit_is_the_teachers_block(folders: dict[str, Path], family: st
 @pytest.mark.parametrize(("family", "first"), FIRSTS)
 def test_its_tensors_are_named_as_in_the_teachers_block(folders: dict[str, Path], family: str, first: int) -> None:
     teacher = Teacher(folders[family])
-    expected = {f"core.{name}": tensor for name, tensor in block_of(stock(files), first).state_dict().items()}
-    state = depth_unit(files, first, torch.float32).state_dict()
+    expected = {f"core.{name}": tensor for name, tensor in block_of(stock(teacher), first).state_dict().items()}
+    state = depth_unit(teacher, first, torch.float32).state_dict()
     assert state.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(state[name], tensor)
@@ -74,15 +74,15 @@ def test_its_tensors_are_named_as_in_the_teachers_block(folders: dict[str, Path]
 def test_all_of_a_unit_can_be_trained_in_the_number_format_asked_for(
     folders: dict[str, Path], dtype: torch.dtype
 ) -> None:
-    unit = depth_unit(ModelFiles(folders["sd3"]), 0, dtype)
+    unit = depth_unit(Teacher(folders["sd3"]), 0, dtype)
     assert all(parameter.requires_grad and parameter.dtype == dtype for parameter in unit.parameters())
 
 
 def test_every_parameter_of_a_unit_receives_a_gradient(folders: dict[str, Path]) -> None:
     teacher = Teacher(folders["qwen"])
-    model = stock(files)
+    model = stock(teacher)
     capture = recorded(model)
-    unit = depth_unit(files, 2, torch.float32)
+    unit = depth_unit(teacher, 2, torch.float32)
     output = unit(capture.streams[2], capture.conditioning[2])
     (output["image"].square().sum() + output["text"].square().sum()).backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in unit.parameters())
@@ -91,9 +91,9 @@ def test_every_parameter_of_a_unit_receives_a_gradient(folders: dict[str, Path])
 
 def test_training_one_unit_leaves_other_units_of_the_same_block_alone(folders: dict[str, Path]) -> None:
     teacher = Teacher(folders["qwen"])
-    trained, other = depth_unit(files, 1, torch.float32), depth_unit(files, 1, torch.float32)
+    trained, other = depth_unit(teacher, 1, torch.float32), depth_unit(teacher, 1, torch.float32)
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(1)
-    expected = block_of(stock(files), 1).state_dict()
+    expected = block_of(stock(teacher), 1).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in other.core.state_dict().items())

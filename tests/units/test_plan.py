@@ -36,15 +36,14 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
     for family in TEACHERS:
         folder = tmp_path_factory.mktemp(family)
         make_teacher(family, folder)
-        teacher = Teacher(folder)
-        made[family] = teacher
+        made[family] = Teacher(folder)
     return made
 
 
 def test_a_plan_comes_back_as_it_was_saved(teachers: Teachers, tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "plan.yaml"
     PLAN.save(path)
-    assert load_plan(path, *teachers["flux"]) == PLAN
+    assert load_plan(path, teachers["flux"]) == PLAN
 
 
 def test_a_saved_plan_is_made_to_be_edited(tmp_path: Path) -> None:
@@ -59,7 +58,7 @@ def test_a_saved_plan_is_made_to_be_edited(tmp_path: Path) -> None:
 def test_variants_may_have_any_name(teachers: Teachers, tmp_path: Path, name: str) -> None:
     plan = PLAN.model_copy(update={"variants": {name: ("early",)}})
     plan.save(tmp_path / "plan.yaml")
-    assert load_plan(tmp_path / "plan.yaml", *teachers["flux"]) == plan
+    assert load_plan(tmp_path / "plan.yaml", teachers["flux"]) == plan
 
 
 @pytest.mark.parametrize("name", ["1", "null", "early, late", "a: b"])
@@ -67,13 +66,13 @@ def test_units_may_have_any_name(teachers: Teachers, tmp_path: Path, name: str) 
     unit = PLAN.units[0].model_copy(update={"name": name})
     plan = PLAN.model_copy(update={"units": (unit,), "variants": {"small": (name,)}})
     plan.save(tmp_path / "plan.yaml")
-    assert load_plan(tmp_path / "plan.yaml", *teachers["flux"]) == plan
+    assert load_plan(tmp_path / "plan.yaml", teachers["flux"]) == plan
 
 
 def test_a_plan_without_units_comes_back_too(teachers: Teachers, tmp_path: Path) -> None:
     plan = PLAN.model_copy(update={"units": (), "variants": {"the teacher": ()}})
     plan.save(tmp_path / "plan.yaml")
-    assert load_plan(tmp_path / "plan.yaml", *teachers["flux"]) == plan
+    assert load_plan(tmp_path / "plan.yaml", teachers["flux"]) == plan
 
 
 def test_places_are_the_variants_blocks_in_order() -> None:
@@ -179,7 +178,7 @@ def test_a_file_that_is_no_plan_is_named(teachers: Teachers, tmp_path: Path, con
 
 def complaint(path: Path, teacher: Teacher) -> str:
     with pytest.raises(UserError) as refused:
-        load_plan(path, *teacher)
+        load_plan(path, teacher)
     message = str(refused.value)
     assert str(path) in message
     assert "\n" not in message
@@ -213,7 +212,7 @@ def test_units_that_need_the_same_thing_are_refused_with_the_reason(
     path = tmp_path / "plan.yaml"
     plan.save(path)
     if reasons is None:
-        assert load_plan(path, *teachers["flux"]) == plan
+        assert load_plan(path, teachers["flux"]) == plan
         return
     message = complaint(path, teachers["flux"])
     assert all(reason in message for reason in reasons), message
@@ -234,4 +233,4 @@ def test_a_span_may_close_a_list_only_where_the_stock_class_can_build_it(teacher
     assert "closing" in complaint(tmp_path / "sd3.yaml", teachers["sd3"])
     qwen = plan.model_copy(update={"teacher": "QwenImageTransformer2DModel"})
     qwen.save(tmp_path / "qwen.yaml")
-    assert load_plan(tmp_path / "qwen.yaml", *teachers["qwen"]) == qwen
+    assert load_plan(tmp_path / "qwen.yaml", teachers["qwen"]) == qwen
