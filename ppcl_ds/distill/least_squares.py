@@ -16,7 +16,7 @@ from ppcl_ds import launch
 from ppcl_ds.distill.library import UnitLayer
 from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
-from ppcl_ds.units.width import FFNUnit, Regression, WidthUnit
+from ppcl_ds.units.unit import Regression, WidthUnit
 
 _SUMS_BYTES = 8 * 2**30
 """Memory that sums may fill."""
@@ -41,7 +41,7 @@ def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup,
     """
     own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
     if narrows:
-        _choose_channels([layer for layer in own if isinstance(layer.unit, FFNUnit)], pull, group)
+        _choose_channels([layer for layer in own if layer.unit.undecided], pull, group)
     parts = _in_parts(own)
     for number in range(max(launch.gather(len(parts)))):  # all ranks pull equally often
         _solve(parts[number] if number < len(parts) else [], pull, group, ridge)
@@ -90,16 +90,16 @@ def _choose_channels(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGro
     choosers = {}
     for _ in pull():
         for layer in layers:
-            assert isinstance(layer.unit, FFNUnit)
+            assert isinstance(layer.unit, WidthUnit)
             parcel = layer.inbox.parcels[layer.plan.name]
-            for stream in layer.unit.whole:
+            for stream, count in layer.unit.undecided.items():
                 key, tokens = (layer.plan.name, stream), counted(parcel.inputs[stream], parcel.mask_of(stream))
                 scores[key] = scores.get(key, 0) + layer.unit.importance(stream, tokens)
-                choosers[key] = partial(layer.unit.choose, stream), layer.unit.parts[stream].net[2].in_features
+                choosers[key] = partial(layer.unit.choose, stream), count
     for key, (choose, count) in choosers.items():
         choose(_total(scores[key], group).topk(count).indices.sort().values)
     for layer in layers:
-        layer.unit.whole = {}  # type: ignore[assignment]
+        layer.unit.settle()
 
 
 def _add(sums: Moments | None, x: Tensor, y: Tensor) -> Moments:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.students import Means, Students
-from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -49,8 +48,8 @@ class UnitLayer(nn.Module):
         super().__init__()
         self.plan, self.inbox, self.magnitude_weight = plan, inbox, magnitude_weight
         self.unit = build_unit(plan, teacher, dtype).requires_grad_(True)
-        if checkpointing and isinstance(self.unit, DepthUnit):
-            recompute_parts(self.unit.core)
+        if checkpointing:
+            self.unit.recompute()
         self._means = Means()
 
     def forward(self, running: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ppcl_ds.training.flops import measure_work
 from ppcl_ds.training.log import print_units
 from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.trainer import Training
-from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.kinds import batches_of, taps_of
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import Parcel
 
@@ -37,7 +37,7 @@ class Trainer(Training):
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The library."""
         recipe, settings = self.recipe, self.recipe.distill
-        self.wanted = wanted_by(self.plan, self.teacher.anatomy)
+        self.wanted = taps_of(self.plan, self.teacher.anatomy)
         self.work = measure_work(self.teacher, self.plan, *self.sample_shape())
         self.library = Library(
             self.plan,
@@ -56,7 +56,7 @@ class Trainer(Training):
     def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
         """One teacher forward, as far as units need it."""
         capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
-        return parcels_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
+        return batches_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
 
     def step(self, rounds: Rounds) -> None:
         """One optimizer step of every unit."""
@@ -78,7 +78,7 @@ class Trainer(Training):
 
     def _calibrate(self) -> None:
         """Start the width units from least squares on the first steps' samples."""
-        width = [unit for unit in self.plan.units if unit.kind != "depth"]
+        width = [unit for unit in self.plan.units if not unit.takes_blocks]
         if not width:
             return
         count = self.recipe.distill.calibration_steps * self.engine.micro_batches

@@ -14,8 +14,7 @@ from ppcl_ds.teacher.anatomy import Anatomy, block_shapes
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.flops import Work, work_of
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
-from ppcl_ds.units.kinds import rehearse_unit
-from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import Parcel, Unit
 
@@ -89,12 +88,13 @@ def measure(
     Raises:
         UserError: the teacher cannot read samples of this shape.
     """
-    rehearsal = rehearse(teacher, latents, text_tokens, micro_batch, dtype)
-    last = wanted_by(plan, teacher.anatomy).last
+    wanted = taps_of(plan, teacher.anatomy)
+    rehearsal = rehearse(teacher, latents, text_tokens, micro_batch, dtype, wanted.parts)
+    last = wanted.last
     unused = tuple(f"{block.key}." for block in teacher.blocks[last + 1 :])
     named = {name: (p.numel(), p.itemsize) for name, p in rehearsal.model.named_parameters()}
-    parcels = parcels_of(rehearsal.capture, rehearsal.text_mask, plan, teacher.anatomy)
-    units = {unit.name: rehearse_unit(unit, rehearsal.model, teacher.anatomy, dtype) for unit in plan.units}
+    parcels = batches_of(rehearsal.capture, rehearsal.text_mask, plan, teacher.anatomy)
+    units = {unit.name: empty_unit(unit, teacher, dtype) for unit in plan.units}
     sizes = {name: [parameter.numel() for parameter in unit.parameters()] for name, unit in units.items()}
     return Measured(
         parameters=tuple(named.values()),

@@ -21,11 +21,10 @@ from ppcl_ds.estimate.sizing import Sized, Stage, cluster_of, fits, notes_on, sm
 from ppcl_ds.estimate.speed import Step
 from ppcl_ds.estimate.traffic import Traffic, busiest, exchange, gathers, ring
 from ppcl_ds.finetune.trainable import Trainable
-from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Finetune
 from ppcl_ds.training.flops import unit_passes
-from ppcl_ds.units.parcels import boundaries_of
+from ppcl_ds.units.kinds import boundaries_of, parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 

@@ -40,14 +40,13 @@ from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.single_files import single_file_tensors
 from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, untuned
-from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.files import find_class
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.training.trained import unit_sources
-from ppcl_ds.units.kinds import blank_unit
+from ppcl_ds.units.kinds import blank_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import Layout, layout
 
@@ -265,11 +264,5 @@ class Export:
 
 
 def _unit_facts(unit: UnitPlan) -> UnitFacts:
-    first, last = unit.span
-    if unit.kind == "depth":
-        return UnitFacts(name=unit.name, replaced=f"blocks {first} to {last}", by="one block")
-    if unit.kind == "text":
-        blocks = f"block {last}" if last == first + 1 else f"blocks {first + 1} to {last}"
-        return UnitFacts(name=unit.name, replaced=f"the text stream of {blocks}", by=f"linears of block {first}'s")
-    by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
-    return UnitFacts(name=unit.name, replaced=f"{' and '.join(unit.streams)} feed-forward of block {first}", by=by)
+    replaced, by = unit.behaviour.facts(unit)
+    return UnitFacts(name=unit.name, replaced=replaced, by=by)

@@ -156,7 +156,7 @@ def _check(path: Path, plan: Plan, variant: str) -> None:
 
 def _possible(unit: UnitPlan, blocks: int) -> bool:
     first, last = unit.span
-    return 0 <= first <= last < blocks and (first == last) == (unit.kind == "ffn")
+    return 0 <= first <= last < blocks and (first == last) == unit.behaviour.one_block
 
 
 def _report(numbering: Numbering, renamed: Mapping[str, Renamed]) -> None:

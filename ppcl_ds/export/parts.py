@@ -39,11 +39,8 @@ class Parts:
         Raises:
             UserError: these blocks do not have them.
         """
-        if unit.kind == "text":
-            gone = self.text_only
-        else:
-            gone = frozenset(self.ffn[stream] for stream in unit.streams if stream in self.ffn)
-        if len(gone) < (1 if unit.kind == "text" else len(unit.streams)):
+        gone = unit.behaviour.parts(unit, self.ffn, self.text_only)
+        if not gone:
             raise UserError(f"unit '{unit.name}': the teacher's blocks have no such parts for kind {unit.kind}")
         return gone
 

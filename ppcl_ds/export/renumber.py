@@ -72,10 +72,10 @@ class Numbering:
         self.unit_of_part: dict[tuple[tuple[str, int], str], str] = {}
         """The unit that replaces a part of a block that stays."""
         for unit in units:
-            if unit.kind == "depth":
+            if unit.takes_blocks:
                 self.unit_of |= dict.fromkeys(blocks[unit.span[0] : unit.span[1] + 1], unit.name)
                 continue
-            for index in unit.members if unit.kind == "text" else unit.span[:1]:
+            for index in unit.changed:
                 gone = parts[blocks[index][0]].replaced(unit)
                 self.unit_of_part |= {(blocks[index], part): unit.name for part in gone}
         self.new: dict[tuple[str, int], int] = {}

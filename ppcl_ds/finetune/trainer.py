@@ -24,7 +24,7 @@ from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.training.meta_forward import rehearse
 from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.trainer import Training
-from ppcl_ds.units.parcels import boundaries_of
+from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.unit import Parcel
 
 

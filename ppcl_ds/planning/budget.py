@@ -5,7 +5,6 @@ M blocks.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,10 +15,9 @@ from torch import nn
 
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.sections import Plan as PlanSection
-from ppcl_ds.teacher.modeling_pruned import ResidualLinear, narrow_ffn
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import UnitPlan
-from ppcl_ds.units.width import hidden_channels
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ class Budget:
     def saved(self, units: Iterable[UnitPlan]) -> float:
         """What units save together. A depth unit is as large as its first block."""
         return sum(
-            float(self.blocks[list(unit.members)].sum()) if unit.kind == "depth" else self.parts[unit.name]
+            float(self.blocks[list(unit.members)].sum()) if unit.takes_blocks else self.parts[unit.name]
             for unit in units
         )
 
@@ -87,26 +85,5 @@ def budget_of(
     weights = {name: weigh(name, parameter) for name, parameter in teacher.empty.named_parameters()}
     blocks = [sum(size for name, size in weights.items() if name.startswith(f"{b.key}.")) for b in teacher.blocks]
     scale = dtype.itemsize if section.budget == "memory" else 1
-    parts = {unit.name: float(scale * parameters_saved(unit, teacher)) for unit in units if unit.kind != "depth"}
+    parts = {unit.name: float(scale * parameters_saved(unit, teacher)) for unit in units if not unit.takes_blocks}
     return Budget("memory" if section.budget == "memory" else "parameters", np.array(blocks, dtype=float), parts)
-
-
-def parameters_saved(unit: UnitPlan, teacher: Teacher) -> int:
-    """Parameters that a unit gives up, less its own."""
-    first = teacher.blocks[unit.span[0]]
-    if unit.kind == "depth":
-        return sum(teacher.blocks[block].parameters for block in unit.members)
-    if unit.kind == "ffn":
-        parts = [copy.deepcopy(teacher.module(first).get_submodule(first.ffn[stream])) for stream in unit.streams]
-        before = sum(map(_parameters, parts))
-        return before - sum(_parameters(narrow_ffn(part, hidden_channels(part, unit.keep))) for part in parts)
-    gone = [
-        _parameters(teacher.module(teacher.blocks[block]).get_submodule(part))
-        for block in unit.members
-        for part in teacher.blocks[block].text_only
-    ]
-    return sum(gone) - len(unit.outputs) * _parameters(ResidualLinear(first.text_channels, device="meta"))
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -18,7 +18,8 @@ from ppcl_ds.sections import Plan as PlanSection
 from ppcl_ds.sections import Rule
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plan import Plan, Stream, UnitPlan, load_plan
+from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.units.spec import Stream
 
 
 def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teacher: Teacher, budget: Budget) -> Plan:
@@ -43,11 +44,11 @@ def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teach
         if not chosen:
             _refuse(name, section)
     own = given.units if given and "given" in rules else ()
-    units = {unit.span: unit for unit in own if unit.kind == "depth"}
+    units = {unit.span: unit for unit in own if unit.takes_blocks}
     for span in sorted({span for sets in found.values() for spans in sets.values() for span in spans or ()}):
         assert report is not None, "spans were chosen by it"
         units.setdefault(span, _unit(span, report, teacher.anatomy))
-    width = [unit for unit in own if unit.kind != "depth"]
+    width = [unit for unit in own if not unit.takes_blocks]
     known = {unit.replaces for unit in width}
     width += [unit for unit in width_candidates(section, teacher.anatomy) if unit.replaces not in known]
     variants = dict(given.variants) if given and section.rule == "given" else {}
@@ -74,7 +75,7 @@ def _ground(
         allowed=teacher.allowed_spans,
         max_span=section.max_span,
         seed=seed,
-        given=[unit.span for unit in given.units if unit.kind == "depth"] if given else [],
+        given=[unit.span for unit in given.units if unit.takes_blocks] if given else [],
     )
 
 

@@ -25,7 +25,7 @@ from ppcl_ds.teacher.sharded import forget_order, load_teacher
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.units.depth import depth_unit
-from ppcl_ds.units.kinds import build_unit, narrow_block
+from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.plugging import plugged
 
@@ -141,7 +141,7 @@ class SwapBench:
         forget_order(self.sharded)
         if dist.get_rank():
             return [], {}
-        narrowed = [unit for unit in self.library.units if unit.kind != "depth"]
+        narrowed = [unit for unit in self.library.units if not unit.takes_blocks]
         with progress("time blocks", len(self.teacher.blocks) + len(narrowed)) as advance:
             blocks = []
             for block in self.teacher.blocks:
@@ -149,9 +149,8 @@ class SwapBench:
                 advance(1)
             saved = {}
             for unit in narrowed:
-                changed = unit.members if unit.kind == "text" else [unit.span[0]]
-                left = [self._time(self.teacher.blocks[index], capture, unit) for index in changed]
-                saved[unit.name] = sum(blocks[index] for index in changed) - sum(left)
+                left = [self._time(self.teacher.blocks[index], capture, unit) for index in unit.changed]
+                saved[unit.name] = sum(blocks[index] for index in unit.changed) - sum(left)
                 advance(1)
         return blocks, saved
 
@@ -159,7 +158,7 @@ class SwapBench:
         """Seconds of a block's forward, as it is or with a width unit in it."""
         module = depth_unit(self.teacher, block.index, self.dtype)
         if unit is not None:
-            narrow_block(module.core, block, unit, capture.streams[block.entering])
+            unit.behaviour.shrink(unit, module.core, block, capture.streams[block.entering])
         module.to(self.device)
         times = []
         for _ in range(_REPEATS):

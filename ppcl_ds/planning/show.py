@@ -19,12 +19,13 @@ from rich.table import Table
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import track
-from ppcl_ds.planning.budget import Budget, parameters_saved
+from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import Forecast
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.probing.heatmaps import as_png, inline
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 _LEVELS = 24
@@ -143,13 +144,4 @@ def draw(
 
 def _words(units: Sequence[UnitPlan]) -> str:
     """Units as a person reads them: [3,5] for a span, text[6,7], ffn[8] for parts of blocks."""
-    return " ".join(_word(unit) for unit in sorted(units, key=lambda unit: unit.span))
-
-
-def _word(unit: UnitPlan) -> str:
-    if unit.kind == "depth":
-        return f"[{unit.span[0]},{unit.span[1]}]"
-    if unit.kind == "text":
-        return f"text[{unit.span[0]},{unit.span[1]}]"
-    kept = f" at {unit.keep:.0%}" if unit.keep else ""
-    return f"{'+'.join(unit.streams)} ffn[{unit.span[0]}]{kept}"
+    return " ".join(unit.behaviour.label(unit) for unit in sorted(units, key=lambda unit: unit.span))

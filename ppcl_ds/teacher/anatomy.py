@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.hooks._helpers import TransformerBlockRegistry
@@ -109,6 +109,20 @@ class Block:
         return tuple(output)
 
 
+class Tap(NamedTuple):
+    """What is wanted of the calls of a part of a block.
+
+    Attributes:
+        block: its number.
+        part: name of the part inside it.
+        pick: from the call's arguments, keyword arguments and output, the tensors to record.
+    """
+
+    block: int
+    part: str
+    pick: Callable[[tuple[Any, ...], dict[str, Any], Any], tuple[Tensor, ...]]
+
+
 @dataclass
 class Capture:
     """What was recorded in one forward.
@@ -116,12 +130,12 @@ class Capture:
     Attributes:
         streams: boundary -> its streams.
         conditioning: block index -> its arguments other than the streams (tensors shared between blocks stay shared).
-        parts: block index and name of a part -> what it read and what it returned, each (B, S, C).
+        parts: what was asked of the calls of parts of blocks, see `Tap`.
     """
 
     streams: dict[int, Streams] = field(default_factory=dict)
     conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
-    parts: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    parts: dict[Tap, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -131,19 +145,24 @@ class Wanted:
     Attributes:
         calls: blocks whose arguments are wanted, the streams that enter them included.
         exits: blocks whose leaving streams are wanted.
-        parts: block index and name of parts whose input and output are wanted; of `attn`, the text that it reads.
+        parts: what is wanted of parts of blocks.
         to_the_end: whether the velocity is wanted, too; the forward does not end before its end.
     """
 
     calls: frozenset[int]
     exits: frozenset[int]
-    parts: frozenset[tuple[int, str]] = frozenset()
+    parts: frozenset[Tap] = frozenset()
     to_the_end: bool = False
 
     @property
     def last(self) -> int:
         """The last block that has to run."""
-        return max(self.calls | self.exits | {block for block, _ in self.parts})
+        return max(self.calls | self.exits | {tap.block for tap in self.parts})
+
+    def union(self, other: Wanted) -> Wanted:
+        """What either is run for."""
+        to_the_end = self.to_the_end or other.to_the_end
+        return Wanted(self.calls | other.calls, self.exits | other.exits, self.parts | other.parts, to_the_end)
 
 
 class Anatomy:
@@ -241,20 +260,14 @@ class Anatomy:
             yield capture
 
     @contextmanager
-    def tap(self, model: nn.Module, capture: Capture, parts: Iterable[tuple[int, str]]) -> Iterator[None]:
-        """Record, into `capture`, what parts of blocks read and return in the forwards run inside."""
+    def tap(self, model: nn.Module, capture: Capture, taps: Iterable[Tap]) -> Iterator[None]:
+        """Record, into `capture`, what is wanted of parts of blocks in the forwards run inside."""
         with ExitStack() as stack:
-            for index, name in parts:
-                part = self.module(model, self.blocks[index]).get_submodule(name)
-                hook = partial(_record_part, capture, (index, name))
+            for tap in taps:
+                part = self.module(model, self.blocks[tap.block]).get_submodule(tap.part)
+                hook = partial(_record_part, capture, tap)
                 stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
             yield
-
-    @property
-    def parts(self) -> frozenset[tuple[int, str]]:
-        """Block index and name of every part that can be tapped."""
-        attended = {(block.index, ATTENTION) for block in self.blocks if block.text_only}
-        return frozenset(attended | {(block.index, name) for block in self.blocks for name in block.ffn.values()})
 
 
 def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
@@ -266,12 +279,9 @@ def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[
 
 
 def _record_part(
-    capture: Capture, key: tuple[int, str], module: nn.Module, args: tuple[Any, ...], kwargs: dict, output: Any
+    capture: Capture, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict, output: Any
 ) -> None:
-    if key[1] == ATTENTION:
-        capture.parts[key] = kwargs[ATTENDED_TEXT], output[-1]
-    else:
-        capture.parts[key] = args[0], output
+    capture.parts[tap] = tap.pick(args, kwargs, output)
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
-from ppcl_ds.units.kinds import rehearse_unit
-from ppcl_ds.units.parcels import parcels_of, wanted_by
+from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 
@@ -53,12 +52,13 @@ def measure_work(teacher: Teacher, plan: Plan, latents: tuple[int, int, int], te
     Raises:
         UserError: the teacher cannot read samples of this shape.
     """
-    return work_of(rehearse(teacher, latents, text_tokens), plan, batch=1)
+    taps = taps_of(plan, teacher.anatomy).parts
+    return work_of(rehearse(teacher, latents, text_tokens, taps=taps), plan, batch=1)
 
 
 def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
-    """The work of one sample, from a rehearsal with `batch` of them. Depth units are copies of blocks."""
-    last = wanted_by(plan, rehearsal.anatomy).last
+    """The work of one sample, from a rehearsal with `batch` of them in which the plan's taps were recorded."""
+    last = taps_of(plan, rehearsal.teacher.anatomy).last
     return Work(
         teacher=rehearsal.flops_until[last] / batch,
         units={unit.name: _unit_flops(unit, rehearsal) / batch for unit in plan.units},
@@ -67,11 +67,11 @@ def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
 
 def _unit_flops(unit: UnitPlan, rehearsal: Rehearsal) -> float:
     """FLOPs of a unit's forward, all samples of the rehearsal."""
-    if unit.kind == "depth":
+    if unit.takes_blocks:
         return rehearsal.block_flops[unit.span[0]]
-    plan = Plan(teacher="", blocks=len(rehearsal.anatomy), units=(unit,), variants={})
-    [parcel] = parcels_of(rehearsal.capture, None, plan, rehearsal.anatomy).values()
-    module = rehearse_unit(unit, rehearsal.model, rehearsal.anatomy, torch.float32)
+    plan = Plan(teacher="", blocks=len(rehearsal.teacher.blocks), units=(unit,), variants={})
+    [parcel] = batches_of(rehearsal.capture, None, plan, rehearsal.teacher.anatomy).values()
+    module = empty_unit(unit, rehearsal.teacher, torch.float32)
     inputs = {name: tensor.float() for name, tensor in parcel.inputs.items()}
     with FlopCounterMode(display=False) as counter:
         module(inputs, parcel.conditioning)

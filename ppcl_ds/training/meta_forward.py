@@ -6,6 +6,7 @@ Shapes: B batch, C latent channels, H and W latent height and width, S text toke
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy, Capture
+from ppcl_ds.teacher.anatomy import Capture, Tap
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.teacher import Teacher
@@ -29,15 +30,15 @@ class Rehearsal:
 
     Attributes:
         model: the teacher on the meta device, in the number formats that it runs in.
-        anatomy: its blocks.
-        capture: every boundary, every block's arguments and what passes through its parts, meta tensors.
+        teacher: what it is a copy of.
+        capture: every boundary, every block's arguments and what was wanted of its parts, meta tensors.
         text_mask: (B, S) bool.
         block_flops: FLOPs of each block's forward, all B samples.
         flops_until: FLOPs from the beginning of the forward until each block has ended, all B samples.
     """
 
     model: nn.Module
-    anatomy: Anatomy
+    teacher: Teacher
     capture: Capture
     text_mask: Tensor
     block_flops: tuple[int, ...]
@@ -58,6 +59,7 @@ def rehearse(
     text_tokens: int,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
+    taps: Iterable[Tap] = (),
 ) -> Rehearsal:
     """Run the whole teacher once on meta tensors.
 
@@ -66,6 +68,7 @@ def rehearse(
         text_tokens: S of its prompt; all of them count.
         batch: B.
         dtype: number format that the teacher runs in.
+        taps: what is wanted of parts of blocks.
 
     Raises:
         UserError: the teacher cannot read samples of this shape.
@@ -91,7 +94,7 @@ def rehearse(
             stack.callback(module.register_forward_pre_hook(partial(_note, counter, began, block.index)).remove)
             stack.callback(module.register_forward_hook(partial(_note, counter, ended, block.index)).remove)
         capture = stack.enter_context(teacher.anatomy.record(model))
-        stack.enter_context(teacher.anatomy.tap(model, capture, teacher.anatomy.parts))
+        stack.enter_context(teacher.anatomy.tap(model, capture, taps))
         stack.enter_context(counter)
         try:
             caller(model, noisy, prompts, torch.ones(batch, device="meta"))
@@ -102,7 +105,7 @@ def rehearse(
     order = range(len(teacher.blocks))
     return Rehearsal(
         model,
-        teacher.anatomy,
+        teacher,
         capture,
         prompts.mask,
         block_flops=tuple(ended[index] - began[index] for index in order),

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_ds.teacher.anatomy import Block, Streams
+from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
+from ppcl_ds.teacher.sources import Sources
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.unit import Unit
+from ppcl_ds.units.plugging import Plug, replace_forward
+from ppcl_ds.units.spec import PARTS, Export, Kind, Part, Stream, UnitPlan
+from ppcl_ds.units.unit import Parcel, Unit
 
 
 class DepthUnit(Unit):
@@ -32,6 +37,10 @@ class DepthUnit(Unit):
         """Streams entering the span -> streams leaving it."""
         return self.shape.call(self.core, inputs, conditioning)
 
+    def recompute(self) -> None:
+        """See `recompute_parts`."""
+        recompute_parts(self.core)
+
 
 def depth_unit(teacher: Teacher, first: int, dtype: torch.dtype) -> DepthUnit:
     """A depth unit as it is before training, on the CPU: the teacher's block `first`."""
@@ -49,3 +58,95 @@ def recompute_parts(block: nn.Module) -> None:
             # Nothing in a unit is random, so there is no random state to bring back.
             recomputed = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
             part.forward = recomputed
+
+
+class DepthKind(Kind):
+    """One block for a span.
+
+    Its streams are those that it is trained on; one that the teacher never reads afterwards is left out.
+    """
+
+    name = "depth"
+    takes_blocks = True
+    one_block = False
+
+    def footprint(self, unit: UnitPlan) -> frozenset[Part]:
+        """All of its blocks."""
+        first, last = unit.span
+        return frozenset((block, part) for block in range(first, last + 1) for part in PARTS)
+
+    def boundary(self, unit: UnitPlan, blocks: int) -> tuple[Stream, ...]:
+        """What it is trained on."""
+        return unit.streams
+
+    def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
+        """A copy of its first block has to fit where the span stood."""
+        last = teacher.blocks[unit.span[1]]
+        if unit.span not in teacher.allowed_spans:
+            return (
+                f"span {list(unit.span)} is not possible; it must hold at least two blocks of one list of this "
+                f"teacher's {len(teacher.blocks)}, and at the end of a list its first block must be shaped like its "
+                "last"
+            )
+        if not unit.streams:
+            return "streams is empty; name those that it is trained on"
+        return "" if set(unit.streams) <= set(last.returns) else f"block {last.index} returns only {list(last.returns)}"
+
+    def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
+        """The call of its first block, and what leaves its last."""
+        return Wanted(frozenset(unit.span[:1]), frozenset(unit.span[1:]))
+
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+        """The teacher's boundaries before and behind the span."""
+        first, last = (anatomy.blocks[index] for index in unit.span)
+        return Parcel(
+            inputs=capture.streams[first.entering],
+            conditioning=capture.conditioning[first.index],
+            targets={stream: capture.streams[last.leaving][stream] for stream in unit.streams},
+            text_mask=text_mask,
+        )
+
+    def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
+        """The span's first block."""
+        return depth_unit(teacher, unit.span[0], dtype)
+
+    def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
+        """The span's first block, without weights."""
+        block = teacher.blocks[unit.span[0]]
+        return DepthUnit(block, copy.deepcopy(teacher.module(block)).to("meta", dtype))
+
+    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+        """The first block runs the unit; streams pass through the others."""
+        blocks = [anatomy.blocks[index] for index in (unit.span[0], *unit.members)]
+        modules = [anatomy.module(model, block) for block in blocks]
+        replace_forward(modules[0], partial(_run, blocks[0], modules[0], plug), stack)
+        for block, module in zip(blocks[1:], modules[1:], strict=True):
+            replace_forward(module, partial(_pass_through, block, module), stack)
+
+    def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
+        """It is as large as its first block."""
+        return sum(teacher.blocks[block].parameters for block in unit.members)
+
+    def export(self, unit: UnitPlan, own: Sources, anatomy: Anatomy, model: Export) -> None:
+        """Its tensors stand in the model of the stock class already."""
+
+    def shrink(self, unit: UnitPlan, module: Any, block: Block, streams: Streams) -> None:
+        """It is shaped like its first block."""
+
+    def label(self, unit: UnitPlan) -> str:
+        """Its span."""
+        return f"[{unit.span[0]},{unit.span[1]}]"
+
+    def facts(self, unit: UnitPlan) -> tuple[str, str]:
+        """A span, by a block."""
+        return f"blocks {unit.span[0]} to {unit.span[1]}", "one block"
+
+
+def _run(block: Block, module: nn.Module, plug: Plug, *args: Any, **kwargs: Any) -> Any:
+    streams, conditioning = block.split_call(module, args, kwargs)
+    outputs = dict(plug.unit(streams, conditioning)) if plug.unit is not None else {}
+    return block.write_output({s: plug.share(outputs.get(s, torch.empty_like(streams[s]))) for s in block.returns})
+
+
+def _pass_through(block: Block, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block.write_output(block.split_call(module, args, kwargs)[0])

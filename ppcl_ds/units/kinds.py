@@ -1,22 +1,18 @@
-"""From a line of the plan to the unit itself."""
+"""What the rest of the house asks of the units of a plan, whatever their kinds."""
 
 from __future__ import annotations
 
-import copy
-from functools import partial
-from typing import Any
+from functools import partial, reduce
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
-from ppcl_ds.teacher.modeling_pruned import ModulatedText, make_text_linear, narrow_ffn
+from ppcl_ds.teacher.anatomy import Anatomy, Capture, Wanted
 from ppcl_ds.teacher.sources import Source
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.depth import DepthUnit, depth_unit
-from ppcl_ds.units.plan import UnitPlan
-from ppcl_ds.units.unit import Unit
-from ppcl_ds.units.width import FFNUnit, TextUnit, hidden_channels
+from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.spec import Stream
+from ppcl_ds.units.unit import Parcel, Unit
 
 
 def build_unit(plan: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
@@ -24,46 +20,51 @@ def build_unit(plan: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
 
     Args:
         teacher: with weights.
-        dtype: number format of its parameters.
+        dtype: of its parameters.
     """
-    block = teacher.blocks[plan.span[0]]
-    if plan.kind == "depth":
-        return depth_unit(teacher, block.index, dtype)
-    if plan.kind == "text":
-        return TextUnit(plan.outputs, block.text_channels, dtype)
-    return FFNUnit({s: teacher.filled(f"{block.key}.{block.ffn[s]}") for s in plan.streams}, plan.keep, dtype)
+    return plan.behaviour.build(plan, teacher, dtype)
 
 
-def narrow_block(module: Any, block: Block, unit: UnitPlan, streams: Streams) -> None:
-    """Give a block by itself the parts that a width unit would give it, weights aside: it takes as long to run.
-
-    Args:
-        streams: that enter the block; the text among them stands for the modulated text of another block.
-    """
-    if unit.kind == "text":
-        source = ModulatedText()
-        source.text = streams["text"]
-        make_text_linear(module, source, jump="text" in unit.streams and block.index == unit.span[1])
-    for stream in unit.streams if unit.kind == "ffn" else ():
-        part = module.get_submodule(block.ffn[stream])
-        module.set_submodule(block.ffn[stream], narrow_ffn(part, hidden_channels(part, unit.keep)))
-
-
-def rehearse_unit(plan: UnitPlan, model: nn.Module, anatomy: Anatomy, dtype: torch.dtype) -> Unit:
-    """The same unit on the meta device, of a teacher on the meta device."""
-    block = anatomy.blocks[plan.span[0]]
-    module: Any = copy.deepcopy(anatomy.module(model, block))
-    if plan.kind == "depth":
-        return DepthUnit(block, module)
-    if plan.kind == "text":
-        return TextUnit(plan.outputs, block.text_channels, dtype).to("meta")
-    return FFNUnit({s: module.get_submodule(block.ffn[s]) for s in plan.streams}, plan.keep, dtype)
+def empty_unit(plan: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
+    """The same on the meta device; no weights are read."""
+    return plan.behaviour.empty(plan, teacher, dtype)
 
 
 def blank_unit(plan: UnitPlan, teacher: Teacher) -> dict[str, Source]:
     """A unit's tensors, all zeros, where others are going to take their place; float32, by their name in the unit."""
-    tensors = rehearse_unit(plan, teacher.empty, teacher.anatomy, torch.float32).core.state_dict()
+    tensors = empty_unit(plan, teacher, torch.float32).core.state_dict()
     return {
         name: Source(tensor.shape, torch.float32, partial(torch.zeros, tensor.shape))
         for name, tensor in tensors.items()
     }
+
+
+def taps_of(plan: Plan, anatomy: Anatomy) -> Wanted:
+    """What of a teacher forward the units of a plan read and are judged by."""
+    return reduce(Wanted.union, (unit.behaviour.taps(unit, anatomy) for unit in plan.units))
+
+
+def batches_of(capture: Capture, text_mask: Tensor | None, plan: Plan, anatomy: Anatomy) -> dict[str, Parcel]:
+    """What every unit of the plan needs from one teacher forward (references to the recorded tensors)."""
+    return {unit.name: unit.behaviour.batch(unit, capture, text_mask, anatomy) for unit in plan.units}
+
+
+def parameters_saved(unit: UnitPlan, teacher: Teacher) -> int:
+    """Parameters that a unit gives up, less its own."""
+    return unit.behaviour.saves(unit, teacher)
+
+
+def boundaries_of(plan: Plan, variant: str) -> dict[int, tuple[int, tuple[Stream, ...]]]:
+    """Where a variant can be compared with its teacher: behind each unit.
+
+    Returns:
+        Number of the variant's block -> the teacher's block whose leaving streams its own should be, and which streams.
+    """
+    origins = [origin for origin, _ in plan.places(variant)]
+    found: dict[int, tuple[int, tuple[Stream, ...]]] = {}
+    for unit in plan.units_of(variant):
+        last = unit.span[1]
+        place = max(number for number, origin in enumerate(origins) if origin <= last)
+        _, others = found.get(place, (last, ()))
+        found[place] = last, tuple(dict.fromkeys((*others, *unit.behaviour.boundary(unit, plan.blocks))))
+    return found

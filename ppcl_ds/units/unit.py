@@ -1,9 +1,13 @@
-"""What every unit is: a small trainable module that reads teacher activations and is judged by teacher activations."""
+"""What every unit is: a small trainable module that reads teacher activations and is judged by teacher activations.
+
+Shapes: B batch, S tokens, C channels, H hidden channels of a feed-forward, N tokens that count.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -47,6 +51,67 @@ class Unit(nn.Module):
     def settle(self) -> None:
         """Let go of what is only needed before training."""
 
+    def recompute(self) -> None:
+        """Compute activations again in the backward pass, where that saves memory."""
+
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
         """A parcel's inputs -> an output for each of its targets."""
         raise NotImplementedError
+
+
+class Regression(NamedTuple):
+    """What least squares can say of one linear of a unit: `linear(x)` should be `y`.
+
+    Attributes:
+        name: of the output.
+        x: (B, S, C_in).
+        y: (B, S, C_out).
+        linear: the stock linear; what it adds to its input, if it is a residual one, has been taken off `y`.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor
+    linear: nn.Linear
+
+
+class WidthUnit(Unit):
+    """A unit made of linears, which least squares starts off before they are trained.
+
+    Each output is computed from one input.
+    """
+
+    def __init__(self, parts: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.core = nn.ModuleDict(parts)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Output -> what computes it."""
+        return dict(self.core.named_children())
+
+    def compute(self, output: str, x: Tensor) -> Tensor:
+        """One output, (B, S, C), from the input that it is computed from."""
+        return self.parts[output](x)
+
+    @property
+    def undecided(self) -> Mapping[str, int]:
+        """Outputs whose hidden channels are chosen before anything is solved -> how many of them stay."""
+        return {}
+
+    def importance(self, output: str, tokens: Tensor) -> Tensor:
+        """How much each hidden channel contributes, summed over tokens (N, C): (H,) float64."""
+        raise NotImplementedError
+
+    def choose(self, output: str, channels: Tensor) -> None:
+        """Keep these hidden channels, ascending, with the teacher's weights."""
+        raise NotImplementedError
+
+    def regressions(self, inputs: Streams, targets: Streams) -> Iterator[Regression]:
+        """The least-squares problems of a micro-batch, the same ones in the same order every time; none by default."""
+        return iter(())
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Elements of all its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

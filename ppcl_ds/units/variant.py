@@ -12,13 +12,14 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.sources import Source, Sources, held
 from ppcl_ds.teacher.surgery import lay_out
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.narrowing import narrowed
 from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.spec import Export
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,40 @@ def layout(
 
     places = [(origin, None if unit is None else own(unit)) for origin, unit in plan.places(variant)]
     config, found = lay_out(teacher, places)
-    config, found = narrowed(teacher, plan, variant, config, found, own)
+    config, found = _without_parts(teacher, plan, variant, config, found, own)
     if dtype is not None:
         found = {
             name: source.to(teacher.files.runs_as(name, dtype)) if source.dtype.is_floating_point else source
             for name, source in found.items()
         }
     return laid_out(f"variant '{variant}'", config, found)
+
+
+def _without_parts(
+    teacher: Teacher,
+    plan: Plan,
+    variant: str,
+    config: dict[str, Any],
+    tensors: dict[str, Source],
+    units: Callable[[UnitPlan], Sources],
+) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Configuration and tensors of a variant with its width units; as they came, if it has none.
+
+    Args:
+        config, tensors: of the variant with its depth units alone, a model of the stock class.
+        units: gives a unit's tensors by their name inside the unit.
+    """
+    width = plan.width_units(variant)
+    if not width:
+        return config, tensors
+    smaller = Anatomy(teacher.files.empty_model(config)).blocks
+    keys = {origin: block.key for (origin, _), block in zip(plan.places(variant), smaller, strict=True)}
+    config = config | {"_class_name": f"Pruned{teacher.class_name}"}
+    config |= {"linear_text": [], "text_jumps": [], "narrow_ffn": {}}
+    model = Export(keys, config, dict(tensors))
+    for unit in width:
+        unit.behaviour.export(unit, units(unit), teacher.anatomy, model)
+    return model.config, model.tensors
 
 
 def laid_out(what: str, config: dict[str, Any], found: Sources) -> Layout:

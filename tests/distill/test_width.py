@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from ppcl_ds import launch
 from ppcl_ds.data.noising import NoisyBatch, NoisyStream
-from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.sharded import forget_order
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
-from ppcl_ds.units.kinds import build_unit
+from ppcl_ds.units.kinds import build_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled

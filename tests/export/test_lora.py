@@ -20,7 +20,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.export.lora import remap
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.plan import Plan, Stream, UnitPlan
+from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.spec import Stream
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline

@@ -22,7 +22,7 @@ from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.trained import unit_state
-from ppcl_ds.units.parcels import boundaries_of
+from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
 from tests.conftest import command

@@ -16,12 +16,13 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.planning.budget import Budget, budget_of, parameters_saved
+from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import choose_again, choose_sets, make_plan
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps
 from ppcl_ds.probing.report import Matrix, ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict
 from tests.conftest import TEACHERS
 

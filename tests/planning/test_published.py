@@ -10,10 +10,10 @@ import diffusers
 import pytest
 from accelerate import init_empty_weights
 
-from ppcl_ds.planning.budget import parameters_saved
 from ppcl_ds.sections import shipped
 from ppcl_ds.teacher.modeling_pruned import PrunedQwenImageTransformer2DModel
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import load_plan
 from tests.conftest import command
 

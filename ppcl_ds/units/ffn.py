@@ -1,0 +1,215 @@
+"""Feed-forward units: a feed-forward part of one block as a linear, or with fewer hidden channels.
+
+Shapes: B batch, S tokens, C channels, H hidden channels, N tokens that count.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Tap, Wanted
+from ppcl_ds.teacher.modeling_pruned import narrow_ffn
+from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.plugging import Plug, replace_forward
+from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan
+from ppcl_ds.units.unit import Parcel, Regression, Unit, WidthUnit, count_parameters
+
+
+class FFNUnit(WidthUnit):
+    """Feed-forward parts of one block: each a linear, or with fewer hidden channels.
+
+    Which hidden channels stay is decided by `choose`, before training; until then they are the first ones.
+
+    Args:
+        parts: the teacher's own feed-forward of each stream; it is kept until channels have been chosen.
+        keep: share of the hidden channels that stay; 0: one linear takes the place of all.
+
+    Raises:
+        ValueError: the family's feed-forward cannot be narrowed.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], keep: float, dtype: torch.dtype) -> None:
+        hidden = {stream: hidden_channels(part, keep) for stream, part in parts.items()}
+        super().__init__({s: narrow_ffn(copy.deepcopy(part), hidden[s]).to(dtype) for s, part in parts.items()})
+        self.whole: dict[str, Any] = {stream: part.float() for stream, part in parts.items() if hidden[stream]}
+        """Of what is narrowed: the teacher's own feed-forward, until channels have been chosen. Not trained."""
+        for stream in self.whole:
+            self.choose(stream, torch.arange(hidden[stream]))
+
+    def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
+        """What the feed-forwards read -> what they return."""
+        return {stream: self.compute(stream, inputs[stream]) for stream in self.parts}
+
+    def settle(self) -> None:
+        """Let go of the teacher's feed-forwards."""
+        self.whole = {}
+
+    @property
+    def undecided(self) -> Mapping[str, int]:
+        """Streams whose feed-forward is narrowed, until their channels have been chosen."""
+        return {stream: self.parts[stream].net[2].in_features for stream in self.whole}
+
+    @torch.no_grad()
+    def importance(self, output: str, tokens: Tensor) -> Tensor:
+        """How much each hidden channel contributes, summed over tokens: (H,) float64.
+
+        The square of its activation times the squared norm of the weights that read it: what the output loses, in the
+        square, where a channel goes and no other makes up for it (compare Wanda, arXiv 2306.11695, eq. 1).
+
+        Args:
+            tokens: (N, C) that the feed-forward reads.
+        """
+        whole = self.whole[output].to(tokens.device)
+        activation = whole.net[0](tokens.float()).double()  # (N, H)
+        found = activation.square().sum(0) * whole.net[2].weight.double().square().sum(0)
+        whole.cpu()  # at most one of them takes room on an accelerator
+        return found
+
+    @torch.no_grad()
+    def choose(self, output: str, channels: Tensor) -> None:
+        """Keep these hidden channels, with the teacher's weights.
+
+        Args:
+            channels: numbers of as many as stay, ascending.
+        """
+        whole, own = self.whole[output], self.parts[output]
+        rows = channels.to(whole.net[2].weight.device)
+        own.net[0].proj.weight.copy_(whole.net[0].proj.weight[rows])
+        own.net[2].weight.copy_(whole.net[2].weight[:, rows])
+        for mine, theirs, part in ((own.net[0].proj, whole.net[0].proj, rows), (own.net[2], whole.net[2], slice(None))):
+            if mine.bias is not None:
+                mine.bias.copy_(theirs.bias[part])
+
+    def regressions(self, inputs: Streams, targets: Streams) -> Iterator[Regression]:
+        """Of a linear, itself; of a narrowed feed-forward, the linear that reads its hidden channels."""
+        for stream, part in self.parts.items():
+            if isinstance(part, nn.Linear):
+                yield Regression(stream, inputs[stream], targets[stream], part)
+            else:
+                yield Regression(stream, part.net[0](inputs[stream]), targets[stream], part.net[2])
+
+
+def hidden_channels(ffn: Any, keep: float) -> int:
+    """How many hidden channels of a feed-forward stay; at least one, unless the share is zero."""
+    return max(1, round(keep * ffn.net[2].in_features)) if keep else 0
+
+
+def read_and_returned(args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a call of a feed-forward, what it read and what it returned, each (B, S, C)."""
+    return args[0], output
+
+
+class FFNKind(Kind):
+    """A linear, or fewer hidden channels, for the feed-forwards of one block.
+
+    Its streams are those whose feed-forward it replaces.
+    """
+
+    name = "ffn"
+    narrows = True
+
+    def footprint(self, unit: UnitPlan) -> frozenset[Part]:
+        """The feed-forward of each stream."""
+        return frozenset((unit.span[0], f"{stream} ffn") for stream in unit.streams)
+
+    def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
+        """Its block needs a feed-forward that stands by itself."""
+        block = teacher.blocks[unit.span[0]]
+        if unit.span[0] != unit.span[1]:
+            one = [unit.span[0], unit.span[0]]
+            return f"span {list(unit.span)} is not possible; kind ffn is for one block: {one}"
+        if not block.ffn:
+            return (
+                f"the feed-forward of block {block.index} is fused with its attention; only depth units can replace it"
+            )
+        if not unit.streams or not set(unit.streams) <= set(block.ffn):
+            return f"streams must be of {list(block.ffn)}: those that have a feed-forward in block {block.index}"
+        return ""
+
+    def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
+        """What each feed-forward reads and returns."""
+        return Wanted(frozenset(), frozenset(), frozenset(self._taps(unit, anatomy).values()))
+
+    def _taps(self, unit: UnitPlan, anatomy: Anatomy) -> dict[str, Tap]:
+        block = anatomy.blocks[unit.span[0]]
+        return {stream: Tap(block.index, block.ffn[stream], read_and_returned) for stream in unit.streams}
+
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+        """What each feed-forward read and returned."""
+        parts = {stream: capture.parts[tap] for stream, tap in self._taps(unit, anatomy).items()}
+        return Parcel(
+            inputs={stream: read for stream, (read, _) in parts.items()},
+            conditioning={},
+            targets={stream: returned for stream, (_, returned) in parts.items()},
+            text_mask=text_mask,
+        )
+
+    def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
+        """A linear of zeros, or the first hidden channels."""
+        block = teacher.blocks[unit.span[0]]
+        parts: dict[str, Any] = {stream: teacher.filled(f"{block.key}.{block.ffn[stream]}") for stream in unit.streams}
+        return FFNUnit(parts, unit.keep, dtype)
+
+    def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
+        """The same without weights."""
+        return FFNUnit(self._stock(unit, teacher), unit.keep, dtype)
+
+    def _stock(self, unit: UnitPlan, teacher: Teacher) -> dict[str, Any]:
+        """Copies of the teacher's own feed-forwards, empty."""
+        block = teacher.blocks[unit.span[0]]
+        module = teacher.module(block)
+        return {stream: copy.deepcopy(module.get_submodule(block.ffn[stream])) for stream in unit.streams}
+
+    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+        """The feed-forwards run the unit's."""
+        block = anatomy.blocks[unit.span[0]]
+        for stream in unit.streams:
+            part = anatomy.module(model, block).get_submodule(block.ffn[stream])
+            replace_forward(part, partial(plug.compute, stream), stack)
+
+    def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
+        """The feed-forwards, less what is left of them."""
+        stock = self._stock(unit, teacher)
+        whole = sum(map(count_parameters, stock.values()))
+        left = [narrow_ffn(part, hidden_channels(part, unit.keep)) for part in stock.values()]
+        return whole - sum(map(count_parameters, left))
+
+    def export(self, unit: UnitPlan, own: Sources, anatomy: Anatomy, model: Export) -> None:
+        """The key `narrow_ffn`."""
+        block = anatomy.blocks[unit.span[0]]
+        for stream in unit.streams:
+            part = f"{model.keys[block.index]}.{block.ffn[stream]}"
+            like = model.take_out(part)
+            new = {
+                name.removeprefix(f"{stream}."): source for name, source in own.items() if name.startswith(f"{stream}.")
+            }
+            model.config["narrow_ffn"][part] = new["net.2.weight"].shape[1] if "net.2.weight" in new else 0
+            model.tensors |= {f"{part}.{name}": source.to(like.dtype) for name, source in new.items()}
+
+    def shrink(self, unit: UnitPlan, module: Any, block: Block, streams: Streams) -> None:
+        """Narrowed in place."""
+        for stream in unit.streams:
+            part = module.get_submodule(block.ffn[stream])
+            module.set_submodule(block.ffn[stream], narrow_ffn(part, hidden_channels(part, unit.keep)))
+
+    def parts(self, unit: UnitPlan, ffn: Mapping[str, str], text_only: frozenset[str]) -> frozenset[str]:
+        """The feed-forwards of its streams; nothing where one of them is not there."""
+        return frozenset(ffn[stream] for stream in unit.streams) if set(unit.streams) <= set(ffn) else frozenset()
+
+    def label(self, unit: UnitPlan) -> str:
+        """Its block, and what is kept."""
+        kept = f" at {unit.keep:.0%}" if unit.keep else ""
+        return f"{'+'.join(unit.streams)} ffn[{unit.span[0]}]{kept}"
+
+    def facts(self, unit: UnitPlan) -> tuple[str, str]:
+        """A feed-forward, by less of one."""
+        by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
+        return f"{' and '.join(unit.streams)} feed-forward of block {unit.span[0]}", by
