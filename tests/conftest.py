@@ -211,11 +211,11 @@ def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0)
     return printed
 
 
-def run_ranks(module: str, argument: Path, world: int = 2) -> None:
-    """Run `python -m MODULE ARGUMENT` as ranks on the CPU; all of them must end well."""
+def run_ranks(module: str, *arguments: str | Path, world: int = 2) -> None:
+    """Run `python -m MODULE ARGUMENTS` as ranks on the CPU; all of them must end well."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [*launcher, "-m", module, str(argument)],
+        [*launcher, "-m", module, *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
+import torch
 from accelerate import init_empty_weights
 
-from ppcl_ds.sections import shipped
+from ppcl_ds.planning.budget import budget_of
+from ppcl_ds.planning.choose import make_plan, width_candidates
+from ppcl_ds.planning.error_model import Forecast
+from ppcl_ds.planning.show import lines_of
+from ppcl_ds.sections import Plan, shipped
+from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.modeling_pruned import PrunedQwenImageTransformer2DModel
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import parameters_saved
@@ -67,3 +75,25 @@ def test_a_plan_that_is_given_needs_no_probe(new_run: Callable[..., Path], tmp_p
     assert "not known" in printed, "nobody has probed"
     assert "17 units for 1 variants" in printed  # the span, 5 text groups, 6 image and 5 text feed-forwards
     assert "is in order" in command("plan", path, "--check")
+
+
+def test_planning_with_every_width_unit_builds_one_empty_teacher(
+    qwen_image: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def counted(config: dict[str, Any]) -> Any:
+        built.append(config["_class_name"])
+        return empty_model(config)
+
+    monkeypatch.setattr("ppcl_ds.teacher.files.empty_model", counted)
+    teacher = Teacher(qwen_image.files.folder, weights=False)
+    section = Plan(rule="given", given=PUBLISHED, width=("text", "ffn", "narrow"))
+    budget = budget_of(section, teacher, torch.bfloat16)
+    plan = make_plan(section, 0, None, teacher, budget)
+    assert len(width_candidates(section, teacher.anatomy)) == 238
+    budget = budget_of(section, teacher, torch.bfloat16, plan.units)
+    assert len(budget.parts) > 200
+    nothing = Forecast("nothing", (), np.zeros(0), np.zeros((0, 0)))
+    assert len(lines_of(plan, teacher, nothing, budget)) == 2
+    assert built == ["QwenImageTransformer2DModel"]

@@ -102,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         getattr(diffusers, class_name)(**config).save_pretrained(made / family, max_shard_size="100KB")
         assert len(list((made / family).glob("*.safetensors"))) > 1
-    run_ranks("tests.teacher.test_sharded", made, RANKS)
+    run_ranks("tests.teacher.test_sharded", made, world=RANKS)
     return made
 
 
