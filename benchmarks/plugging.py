@@ -24,7 +24,7 @@ from benchmarks.table import JsonFile, Quick, Row, row, show
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.planning.budget import budget_of
-from ppcl_ds.planning.error_model import Forecast, fitted
+from ppcl_ds.planning.error_model import ErrorModel, fitted
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.swaps import draw_sets, load_swaps
 
@@ -45,7 +45,7 @@ def train_library(run: Path, steps: int) -> Library:
     return library
 
 
-def foretold(library: Library, judge: Judge, forecast: Forecast, count: int) -> list[tuple[int, float, float]]:
+def foretold(library: Library, judge: Judge, forecast: ErrorModel, count: int) -> list[tuple[int, float, float]]:
     """Blocks given up, error foretold and measured, of sets that the forecast was not fitted to."""
     swaps = load_swaps(library.recipe.swaps_file)
     assert swaps is not None
@@ -61,7 +61,7 @@ def foretold(library: Library, judge: Judge, forecast: Forecast, count: int) -> 
     return points
 
 
-def curve(library: Library, judge: Judge, forecast: Forecast) -> list[ModelFigures]:
+def curve(library: Library, judge: Judge, forecast: ErrorModel) -> list[ModelFigures]:
     """Figures of the planner's set at every number of blocks."""
     budget = budget_of(library.recipe.plan, library.teacher, judge.dtype)
     candidates, block, sizes = forecast.candidates(budget), float(budget.blocks.max()), budget.blocks

@@ -11,7 +11,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import fitted
 from ppcl_ds.planning.programme import cheapest
-from ppcl_ds.planning.rules import Ground, Span, spans_by
+from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.sections import Plan as PlanSection
@@ -36,9 +36,9 @@ def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teach
     rules = dict.fromkeys((section.rule, *section.candidates))
     found: dict[Rule, dict[str, list[Span] | None]] = {section.rule: {}}
     if report is not None:
-        ground = _ground(section, seed, report, teacher, budget, given)
+        inputs = _rule_inputs(section, seed, report, teacher, budget, given)
         found = {
-            rule: {name: spans_by(rule, ground, share) for name, share in section.variants.items()} for rule in rules
+            rule: {name: spans_by(rule, inputs, share) for name, share in section.variants.items()} for rule in rules
         }
     for name, chosen in found[section.rule].items():
         if not chosen:
@@ -57,18 +57,18 @@ def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teach
     return Plan(teacher=teacher.class_name, blocks=len(teacher.blocks), units=library, variants=variants)
 
 
-def _ground(
+def _rule_inputs(
     section: PlanSection,
     seed: int,
     report: ProbeReport,
     teacher: Teacher,
     budget: Budget,
     given: Plan | None,
-) -> Ground:
+) -> RuleInputs:
     lists: dict[str, list[int]] = {}
     for block in teacher.blocks:
         lists.setdefault(block.list_name, []).append(block.index)
-    return Ground(
+    return RuleInputs(
         report=report,
         budget=budget,
         lists=list(lists.values()),

@@ -25,7 +25,7 @@ _RIDGE = 0.1
 
 
 @dataclass(frozen=True)
-class Forecast:
+class ErrorModel:
     """The expected error of any set of units: each one's own, and what every two of them add to that.
 
     Attributes:
@@ -59,15 +59,15 @@ class Forecast:
         )
 
 
-def probed(report: ProbeReport, teacher: Teacher) -> Forecast:
+def probed(report: ProbeReport, teacher: Teacher) -> ErrorModel:
     """Every span that was probed, its `error(u, v)`, and no word on how errors add up."""
     errors = {(u, v): report.error[u][v] for u, v in sorted(teacher.allowed_spans)}
     known = {span: error for span, error in errors.items() if error is not None}
     units = [UnitPlan(name=f"{span}", span=span, streams=("image",)) for span in known]
-    return Forecast("probed error", units, np.array(list(known.values())), np.zeros((len(units), len(units))))
+    return ErrorModel("probed error", units, np.array(list(known.values())), np.zeros((len(units), len(units))))
 
 
-def fitted(swaps: Swaps) -> Forecast:
+def fitted(swaps: Swaps) -> ErrorModel:
     """The velocity error as measured for units alone, and as sets of them tell how errors build up.
 
     What units add to the velocity overlaps, and a unit also bends what earlier ones have added. So with g_ij the mean
@@ -91,10 +91,10 @@ def fitted(swaps: Swaps) -> Forecast:
         rows.append(np.array([overlap, *bends]) / each.error)
         sides.append((each.error - alone[chosen].sum()) / each.error)
     if not rows:
-        return Forecast("velocity MSE", swaps.units, alone, 2 * (products - np.diag(alone)))
+        return ErrorModel("velocity MSE", swaps.units, alone, 2 * (products - np.diag(alone)))
     matrix = np.array(rows)
     pull = np.diag([1e-6, *np.full(len(alone), _RIDGE)])
     weights = np.linalg.solve(matrix.T @ matrix + pull, matrix.T @ np.array(sides))
     pairs = 2 * weights[0] * products + (weights[1:, None] + weights[None, 1:]) * roots
     np.fill_diagonal(pairs, 0.0)
-    return Forecast("velocity MSE", swaps.units, alone, pairs)
+    return ErrorModel("velocity MSE", swaps.units, alone, pairs)

@@ -9,7 +9,7 @@ from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
-from ppcl_ds.planning.error_model import Forecast, fitted, probed
+from ppcl_ds.planning.error_model import ErrorModel, fitted, probed
 from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
@@ -30,10 +30,10 @@ def plan(recipe: Recipe) -> None:
     write(recipe, chosen, teacher, _probed(recipe, teacher), budget_for(recipe, chosen, teacher))
 
 
-def _probed(recipe: Recipe, teacher: Teacher) -> Forecast:
+def _probed(recipe: Recipe, teacher: Teacher) -> ErrorModel:
     """What the probe expects; it knows nothing where it has not run, as a plan that is given needs none."""
     if not (recipe.probe_folder / "report.json").exists():
-        return Forecast("probed error", (), np.zeros(0), np.zeros((0, 0)))
+        return ErrorModel("probed error", (), np.zeros(0), np.zeros((0, 0)))
     return probed(load_report(recipe.probe_folder), teacher)
 
 
@@ -43,7 +43,7 @@ def budget_for(recipe: Recipe, plan: Plan, teacher: Teacher, swaps: Swaps | None
     return budget_of(recipe.plan, teacher, dtype, plan.units, swaps)
 
 
-def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget) -> None:
+def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> None:
     """Write `plan.yaml` and print its variants."""
     plan.save(recipe.plan_file)
     print_table(lines_of(plan, teacher, forecast, budget), teacher.anatomy, forecast)

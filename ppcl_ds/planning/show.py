@@ -20,7 +20,7 @@ from rich.table import Table
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import track
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.error_model import Forecast
+from ppcl_ds.planning.error_model import ErrorModel
 from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.probing.heatmaps import as_png, inline
 from ppcl_ds.teacher.anatomy import Anatomy
@@ -59,7 +59,7 @@ class Line(NamedTuple):
     error: float | None
 
 
-def lines_of(plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget) -> list[Line]:
+def lines_of(plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> list[Line]:
     """The variants of a plan."""
     lines = []
     for name in plan.variants:
@@ -70,7 +70,7 @@ def lines_of(plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget) -
     return lines
 
 
-def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> None:
+def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: ErrorModel) -> None:
     """Print the variants."""
     table = Table("variant", "blocks", "block parameters", "units", forecast.title, box=SIMPLE, pad_edge=False)
     for line in lines:
@@ -80,7 +80,7 @@ def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> 
     Console().print(table)
 
 
-def front(forecast: Forecast, budget: Budget) -> list[Point]:
+def front(forecast: ErrorModel, budget: Budget) -> list[Point]:
     """The least error at each size: sets of units that no smaller set of the forecast beats."""
     candidates, total = forecast.candidates(budget), budget.total
     step = max(float(budget.blocks.max()), total / _LEVELS)
@@ -107,7 +107,7 @@ def draw(
     lines: Sequence[Line],
     points: Sequence[Point],
     measured: Sequence[Point],
-    forecast: Forecast,
+    forecast: ErrorModel,
     budget: str,
     teacher: str,
 ) -> None:

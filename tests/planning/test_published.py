@@ -15,7 +15,7 @@ from accelerate import init_empty_weights
 
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.choose import make_plan, width_candidates
-from ppcl_ds.planning.error_model import Forecast
+from ppcl_ds.planning.error_model import ErrorModel
 from ppcl_ds.planning.show import lines_of
 from ppcl_ds.sections import Plan, shipped
 from ppcl_ds.teacher.files import empty_model
@@ -94,6 +94,6 @@ def test_planning_with_every_width_unit_builds_one_empty_teacher(
     assert len(width_candidates(section, teacher.anatomy)) == 238
     budget = budget_of(section, teacher, torch.bfloat16, plan.units)
     assert len(budget.parts) > 200
-    nothing = Forecast("nothing", (), np.zeros(0), np.zeros((0, 0)))
+    nothing = ErrorModel("nothing", (), np.zeros(0), np.zeros((0, 0)))
     assert len(lines_of(plan, teacher, nothing, budget)) == 2
     assert built == ["QwenImageTransformer2DModel"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.rules import Ground, Span, spans_by
+from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.probing.report import MEAN, Figure, Matrix, ProbeReport
 from ppcl_ds.sections import Rule
 
@@ -26,7 +26,7 @@ def ground_of(
     spans: Sequence[Span] = (),
     influence: Sequence[float] | None = None,
     closing: bool = True,
-) -> Ground:
+) -> RuleInputs:
     """A teacher that nobody needs to build: what a probe says of it is drawn at random.
 
     Args:
@@ -49,7 +49,7 @@ def ground_of(
         figures={MEAN: {"influence": Figure(value=[row], spread=[row])}},
     )
     sizes = np.concatenate([np.full(len(blocks), 3.0 - place) for place, blocks in enumerate(lists)])
-    return Ground(
+    return RuleInputs(
         report, Budget("parameters", sizes, {}), lists, allowed, max_span=6, seed=seed, given=[(0, 1), (2, 4), (6, 8)]
     )
 
@@ -65,28 +65,28 @@ def ground_of(
 def test_a_rule_gives_up_the_share_in_spans_that_fit(
     rule: Rule, kind: str, seed: int, share: float, closing: bool
 ) -> None:
-    ground = ground_of(LISTS[kind], seed, closing=closing)
-    spans = spans_by(rule, ground, share)
+    inputs = ground_of(LISTS[kind], seed, closing=closing)
+    spans = spans_by(rule, inputs, share)
     assert spans is not None
-    assert set(spans) <= ground.allowed
+    assert set(spans) <= inputs.allowed
     assert all(a[1] < b[0] for a, b in pairwise(sorted(spans)))
-    lists = len(ground.lists) if rule == "uniform" else 1  # each list meets the share by itself
-    assert ground.saved(spans) == pytest.approx(share * ground.budget.total, abs=lists * ground.budget.slack)
+    lists = len(inputs.lists) if rule == "uniform" else 1  # each list meets the share by itself
+    assert inputs.saved(spans) == pytest.approx(share * inputs.budget.total, abs=lists * inputs.budget.slack)
 
 
 def test_influence_removes_the_blocks_that_change_least() -> None:
     influence = [0.0, 0.9, 0.1, 0.2, 0.8, 0.05, 0.7, 0.6, 0.15, 0.5, 0.4, 0.3]  # nothing comes before block 0
-    ground = ground_of(LISTS["one list"], influence=influence)
-    assert spans_by("influence", ground, 4 / 12) == [(1, 3), (4, 5), (7, 8)]
-    assert spans_by("influence", ground, 5 / 12) == [(1, 3), (4, 5), (7, 8), (10, 11)]
+    inputs = ground_of(LISTS["one list"], influence=influence)
+    assert spans_by("influence", inputs, 4 / 12) == [(1, 3), (4, 5), (7, 8)]
+    assert spans_by("influence", inputs, 5 / 12) == [(1, 3), (4, 5), (7, 8), (10, 11)]
 
 
 def test_uniform_spreads_the_blocks_that_stay() -> None:
-    ground = ground_of(LISTS["one list"])
-    assert spans_by("uniform", ground, 0.5) == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
-    assert spans_by("uniform", ground, 0.75) == [(0, 3), (4, 7), (8, 11)]
+    inputs = ground_of(LISTS["one list"])
+    assert spans_by("uniform", inputs, 0.5) == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
+    assert spans_by("uniform", inputs, 0.75) == [(0, 3), (4, 7), (8, 11)]
     for share in (0.2, 1 / 3, 0.6):
-        spans = spans_by("uniform", ground, share) or []
+        spans = spans_by("uniform", inputs, share) or []
         groups = [1 + v - u for u, v in spans] + [1] * (12 - sum(1 + v - u for u, v in spans))
         assert max(groups) - min(groups) <= 1
     assert spans_by("uniform", ground_of([range(6)], closing=False), 0.5) == [(0, 1), (2, 4)]
@@ -100,13 +100,13 @@ def test_random_depends_on_the_seed_alone() -> None:
 
 def test_the_papers_spans_join_only_where_they_do_not_suffice() -> None:
     spans = [(0, 1), (2, 4), (6, 8), (9, 11)]
-    ground = ground_of(LISTS["one list"], spans=spans)
-    assert set(spans_by("ppcl", ground, 0.5) or ()) <= set(spans)  # 7 blocks can go
-    assert spans_by("ppcl", ground, 0.75) == [(0, 4), (6, 11)]  # 9 blocks: both neighbours at once, block 5 stays
-    assert spans_by("ppcl", ground, 0.9) is None
+    inputs = ground_of(LISTS["one list"], spans=spans)
+    assert set(spans_by("ppcl", inputs, 0.5) or ()) <= set(spans)  # 7 blocks can go
+    assert spans_by("ppcl", inputs, 0.75) == [(0, 4), (6, 11)]  # 9 blocks: both neighbours at once, block 5 stays
+    assert spans_by("ppcl", inputs, 0.9) is None
 
 
 def test_given_takes_the_spans_it_was_given() -> None:
-    ground = ground_of(LISTS["one list"])
-    assert spans_by("given", ground, 5 / 12) == [(0, 1), (2, 4), (6, 8)]
-    assert spans_by("given", ground, 0.8) is None
+    inputs = ground_of(LISTS["one list"])
+    assert spans_by("given", inputs, 5 / 12) == [(0, 1), (2, 4), (6, 8)]
+    assert spans_by("given", inputs, 0.8) is None
