@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+
+from tests.ranks import run, start_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
@@ -88,6 +88,12 @@ WAN: tuple[str, dict[str, Any]] = (
     },
 )
 """A family that can be tapped, though not yet called."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server for all workers, whose environment they inherit."""
+    if not config.option.collectonly:
+        start_server()
 
 
 def make_teacher(family: str, folder: Path) -> None:
@@ -198,28 +204,7 @@ def mix_shapes(path: Path) -> None:
 
 def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:
     """Run `ppcl ARGUMENTS` as users do, check its exit code, return what it printed."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-m", program, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-    )
+    done = run(program, *arguments)
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed
     return printed
-
-
-def run_ranks(module: str, *arguments: str | Path, world: int = 2) -> None:
-    """Run `python -m MODULE ARGUMENTS` as ranks on the CPU; all of them must end well."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*launcher, "-m", module, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import typer
 
 from ppcl_ds import console, launch
-from tests.conftest import run_ranks
+from tests.ranks import run_ranks
 
 app = typer.Typer()
 

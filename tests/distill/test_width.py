@@ -32,7 +32,8 @@ from ppcl_ds.units.kinds import build_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled
-from tests.conftest import TEACHERS, command, make_recipe, run_ranks
+from tests.conftest import TEACHERS, command, make_recipe
+from tests.ranks import run_ranks
 
 FFN = {"qwen": ("img_mlp", "txt_mlp"), "flux": ("ff", "ff_context"), "sd3": ("ff", "ff_context")}
 """The feed-forward of the image and of the text stream."""

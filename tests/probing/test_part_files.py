@@ -18,7 +18,8 @@ from ppcl_ds.probing.report import ProbeReport, load_report
 from ppcl_ds.probing.sums import Lane, Sums, zero_sums
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.teacher import Teacher
-from tests.conftest import command, run_ranks
+from tests.conftest import command
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 LANES = (Lane("image", 0, 4, 5), Lane("text", 0, 3, 5))

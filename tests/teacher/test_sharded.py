@@ -26,7 +26,8 @@ from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled
-from tests.conftest import TEACHERS, WAN, run_ranks
+from tests.conftest import TEACHERS, WAN
+from tests.ranks import run_ranks
 
 RANKS = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

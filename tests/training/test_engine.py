@@ -23,7 +23,8 @@ from ppcl_ds.distill.distill import check
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import Parcel
-from tests.conftest import make_recipe, run_ranks
+from tests.conftest import make_recipe
+from tests.ranks import run_ranks
 
 STEPS = 4
 MICRO_BATCHES = 4

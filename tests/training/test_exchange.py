@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.units.unit import Parcel
-from tests.conftest import run_ranks
+from tests.ranks import run_ranks
 
 UNITS = [["first", "second"], ["third"]]
 TEXT_LENGTHS = [5, 9]

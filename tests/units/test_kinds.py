@@ -23,7 +23,8 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.watch.tensorboard import read_scalars
-from tests.conftest import command, make_recipe, run_ranks
+from tests.conftest import command, make_recipe
+from tests.ranks import run_ranks
 from tests.units.mean_attention import HEADS
 
 STEPS = 3
