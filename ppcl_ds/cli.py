@@ -57,8 +57,7 @@ def probe(
     if merge:
         merge_parts(loaded, teacher)
         return
-    if not launch.is_rank():
-        launch.start_ranks(["probe", str(recipe), *(["--part", part] if part else [])], loaded.topology.world)
+    launch.on_ranks(loaded.topology.world)
     probe(loaded, teacher, part)
 
 
@@ -101,8 +100,7 @@ def plan(
         if (swaps := replan.measured) is not None:
             replan.write(swaps)
             return
-        if not launch.is_rank():
-            launch.start_ranks(["plan", str(recipe), "--from-run", str(from_run)], loaded.topology.world)
+        launch.on_ranks(loaded.topology.world)
         replan.measure()
     elif check:
         run.check(loaded)
@@ -183,8 +181,7 @@ def distill(
     if dry_run:
         rehearse(loaded)
         return
-    if not launch.is_rank():
-        launch.start_ranks(["distill", str(recipe), *(["--until", str(until)] if until else [])], loaded.topology.world)
+    launch.on_ranks(loaded.topology.world)
     distill(loaded, teacher, checked, until)
 
 
@@ -215,9 +212,7 @@ def finetune(
     if dry_run:
         rehearse(checked)
         return
-    if not launch.is_rank():
-        options = [*(["--from", str(from_run)] if from_run else []), *(["--until", str(until)] if until else [])]
-        launch.start_ranks(["finetune", str(recipe), "--variant", variant, *options], loaded.topology.world)
+    launch.on_ranks(loaded.topology.world)
     finetune(checked, until)
 
 

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -29,14 +28,17 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
-def start_ranks(arguments: Sequence[str], world: int) -> NoReturn:
-    """Become the torchrun that runs `ppcl ARGUMENTS` as `world` ranks on this machine.
+def on_ranks(world: int) -> None:
+    """Go on as one of `world` ranks: returns in a rank; else becomes the torchrun that starts them on this machine.
 
-    This process is replaced, so that who stops it stops torchrun, and torchrun its ranks: none is left behind.
+    Each rank runs this very command line, whether `ppcl` or `python -m ppcl_ds.cli` began it. This process is replaced,
+    so that who stops it stops torchrun, and torchrun its ranks: none is left behind.
     """
+    if is_rank():
+        return
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     sys.stdout.flush()
-    os.execve(sys.executable, [*command, "-m", "ppcl_ds.cli", *arguments], _environment(world))
+    os.execve(sys.executable, [*command, "-m", "ppcl_ds.cli", *sys.argv[1:]], _environment(world))
 
 
 def check_world(world: int) -> None:
