@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.units.plan import finetuned
 
 STEPS = ("encode", "probe", "merge", "plan", "distill", "finetune", "consolidate", "evaluate")
 

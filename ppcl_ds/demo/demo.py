@@ -16,8 +16,8 @@ import torch
 from ppcl_ds.demo.digits import write_images
 from ppcl_ds.demo.teacher import train_teacher
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.units.plan import finetuned
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,9 @@ from ppcl_ds.evaluate.report import draw_samples, write_report
 from ppcl_ds.export.card import FACTS, write_card
 from ppcl_ds.export.load import load_model
 from ppcl_ds.export.model_folder import weights_digest
-from ppcl_ds.export.tuned import finetuned
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.units.plan import UNDISTILLED, Plan, load_plan
+from ppcl_ds.units.plan import UNDISTILLED, Plan, finetuned, load_plan
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
 

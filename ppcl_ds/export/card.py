@@ -15,8 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.model_folder import CARD, weights_digest
-from ppcl_ds.export.tuned import untuned
-from ppcl_ds.units.plan import UNDISTILLED
+from ppcl_ds.units.plan import UNDISTILLED, untuned
 
 FACTS = "variant.json"
 """Beside the card: the facts it was made from. It also marks a folder as one that `ppcl consolidate` may replace."""

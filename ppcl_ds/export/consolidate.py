@@ -39,7 +39,7 @@ from ppcl_ds.export.model_folder import (
 from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
 from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.single_files import single_file_tensors
-from ppcl_ds.export.tuned import Tuned, finetuned, open_tuned, untuned
+from ppcl_ds.export.tuned import Tuned, open_tuned
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.files import find_class
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
@@ -47,7 +47,7 @@ from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.training.trained import unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
-from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.units.plan import Plan, UnitPlan, finetuned, load_plan, untuned
 from ppcl_ds.units.variant import Layout, layout
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

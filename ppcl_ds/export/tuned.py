@@ -1,4 +1,4 @@
-"""Fine-tuned variants: their names, and what came of the training, put into the variant that it started from."""
+"""Fine-tuned variants: what came of the training, put into the variant that it started from."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ from ppcl_ds.sections import Finetune
 from ppcl_ds.teacher.sources import Source, Sources
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.training.trained import sources_of
-from ppcl_ds.units.plan import FINETUNED
-
-
-def finetuned(variant: str) -> str:
-    """What a variant is called after fine-tuning."""
-    return variant + FINETUNED
-
-
-def untuned(name: str) -> str:
-    """The plan's variant, whether it has been fine-tuned or not."""
-    return name.removesuffix(FINETUNED)
 
 
 @dataclass(frozen=True)

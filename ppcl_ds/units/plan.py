@@ -38,6 +38,16 @@ UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
 """Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
 
 
+def finetuned(variant: str) -> str:
+    """What a variant is called after fine-tuning."""
+    return variant + FINETUNED
+
+
+def untuned(name: str) -> str:
+    """The plan's variant, whether it has been fine-tuned or not."""
+    return name.removesuffix(FINETUNED)
+
+
 class Plan(BaseModel):
     """Units and variants for one teacher.
 
