@@ -1,85 +1,106 @@
-"""The chain as a table: every step's script, what it waits for, how large it is, and whether it has been done."""
+"""The road as one table: what each step makes and needs, and whether it has been done.
+
+`ppcl demo` walks it on this machine; `ppcl submit` queues it as Slurm jobs, a script each.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.units.plan import finetuned
 
 STEPS = ("encode", "probe", "merge", "plan", "distill", "finetune", "consolidate", "evaluate")
+"""Those that a cluster does: packing images into shards needs none."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One job, or one array of jobs.
+    """One step: a command, and on a cluster one job or one array of jobs.
 
     Attributes:
-        name: its script is `NAME.sbatch`.
-        done: whether what it makes is there.
-        after: steps that must have ended well.
+        name: of its command; its script is `NAME.sbatch`.
+        makes: what it leaves in the run folder.
+        done: whether that is there; looks each time.
+        needs: steps that must have ended well.
         follows: whether it is done again when one of those is.
         ranks: whether it runs on all processes of the topology; else it is one process.
         array: the numbers of its tasks, as sbatch reads them; empty: it is a single job.
-        arguments: of its script, behind the recipe.
+        variants: that it works on, each by a task of its own.
     """
 
     name: str
-    done: bool
-    after: tuple[str, ...] = ()
+    makes: tuple[Path, ...]
+    done: Callable[[], bool]
+    needs: tuple[str, ...] = ()
     follows: bool = False
     ranks: bool = False
     array: str = ""
-    arguments: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
 
-def steps(recipe: Recipe, variants: Sequence[str]) -> list[Step]:
+def steps(recipe: Recipe, variants: Sequence[str], parts: int = 0) -> list[Step]:
     """Every step of a run, in order.
 
     Args:
         variants: their names, as far as they are known.
+        parts: of the probe, each a task of its own, whose sums another step merges; 0: one command does it all.
     """
-    encoded = (recipe.data.shards / "encoded" / "index.json").exists()
-    planned = recipe.plan_file.exists()
-    reported = planned or (recipe.probe_folder / "report.json").exists()
-    parts = recipe.cluster.probe_parts
-    probed = reported or len(list((recipe.probe_folder / "parts").glob(f"part-*-of-{parts:03d}.safetensors"))) == parts
-    tuning = recipe.finetune
-    tuned = tuning.variants if tuning else ()
-    written = [*variants, *map(finetuned, tuned)]
-    evaluated = (recipe.run / "report.json").exists()
+    shards, probe, run = recipe.data.shards, recipe.probe_folder, recipe.run
+    tuned = recipe.finetune.variants if recipe.finetune else ()
+    written = (*variants, *map(finetuned, tuned))
+    figures = (run / "samples.png", run / "report.json", run / "report.html")
+
+    def reported() -> bool:
+        return recipe.plan_file.exists() or (probe / "report.json").exists()
+
+    def summed() -> bool:
+        return reported() or len(list((probe / "parts").glob(f"part-*-of-{parts:03d}.safetensors"))) == parts
+
+    found = [Step("probe", (probe,), reported, ("encode",), ranks=True)]
+    if parts:
+        found = [
+            Step("probe", (probe / "parts",), summed, ("encode",), ranks=True, array=f"1-{parts}"),
+            Step("merge", (probe,), reported, ("probe",)),
+        ]
+    if tuned:
+        folders = tuple(recipe.finetuning(name).path for name in tuned)
+        tune = Step(
+            "finetune",
+            folders,
+            lambda: all(recipe.finetuning(name).finished(recipe.tuning.steps) for name in tuned),
+            ("distill",),
+            follows=True,
+            ranks=True,
+            array=f"0-{len(tuned) - 1}",
+            variants=tuned,
+        )
     return [
-        Step("encode", encoded, array=f"1-{recipe.cluster.encode_tasks}"),
-        Step("probe", probed, ("encode",), ranks=True, array=f"1-{parts}"),
-        Step("merge", reported, ("probe",)),
-        Step("plan", planned, ("merge",)),
-        Step("distill", recipe.distilled, ("encode", "plan"), ranks=True),
-        *(
-            [
-                Step(
-                    "finetune",
-                    all(recipe.finetuning(name).finished(tuning.steps) for name in tuned),
-                    ("distill",),
-                    follows=True,
-                    ranks=True,
-                    array=f"0-{len(tuned) - 1}",
-                    arguments=tuned,
-                )
-            ]
-            if tuning and tuned
-            else []
+        Step("shard", (shards / "raw",), (shards / "raw" / "index.json").exists),
+        Step(
+            "encode",
+            (shards / "encoded",),
+            (shards / "encoded" / "index.json").exists,
+            ("shard",),
+            array=f"1-{recipe.cluster.encode_tasks}",
         ),
+        *found,
+        Step("plan", (recipe.plan_file,), recipe.plan_file.exists, (found[-1].name,)),
+        Step("distill", (recipe.distillation.path,), lambda: recipe.distilled, ("encode", "plan"), ranks=True),
+        *([tune] if tuned else []),
         Step(
             "consolidate",
-            all((recipe.pruned(name) / "config.json").exists() for name in written),
+            (run / "pruned",),
+            lambda: all((recipe.pruned(name) / "config.json").exists() for name in written),
             ("distill", "finetune"),
             follows=True,
             array=f"0-{len(written) - 1}",
-            arguments=tuple(written),
+            variants=written,
         ),
-        Step("evaluate", evaluated, ("encode", "consolidate"), follows=True),
+        Step("evaluate", figures, lambda: all(map(Path.exists, figures)), ("encode", "consolidate"), follows=True),
     ]
 
 
@@ -92,7 +113,7 @@ def due(table: Sequence[Step], start: str | None) -> list[Step]:
     if start is None:
         names: set[str] = set()
         for step in table:
-            if not step.done or (step.follows and names.intersection(step.after)):
+            if not step.done() or (step.follows and names.intersection(step.needs)):
                 names.add(step.name)
         return [step for step in table if step.name in names]
     known = [step.name for step in table]
@@ -100,6 +121,6 @@ def due(table: Sequence[Step], start: str | None) -> list[Step]:
         raise UserError(f"--from {start}: there is no such step; the steps are {', '.join(known)}")
     chosen = list(table[known.index(start) :])
     for step in table[: known.index(start)]:
-        if not step.done and any(step.name in later.after for later in chosen):
+        if not step.done() and any(step.name in later.needs for later in chosen):
             raise UserError(f"--from {start}: {step.name} has not been done; use --from {step.name}, or leave it out")
     return chosen

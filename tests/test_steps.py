@@ -10,9 +10,10 @@ import pytest
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Finetune
-from ppcl_ds.steps import due, steps
+from ppcl_ds.steps import Step, due, steps
 
 VARIANTS = ["medium", "small"]
+FIGURES = ("samples.png", "report.json", "report.html")
 ALL = ["encode", "probe", "merge", "plan", "distill", "consolidate", "evaluate"]
 
 
@@ -22,8 +23,13 @@ def recipe(new_run: Callable[..., Path]) -> Recipe:
     return load_recipe(new_run("qwen"))
 
 
+def jobs(recipe: Recipe, start: str | None = None) -> list[Step]:
+    """Those that a cluster is given."""
+    return due(steps(recipe, VARIANTS, recipe.cluster.probe_parts)[1:], start)
+
+
 def names(recipe: Recipe, start: str | None = None) -> list[str]:
-    return [step.name for step in due(steps(recipe, VARIANTS), start)]
+    return [step.name for step in jobs(recipe, start)]
 
 
 def touch(path: Path, content: str = "") -> None:
@@ -42,17 +48,18 @@ def test_what_is_done_is_left_out(recipe: Recipe) -> None:
     for variant in VARIANTS:
         touch(recipe.pruned(variant) / "config.json")
     assert names(recipe) == ALL[6:]
-    touch(recipe.run / "report.json")
+    for name in FIGURES:
+        touch(recipe.run / name)
     assert names(recipe) == []
 
 
 def test_fine_tuned_variants_are_consolidated_too(recipe: Recipe) -> None:
     tuning = Finetune(steps=9, micro_batch=1, micro_batches_per_step=2, variants=("small",))
     tuned = recipe.model_copy(update={"finetune": tuning})
-    chain = {step.name: step for step in due(steps(tuned, VARIANTS), None)}
+    chain = {step.name: step for step in jobs(tuned)}
     assert [*chain] == [*ALL[1:5], "finetune", *ALL[5:]]
-    assert chain["finetune"].arguments == ("small",)
-    assert chain["consolidate"].arguments == ("medium", "small", "small-finetuned")
+    assert chain["finetune"].variants == ("small",)
+    assert chain["consolidate"].variants == ("medium", "small", "small-finetuned")
     touch(recipe.plan_file)
     touch(recipe.distillation.checkpoints / "latest", f"step-{recipe.distill.steps:06d}")
     assert names(tuned)[0] == "finetune"
@@ -68,7 +75,8 @@ def test_a_plan_of_ones_own_needs_no_probe(recipe: Recipe) -> None:
 
 def test_what_is_made_of_something_new_is_made_again(recipe: Recipe) -> None:
     touch(recipe.plan_file)
-    touch(recipe.run / "report.json")
+    for name in FIGURES:
+        touch(recipe.run / name)
     for variant in VARIANTS:
         touch(recipe.pruned(variant) / "config.json")
     assert names(recipe) == ["distill", "consolidate", "evaluate"]

@@ -44,7 +44,8 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
         UserError: something is wrong with the request; nothing is queued then.
     """
     slurm.need_slurm()
-    chosen = due(steps(recipe, variants_of(recipe)), start)
+    _, *jobs = steps(recipe, variants_of(recipe), recipe.cluster.probe_parts)  # shards are there already
+    chosen = due(jobs, start)
     if not chosen:
         print(f"{recipe.run}: every step is done; --from STEP does one again, and all that follow")
         return
@@ -126,7 +127,7 @@ def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
     if step.ranks:
         options.append(f"--signal=B:USR1@{cluster.notice}")
     script = folder / f"{step.name}.sbatch"
-    return [*options, *cluster.options, str(script), str(folder / "recipe.yaml"), *step.arguments]
+    return [*options, *cluster.options, str(script), str(folder / "recipe.yaml"), *step.variants]
 
 
 def _queue(run: Path, chosen: Sequence[Step], orders: dict[str, list[str]]) -> dict[str, str]:
@@ -136,7 +137,7 @@ def _queue(run: Path, chosen: Sequence[Step], orders: dict[str, list[str]]) -> d
     chain: list[Queued] = []
     try:
         for step in chosen:
-            waits = [jobs[name] for name in step.after if name in jobs]
+            waits = [jobs[name] for name in step.needs if name in jobs]
             dependency = [f"--dependency=afterok:{':'.join(waits)}"] if waits else []
             jobs[step.name] = slurm.submit([*dependency, *orders[step.name]], environment)
             chain.append(Queued(step=step.name, job=jobs[step.name]))
@@ -155,6 +156,6 @@ def _tasks(step: Step) -> int:
 def _show(chosen: Sequence[Step], jobs: dict[str, str]) -> None:
     table = Table("step", "job", "tasks", "after")
     for step in chosen:
-        waits = ", ".join(jobs[name] for name in step.after if name in jobs)
+        waits = ", ".join(jobs[name] for name in step.needs if name in jobs)
         table.add_row(escape(step.name), jobs[step.name], str(_tasks(step)), waits)
     Console().print(table)

@@ -6,9 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,24 +14,10 @@ from ppcl_ds.demo.digits import write_images
 from ppcl_ds.demo.teacher import train_teacher
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.units.plan import finetuned
+from ppcl_ds.steps import Step, steps
 
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the road.
-
-    Attributes:
-        title: what the user reads.
-        action: does it; a list is a command line.
-        makes: what it leaves in the run folder; removed when an earlier step has run anew.
-        done: whether it needs no running.
-    """
-
-    title: str
-    action: Callable[[], None] | list[str]
-    makes: list[Path]
-    done: Callable[[], bool]
+_DIGITS, _TEACHER = "write the digits as images with captions", "train a teacher from scratch"
+"""What the demo does beside the road: what others bring."""
 
 
 def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
@@ -60,24 +43,43 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
     # At this size a second thread gains little, and on a machine that does anything else it costs a great deal.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    steps = _steps(path, recipe)
-    for number, step in enumerate(steps):
+    road = _road(recipe)
+    for number, step in enumerate(road):
+        lines = _lines(step, str(path))
+        title = f"[{number + 1}/{len(road)}] " + (" && ".join(map(" ".join, lines)) or step.name)
         if step.done():
-            print(f"[{number + 1}/{len(steps)}] {step.title} (done before)", flush=True)
+            print(f"{title} (done before)", flush=True)
             continue
-        print(f"\n[{number + 1}/{len(steps)}] {step.title}", flush=True)
-        for later in steps[number + 1 :]:
+        print(f"\n{title}", flush=True)
+        for later in road[number + 1 :]:
             for made in later.makes:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
-        _run(step.action)
+        if step.name == _DIGITS:
+            write_images(Path(recipe.data.source))
+        elif step.name == _TEACHER:
+            train_teacher(recipe)
+        for line in lines:
+            _run(*line)
     print(f"\nLook at {recipe.run}/samples.png and {recipe.run}/report.html; the models are in {recipe.run}/pruned/.")
 
 
-def _run(action: Callable[[], None] | list[str]) -> None:
-    if callable(action):
-        action()
-        return
-    program, *arguments = action
+def _road(recipe: Recipe) -> list[Step]:
+    """The road, and what the demo does beside it."""
+    shard, encode, *rest = steps(recipe, list(recipe.plan.variants))
+    digits = Step(_DIGITS, (Path(recipe.data.source),), shard.done)
+    teacher = Step(_TEACHER, (recipe.teacher.path,), (recipe.teacher.path / "config.json").exists)
+    return [digits, shard, encode, teacher, *rest]
+
+
+def _lines(step: Step, recipe: str) -> list[list[str]]:
+    """The command lines that do a step of the road."""
+    if step.name in (_DIGITS, _TEACHER):
+        return []
+    line = ["ppcl-data" if step.name in ("shard", "encode") else "ppcl", step.name, recipe]
+    return [[*line, "--variant", variant] for variant in step.variants] if step.name == "finetune" else [line]
+
+
+def _run(program: str, *arguments: str) -> None:
     module = {"ppcl": "ppcl_ds.cli", "ppcl-data": "data_tools.cli"}[program]
     with subprocess.Popen([sys.executable, "-m", module, *arguments]) as step:
         try:
@@ -87,48 +89,3 @@ def _run(action: Callable[[], None] | list[str]) -> None:
             raise
     if code:
         sys.exit(code)
-
-
-def _command(arguments: list[str], makes: list[Path], done: Callable[[], bool]) -> Step:
-    return Step(" ".join(arguments), arguments, makes, done)
-
-
-def _steps(path: Path, recipe: Recipe) -> list[Step]:
-    def all_exist(*paths: Path) -> Callable[[], bool]:
-        return lambda: all(p.exists() for p in paths)
-
-    run, file = recipe.run, str(path)
-    raw, encoded = recipe.data.shards / "raw", recipe.data.shards / "encoded"
-    report = [run / "samples.png", run / "report.json", run / "report.html"]
-    tuned = recipe.finetune.variants if recipe.finetune else ()
-    names = [*recipe.plan.variants, *map(finetuned, tuned)]
-    pruned = [recipe.pruned(name) / "config.json" for name in names]
-    return [
-        Step(
-            "write the digits as images with captions",
-            lambda: write_images(Path(recipe.data.source)),
-            [Path(recipe.data.source)],
-            all_exist(raw / "index.json"),
-        ),
-        _command(["ppcl-data", "shard", file], [raw], all_exist(raw / "index.json")),
-        _command(["ppcl-data", "encode", file], [encoded], all_exist(encoded / "index.json")),
-        Step(
-            "train a teacher from scratch",
-            lambda: train_teacher(recipe),
-            [recipe.teacher.path],
-            all_exist(recipe.teacher.path / "config.json"),
-        ),
-        _command(["ppcl", "probe", file], [recipe.probe_folder], all_exist(recipe.probe_folder / "report.json")),
-        _command(["ppcl", "plan", file], [recipe.plan_file], all_exist(recipe.plan_file)),
-        _command(["ppcl", "distill", file], [run / "distill"], lambda: recipe.distilled),
-        *(
-            _command(
-                ["ppcl", "finetune", file, "--variant", variant],
-                [recipe.finetuning(variant).path],
-                partial(recipe.finetuning(variant).finished, recipe.tuning.steps),
-            )
-            for variant in tuned
-        ),
-        _command(["ppcl", "consolidate", file], [run / "pruned"], all_exist(*pruned)),
-        _command(["ppcl", "evaluate", file], report, all_exist(*report)),
-    ]
