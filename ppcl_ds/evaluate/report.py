@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from torch import Tensor
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.evaluate.figures import Figures, ModelFigures
-from ppcl_ds.probing.heatmaps import as_png, inline
+from ppcl_ds.pages import as_png, inline, render
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 _COLUMNS = 16
@@ -55,9 +51,10 @@ def write_report(
         facts: lines that say what was measured, name -> text.
     """
     write_whole(folder / "report.json", Figures(models=models).model_dump_json(indent=1) + "\n")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.evaluate", "."), autoescape=True)
     heatmap = folder / "probe" / "heatmap.png"
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "ppcl_ds.evaluate",
+        "report.html.jinja",
         models=models,
         facts=facts,
         samples=inline((folder / "samples.png").read_bytes()),

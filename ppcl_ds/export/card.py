@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from huggingface_hub import metadata_load
 from pydantic import BaseModel, ValidationError
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.model_folder import CARD, weights_digest
+from ppcl_ds.pages import render
 from ppcl_ds.units.plan import UNDISTILLED, untuned
 
 FACTS = "variant.json"
@@ -97,10 +97,9 @@ def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     current = measured.get("weights") is not None and measured["weights"] == weights_digest(folder)
     variant = untuned(facts.variant)
     names = dict.fromkeys(("teacher", facts.variant, variant, variant + UNDISTILLED))
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("ppcl_ds.export", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
-    card = environment.get_template("card.md.jinja").render(
+    card = render(
+        "ppcl_ds.export",
+        "card.md.jinja",
         facts=facts,
         front=yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True),
         figures=[rows[name] for name in names if name in rows] if current else [],

@@ -6,10 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE
@@ -19,10 +15,10 @@ from rich.table import Table
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import track
+from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import ErrorModel
 from ppcl_ds.planning.programme import cheapest
-from ppcl_ds.probing.heatmaps import as_png, inline
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import parameters_saved
@@ -129,8 +125,9 @@ def draw(
     axis.legend(fontsize=8)
     picture = as_png(figure)
     write_whole(folder / "pareto.png", picture)
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.planning", "."), autoescape=True)
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "ppcl_ds.planning",
+        "report.html.jinja",
         lines=lines,
         points=points,
         measured=measured,

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from ppcl_ds.atomic import whole_folder, write_whole
+from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.probing.report import MEAN, Matrix, ProbeReport
 
 
@@ -78,8 +73,9 @@ def save_report(report: ProbeReport, folder: Path) -> None:
     with whole_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
         for name, png in pictures.items():
             board.add_image(f"probe/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("ppcl_ds.probing", "."), autoescape=True)
-    page = environment.get_template("report.html.jinja").render(
+    page = render(
+        "ppcl_ds.probing",
+        "report.html.jinja",
         report=report,
         shown=[(p, inline(pictures[p.name])) for p in PICTURES if p.name in pictures],
         overview=inline(pictures["heatmap"]),
@@ -164,16 +160,3 @@ def _outline(axis: Axes, report: ProbeReport) -> None:
 
 def _array(matrix: Matrix) -> np.ndarray:
     return np.array(matrix, dtype=float)
-
-
-def as_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a PNG; the figure is closed."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def inline(png: bytes) -> str:
-    """A PNG as an address that a page can hold in itself."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
