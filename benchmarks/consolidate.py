@@ -32,7 +32,7 @@ from ppcl_ds.export.model_folder import write_model, write_sums
 from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.training.trained import unit_sources, unit_state
+from ppcl_ds.training.trained import unit_sources
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import Layout, assembled, layout
 
@@ -85,8 +85,8 @@ class Run:
 
     def whole(self) -> None:
         """Load the variant whole, then save it."""
-        trained = partial(unit_state, self.checkpoint, self.plan)
-        model = assembled(self.teacher, self.plan, "small", trained)
+        checkpoint = self.checkpoint
+        model = assembled(self.teacher, self.plan, "small", lambda unit: checkpoint.unit(unit.name))
         model.save_pretrained(self.folder / "whole", max_shard_size=SHARD)
         shutil.rmtree(self.folder / "whole")
 

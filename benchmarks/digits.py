@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,9 +21,9 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import shipped
+from ppcl_ds.teacher.heldout import mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, load_plan
 from ppcl_ds.units.variant import assembled
 
@@ -133,8 +132,8 @@ class Library:
     def model(self, names: tuple[str, ...]) -> nn.Module:
         """The teacher with these units plugged in, without retraining."""
         plan = self.trained.model_copy(update={"variants": {"set": names}})
-        state = partial(unit_state, newest_checkpoint(self.recipe.distillation.checkpoints), self.trained)
-        return assembled(self.teacher, plan, "set", state)
+        checkpoint = newest_checkpoint(self.recipe.distillation.checkpoints)
+        return assembled(self.teacher, plan, "set", lambda unit: checkpoint.unit(unit.name))
 
 
 class Judge:
@@ -155,7 +154,7 @@ class Judge:
 
     def velocity_mse(self, model: nn.Module) -> float:
         """The velocity error alone, which is quicker."""
-        return self.bench.velocity_mse(model)
+        return mean_squared(self.bench.heldout.velocities(model), self.bench.teacher_velocities)
 
 
 def judged(path: Path, judge: Judge) -> dict[str, ModelFigures]:

@@ -54,7 +54,6 @@ def tuner(recipe: str) -> FineTuner:
 def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> list[list[float]]:
     """Seconds of a step and of the plain loop; a rank's task."""
     from ppcl_ds import launch
-    from ppcl_ds.training.trained import unit_state
     from ppcl_ds.units.variant import assembled
 
     launch.join()
@@ -63,8 +62,10 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     rounds = ours.rounds(0)
     start = ours.start
     assert start.library is not None
-    state = partial(unit_state, start.library.checkpoint, start.library.trained)
-    student: Any = assembled(start.teacher, start.plan, VARIANT, state).requires_grad_(True)
+    checkpoint = start.library.checkpoint
+    student: Any = assembled(
+        start.teacher, start.plan, VARIANT, lambda unit: checkpoint.unit(unit.name)
+    ).requires_grad_(True)
     assert start.teacher.files.model_class is not None
     teacher = start.teacher.files.model_class.from_pretrained(start.teacher.files.folder).eval()
     _, batch = next(ours.data.take(dist.get_rank(), load.stages))

@@ -15,7 +15,6 @@ import torch
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import load_plan
 from tests.conftest import TEACHERS, command
 
@@ -71,7 +70,7 @@ def expect_parts(model: torch.nn.Module, stock: torch.nn.Module, path: Path, var
     assert len(modules) == len(places)
     for module, (origin, unit) in zip(modules, places, strict=True):
         source = teacher.anatomy.module(stock, teacher.blocks[origin]).state_dict()
-        expected = unit_state(checkpoint, plan, unit) if unit else source
+        expected = checkpoint.unit(unit.name) if unit else source
         expected = {key: tensor.float() for key, tensor in expected.items()}  # as the teacher is stored
         torch.testing.assert_close(dict(module.state_dict()), dict(expected), rtol=0, atol=0)
         if unit:

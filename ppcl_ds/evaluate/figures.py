@@ -108,10 +108,6 @@ class Bench:
         )
         return figures, pictures
 
-    def velocity_mse(self, model: nn.Module) -> float:
-        """The velocity error alone, without drawing; of models behind the teacher."""
-        return mean_squared(self.heldout.velocities(model), self.teacher_velocities)
-
     def _draw(self, model: nn.Module) -> Tensor:
         settings = self.recipe.evaluate
         empty = empty_prompt(self.recipe.data).to(self.device, self.dtype)

@@ -9,7 +9,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
@@ -87,15 +87,6 @@ def forget_order(engine: deepspeed.DeepSpeedEngine) -> None:
     coordinator = engine.optimizer.get_param_coordinator()
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
-
-
-def gathered(engine: deepspeed.DeepSpeedEngine) -> list[str]:
-    """Names of the parameters that this rank holds whole now, without the small ones that always are."""
-    return [
-        name
-        for name, parameter in engine.module.named_parameters()
-        if not parameter.ds_persist and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE
-    ]
 
 
 def _fill_partition(files: ModelFiles, name: str, parameter: Any) -> None:

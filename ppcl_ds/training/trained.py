@@ -13,26 +13,18 @@ from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 
-def unit_state(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Tensor]:
-    """A trained unit's float32 masters, by their name inside the unit.
+def unit_sources(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Source]:
+    """A trained unit's float32 masters by their name inside the unit, each read when it is asked for.
 
     Args:
         trained: the plan that the checkpoint was trained with.
 
     Raises:
-        UserError: the unit was not trained in that run, or its file cannot be read.
-    """
-    _check_trained(checkpoint, trained, unit)
-    return checkpoint.unit(unit.name)
-
-
-def unit_sources(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> dict[str, Source]:
-    """The same, each tensor read when it is asked for.
-
-    Raises:
         UserError: the unit was not trained in that run.
     """
-    _check_trained(checkpoint, trained, unit)
+    if unit not in trained.units or unit.name not in checkpoint.contents.units:
+        where = checkpoint.folder.parent.parent
+        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
     return sources_of(checkpoint, unit.name)
 
 
@@ -49,12 +41,6 @@ def sources_of(checkpoint: Checkpoint, name: str) -> dict[str, Source]:
         sources[key] = Source(shape, torch.float32, partial(_read, checkpoint, name, what, start, shape))
         start += shape.numel()
     return sources
-
-
-def _check_trained(checkpoint: Checkpoint, trained: Plan, unit: UnitPlan) -> None:
-    if unit not in trained.units or unit.name not in checkpoint.contents.units:
-        where = checkpoint.folder.parent.parent
-        raise UserError(f"unit '{unit.name}' on blocks {list(unit.span)} was not trained in {where}")
 
 
 def _read(checkpoint: Checkpoint, name: str, what: str, start: int, shape: torch.Size) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.sharded import forget_order
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.kinds import build_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.units.plugging import plugged
@@ -270,12 +268,12 @@ def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path
     recipe = load_recipe(trained)
     teacher = open_teacher(recipe)
     plan = with_random_variants(load_plan(recipe.plan_file, teacher))
-    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
     outputs = [ranks[0]["fp32", "teacher"]]
     for name, dtype in DTYPES.items():
         for variant in plan.variants:
-            model: Any = assembled(teacher, plan, variant, state)
+            model: Any = assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
             for key, tensor in model.state_dict(keep_vars=True).items():  # stored buffers, too
                 tensor.data = tensor.data.to(teacher.files.runs_as(key, dtype))
             output = velocity(model, recipe, dtype)
@@ -287,7 +285,7 @@ def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path
     whole = sum(p.numel() for p in teacher.empty.parameters())
     for variant, units in sizes.items():
         saved = sum(parameters_saved(unit, teacher) for unit in units)
-        model = assembled(teacher, plan, variant, state)
+        model = assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
         assert sum(p.numel() for p in model.parameters()) == whole - saved
     distinct = {frozenset(names) for names in plan.variants.values()}
     assert len({tuple(each.flatten().tolist()) for each in outputs}) == len(distinct) + 1

@@ -6,7 +6,6 @@ import filecmp
 import json
 import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
@@ -39,8 +37,8 @@ def in_memory(recipe: Recipe, family: str, variant: str = "small") -> Any:
     """The variant without streaming."""
     teacher = open_teacher(recipe)
     plan = plan_of(family)
-    trained = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    return assembled(teacher, plan, variant, trained)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    return assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

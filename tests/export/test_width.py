@@ -8,7 +8,6 @@ import subprocess
 import sysconfig
 import venv
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import conflict
 from ppcl_ds.units.variant import assembled
 from tests.conftest import command, make_recipe
@@ -42,10 +40,8 @@ FAMILIES = ["qwen", "flux", "sd3"]
 
 def in_memory(recipe: Recipe, family: str, variant: str) -> Any:
     teacher = open_teacher(recipe)
-    plan = plan_of(family)
-    return assembled(
-        teacher, plan, variant, partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    )
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    return assembled(teacher, plan_of(family), variant, lambda unit: checkpoint.unit(unit.name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +82,7 @@ def test_any_plugs_that_go_together_make_a_model_and_others_are_refused(
     changed = replug(plan, plan, "mixed", read_switches(words))
     teacher = open_teacher(recipe)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
-    model = assembled(teacher, changed, "mixed", partial(unit_state, checkpoint, plan))
+    model = assembled(teacher, changed, "mixed", lambda unit: checkpoint.unit(unit.name))
     state = model.state_dict()
     assert all(tensor.device.type == "cpu" for tensor in state.values())
     for unit in units:  # every number that was trained is in the model, whatever it is called there

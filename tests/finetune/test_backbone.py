@@ -20,7 +20,6 @@ from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars
@@ -90,8 +89,8 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
     """The plain loop."""
     found = Reference()
     opened = open_teacher(recipe)
-    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    student: Any = assembled(opened, plan, "small", state).requires_grad_(True).eval()
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    student: Any = assembled(opened, plan, "small", lambda unit: checkpoint.unit(unit.name)).requires_grad_(True).eval()
     teacher: Any = opened.files.model_class.from_pretrained(opened.files.folder).eval()
     caller = opened.caller
     settings = recipe.finetune

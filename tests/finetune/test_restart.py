@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from ppcl_ds.data.noising import NoisyStream, sigma_quantiles
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
@@ -116,12 +114,12 @@ def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[
     command("finetune", path, "--variant", "small")  # its first step has a learning rate of zero
     recipe = load_recipe(path)
 
-    teacher = open_teacher(recipe)
-    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan_of("qwen"))
-    student: Any = assembled(teacher, plan_of("qwen"), "small", state)
-    assert teacher.files.model_class is not None
-    teacher = teacher.files.model_class.from_pretrained(teacher.files.folder)
-    caller = teacher.caller
+    opened = open_teacher(recipe)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    student: Any = assembled(opened, plan_of("qwen"), "small", lambda unit: checkpoint.unit(unit.name))
+    assert opened.files.model_class is not None
+    teacher = opened.files.model_class.from_pretrained(opened.files.folder)
+    caller = opened.caller
     [(_, clean)] = islice(NoisyStream(recipe, "heldout", 8, torch.device("cpu")).clean.take(0, 1), 1)
     shown = read_scalars(recipe.finetuning("small").board)
     quantiles = (0.1, 0.3, 0.5, 0.7, 0.9)

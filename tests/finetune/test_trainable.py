@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
@@ -54,8 +52,8 @@ def states(recipe: Recipe, variant: str) -> tuple[dict[str, Tensor], dict[str, T
     """A variant's tensors before fine-tuning, and as the consolidated folder has them."""
     teacher = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, teacher)
-    state = partial(unit_state, newest_checkpoint(recipe.distillation.checkpoints), plan)
-    before: Any = assembled(teacher, plan, variant, state)
+    checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+    before: Any = assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
     after = ppcl_ds.load_model(recipe.pruned(f"{variant}-finetuned"), torch.float32)
     return before.state_dict(), after.state_dict()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.training.trained import unit_state
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
 from tests.conftest import command
@@ -38,7 +36,7 @@ def stock_velocities(recipe: Recipe, names: tuple[str, ...], checkpoint: Checkpo
     """Velocities of the teacher's stock class with units in place, on the micro-batches that planning measures on."""
     teacher = open_teacher(recipe)
     plan = LIBRARY.model_copy(update={"variants": {"set": names}})
-    model = assembled(teacher, plan, "set", partial(unit_state, checkpoint, LIBRARY))
+    model = assembled(teacher, plan, "set", lambda unit: checkpoint.unit(unit.name))
     settings, caller = recipe.evaluate, teacher.caller
     stream = NoisyStream(recipe, "heldout", settings.batch_size, torch.device("cpu"))
     batches = islice(stream.take(settings.velocity_batches, 1), settings.velocity_batches)

@@ -54,10 +54,21 @@ def note(ran: list[int], block: int, *call: Any) -> None:
     ran.append(block)
 
 
+def gathered(engine: Any) -> list[str]:
+    """Names of the parameters that this rank holds whole now, without the small ones that always are."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return [
+        name
+        for name, parameter in engine.module.named_parameters()
+        if not parameter.ds_persist and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE
+    ]
+
+
 def be_a_rank(folder: Path) -> None:
     """Load both teachers, run them in part and whole, write down what came out and what stayed gathered."""
     launch.join()
-    from ppcl_ds.teacher.sharded import forget_order, gathered, load_teacher
+    from ppcl_ds.teacher.sharded import forget_order, load_teacher
 
     rank = dist.get_rank()
     stock = read_deepspeed_file(shipped("ds_configs/teacher_zero3.json"))
