@@ -17,7 +17,7 @@ from webdataset.shardlists import expand_urls
 from data_tools.work import spread
 from ppcl_ds.console import Advance
 from ppcl_ds.data.shards import WAITS, fetch
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 
 REMOTE = re.compile(r"(pipe:|\w+://)")
 """How an address begins."""
@@ -82,7 +82,7 @@ def _fetch(job: _Fetch, advance: Advance) -> _Fetched:
             os.replace(job.path.with_suffix(".new"), job.path)
         except (OSError, ValueError) as fault:
             if wait is None:
-                why = " ".join(str(fault).split())
+                why = brief(fault)
                 raise UserError(f"{job.url}: cannot be fetched after {len(WAITS) + 1} tries ({why})") from None
             time.sleep(wait * random.uniform(0.5, 1.5))
     advance(1)

@@ -21,6 +21,7 @@ from PIL import Image
 from ppcl_ds.atomic import to_disk
 from ppcl_ds.data.images import FORMATS
 from ppcl_ds.data.index import IMAGE_SUFFIXES, Member, scan
+from ppcl_ds.errors import brief
 
 
 def write_tar(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> None:
@@ -129,7 +130,7 @@ def picture_header(data: bytes) -> tuple[int, int, str]:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             return image.width, image.height, image.mode
     except Exception as fault:  # PIL raises whatever the broken byte led to
-        why = " ".join(str(fault).split())
+        why = brief(fault)
         known = "cannot identify" in why
         raise ValueError(f"is no picture in {', '.join(FORMATS)}" if known else f"cannot be read: {why}") from None
 

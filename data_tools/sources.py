@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from data_tools.fetch import REMOTE, shard_files, shard_name
 from data_tools.samples import captions_of, image_suffix, is_caption, main_first
 from ppcl_ds.data.index import IMAGE_SUFFIXES, scan
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 
 TABLES = (".jsonl", ".csv", ".parquet")
 PATH_COLUMNS = ("path", "image", "file_name", "filename", "file")
@@ -241,7 +241,7 @@ def _parquet(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
                     number += 1
                     yield number, row
     except pyarrow.ArrowException as fault:
-        raise UserError(f"{table} is no parquet file ({' '.join(str(fault).split())})") from None
+        raise UserError(f"{table} is no parquet file ({brief(fault)})") from None
 
 
 def _in_shards(shards: Sequence[tuple[str, Path]]) -> tuple[list[Found], list[str]]:

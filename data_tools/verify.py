@@ -18,7 +18,7 @@ from data_tools.work import Journal, digest_of, spread
 from ppcl_ds.console import Advance
 from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan, sha256
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 
 _EMPTY = "empty.safetensors"
 
@@ -150,7 +150,7 @@ def _check_tensors(data: bytes, captions: Mapping[str, str]) -> None:
     try:
         tensors: dict[str, Tensor] = safetensors.torch.load(data)
     except Exception as fault:  # it raises whatever the broken header led to
-        raise ValueError(f"its .safetensors is damaged ({' '.join(str(fault).split())})") from None
+        raise ValueError(f"its .safetensors is damaged ({brief(fault)})") from None
     for name in ("latents", "prompt_embeds"):
         if name not in tensors:
             raise ValueError(f"no tensor `{name}`")
@@ -295,5 +295,5 @@ def _wrong_with_empty(path: Path) -> list[str]:
     except FileNotFoundError:
         return [f"{path.name}: missing; `ppcl-data encode` writes it"]
     except Exception as fault:  # as above
-        return [f"{path.name}: damaged ({' '.join(str(fault).split())})"]
+        return [f"{path.name}: damaged ({brief(fault)})"]
     return [] if fine else [f"{path.name}: damaged; delete it and run `ppcl-data encode`"]

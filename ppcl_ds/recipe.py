@@ -11,7 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.sections import (
     Cluster,
     Data,
@@ -196,7 +196,7 @@ def load_recipe(path: Path) -> Recipe:
             f"recipe {path}: {fault.strerror}; give the path of a recipe such as recipes/digits.yaml"
         ) from None
     except yaml.YAMLError as fault:
-        raise UserError(f"recipe {path}: not valid YAML: {' '.join(str(fault).split())}") from None
+        raise UserError(f"recipe {path}: not valid YAML: {brief(fault)}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: expected keys and values, found {type(raw).__name__}")
     try:
@@ -221,7 +221,7 @@ def open_run(path: Path) -> Recipe:
     except OSError:
         raise UserError(f"{path} is not the folder of a run that was trained: {trained} is missing") from None
     except ValidationError as fault:
-        raise UserError(f"{trained} cannot be read ({str(fault).splitlines()[0]}); give the recipe file") from None
+        raise UserError(f"{trained} cannot be read ({brief(fault)}); give the recipe file") from None
 
 
 def _fill_in_run(node: Any, run: str) -> Any:

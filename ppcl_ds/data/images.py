@@ -8,6 +8,8 @@ from math import log
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from ppcl_ds.errors import brief
+
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What is decoded. Not all that PIL can: for some of the others (EPS) it starts another program."""
 
@@ -32,9 +34,9 @@ def decode(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         raise ValueError(f"is no picture in {', '.join(FORMATS)}") from None
     except ValueError as fault:
-        raise ValueError(_one_line(fault)) from None
+        raise ValueError(brief(fault)) from None
     except Exception as fault:  # PIL raises whatever the broken byte led to
-        raise ValueError(f"cannot be decoded: {_one_line(fault)}") from None
+        raise ValueError(f"cannot be decoded: {brief(fault)}") from None
     return image
 
 
@@ -52,7 +54,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as fault:  # as many kinds as there are ways to write bad EXIF
-        raise ValueError(f"has broken EXIF data: {_one_line(fault)}") from None
+        raise ValueError(f"has broken EXIF data: {brief(fault)}") from None
     if image.mode.startswith("I"):
         return _eight_bits(image).convert("RGB")
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
@@ -102,7 +104,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     scaled = ((grey + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257
     scaled[grey == image.info.get("transparency")] = 255
     return Image.fromarray(scaled)
-
-
-def _one_line(fault: Exception) -> str:
-    return " ".join(str(fault).split()) or type(fault).__name__

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.sections import CaptionEncoding
 
 
@@ -216,6 +216,6 @@ def _load(
                 folder, torch_dtype=dtype, local_files_only=True, **dict.fromkeys(names.difference(parts))
             )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as fault:
-        reason = " ".join(str(fault).split())[:300]
+        reason = brief(fault)[:300]
         raise UserError(f"data.pipeline {folder}: cannot load {', '.join(parts)} ({reason})") from None
     return loaded.to(device)

@@ -16,7 +16,7 @@ from filelock import FileLock
 from webdataset.cache import download
 
 from ppcl_ds.data.index import ShardEntry, scan, sha256
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds between the tries to read a shard."""
@@ -98,7 +98,7 @@ class Shards:
             try:
                 return os.pread(self._file(shard).fileno(), length, start)
             except (OSError, ValueError) as fault:
-                why = " ".join(str(fault).split())
+                why = brief(fault)
             if shard in self._open:
                 self._open.pop(shard).close()
             if wait is not None:

@@ -27,7 +27,7 @@ from ppcl_ds.data.batch import Batch, Prompts
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.order import Order, buckets_of
 from ppcl_ds.data.shards import BadSampleError, Shards
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.sections import CaptionEncoding, Data
 
 _NAMED = 10
@@ -117,7 +117,7 @@ class MicroBatchStream:
             try:
                 read = next(batches)
             except (RuntimeError, OSError) as fault:  # so torch says that a worker is gone
-                why = " ".join(str(fault).split())
+                why = brief(fault)
                 raise UserError(f"a process that reads the shards has ended ({why}); try fewer data.workers") from None
             self._note(read.bad)
             if read.batch is None:
@@ -247,7 +247,7 @@ def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: 
     except KeyError as fault:
         raise ValueError(f"no .{fault.args[0]}") from None
     except Exception as fault:  # whatever the broken byte led to
-        raise ValueError(f"damaged ({' '.join(str(fault).split())})") from None
+        raise ValueError(f"damaged ({brief(fault)})") from None
     kinds = sorted(key.partition(".") for key in tensors)
     names = [dot + caption for kind, dot, caption in kinds if kind == "prompt_embeds"]
     if "latents" not in tensors or not names:

@@ -17,7 +17,7 @@ from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.encoders import image_encoder, text_encoder
 from ppcl_ds.data.noising import DTYPES
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.evaluate.columns import as_columns, as_image
 from ppcl_ds.export.load import load_model, load_pipeline
 from ppcl_ds.recipe import Recipe
@@ -165,7 +165,7 @@ def _explained(folder: Path, size: int | None) -> Iterator[None]:
     except ValueError as fault:
         if size is None:
             raise
-        raise UserError(f"--size {size} is not possible: {' '.join(str(fault).split())}") from None
+        raise UserError(f"--size {size} is not possible: {brief(fault)}") from None
 
 
 def _device() -> torch.device:

@@ -12,7 +12,7 @@ from huggingface_hub import metadata_load
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.atomic import write_whole
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.model_folder import CARD, weights_digest
 from ppcl_ds.pages import render
 from ppcl_ds.units.plan import UNDISTILLED, untuned
@@ -91,7 +91,7 @@ def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
     except FileNotFoundError:
         return
     except (OSError, ValidationError) as fault:
-        raise UserError(f"{folder / FACTS} cannot be read ({str(fault).splitlines()[0]}); consolidate again") from None
+        raise UserError(f"{folder / FACTS} cannot be read ({brief(fault)}); consolidate again") from None
     rows = {str(row.get("name")): row for row in figures}
     measured = rows.get(facts.variant, {})
     current = measured.get("weights") is not None and measured["weights"] == weights_digest(folder)

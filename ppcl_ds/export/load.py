@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from torch import nn
 
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.teacher import modeling_pruned
 from ppcl_ds.teacher.files import ModelFiles
 
@@ -37,7 +37,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         return model_class.from_pretrained(files.folder, torch_dtype=dtype)
     except _FAULTS as fault:
-        raise UserError(f"model {folder}: cannot be loaded ({_line(fault)})") from None
+        raise UserError(f"model {folder}: cannot be loaded ({brief(fault)[:300]})") from None
 
 
 def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
@@ -57,7 +57,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
             warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
             return DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, **own)
     except _FAULTS as fault:
-        raise UserError(f"pipeline {folder}: cannot be loaded ({_line(fault)})") from None
+        raise UserError(f"pipeline {folder}: cannot be loaded ({brief(fault)[:300]})") from None
 
 
 def _own_transformer(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -71,7 +71,3 @@ def _own_transformer(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     # diffusers looks up the class that the index names even where it is given the model, and imports nothing unknown.
     sys.modules.setdefault(modeling_pruned.__name__.rpartition(".")[2], modeling_pruned)
     return {"transformer": load_model(folder, dtype)}
-
-
-def _line(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:300]

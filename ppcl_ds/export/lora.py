@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ppcl_ds.atomic import write_whole
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
 from ppcl_ds.teacher.anatomy import Anatomy
@@ -135,10 +135,9 @@ def _read_plan(path: Path) -> Plan:
     except OSError as fault:
         raise UserError(f"plan {path}: {fault.strerror}") from None
     except yaml.YAMLError as fault:
-        raise UserError(f"plan {path}: not valid YAML: {' '.join(str(fault).split())}") from None
+        raise UserError(f"plan {path}: not valid YAML: {brief(fault)}") from None
     except ValidationError as fault:
-        first = fault.errors()[0]
-        raise UserError(f"plan {path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UserError(f"plan {path}: {brief(fault)}") from None
 
 
 def _check(path: Path, plan: Plan, variant: str) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.finetune.origin import Origin, read_origin
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
@@ -56,5 +56,5 @@ def open_tuned(folder: TrainingFolder) -> Tuned:
     try:
         settings = Recipe.model_validate_json(folder.recipe.read_bytes()).tuning
     except (OSError, ValidationError) as fault:
-        raise UserError(f"{folder.recipe} cannot be read ({str(fault).splitlines()[0]})") from None
+        raise UserError(f"{folder.recipe} cannot be read ({brief(fault)})") from None
     return Tuned(newest_checkpoint(folder.checkpoints), read_origin(folder), settings)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.atomic import write_whole
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.recipe import TrainingFolder
 
 
@@ -36,7 +36,7 @@ def read_origin(folder: TrainingFolder) -> Origin:
     try:
         return Origin.model_validate_json(_file(folder).read_bytes())
     except (OSError, ValidationError) as fault:
-        why = str(fault).splitlines()[0]
+        why = brief(fault)
         raise UserError(f"{_file(folder)} cannot be read ({why}); move {folder.path} away to fine-tune anew") from None
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 _SETS = 32
@@ -64,9 +64,7 @@ def load_swaps(path: Path) -> Swaps | None:
     try:
         return Swaps.model_validate_json(path.read_text())
     except (OSError, ValidationError) as fault:
-        raise UserError(
-            f"{path} cannot be read ({str(fault).splitlines()[0]}); delete it, it is measured anew"
-        ) from None
+        raise UserError(f"{path} cannot be read ({brief(fault)}); delete it, it is measured anew") from None
 
 
 def draw_sets(library: Plan, seed: int, count: int = _SETS) -> list[tuple[str, ...]]:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 
 
 class Piece(BaseModel):
@@ -62,7 +62,7 @@ class Checkpoint:
         try:
             self.contents = Contents.model_validate_json((folder / "checkpoint.json").read_bytes())
         except (OSError, ValidationError) as fault:
-            why = str(fault).splitlines()[0]
+            why = brief(fault)
             raise UserError(
                 f"checkpoint {folder}: checkpoint.json cannot be read ({why}); write the name of another one into "
                 f"{folder.parent / 'latest'}"

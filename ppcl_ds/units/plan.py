@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.atomic import write_whole
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthKind
 from ppcl_ds.units.ffn import FFNKind
@@ -143,7 +143,7 @@ def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     except OSError:
         return None, ["not found; make it with `ppcl plan`"]
     except yaml.YAMLError as fault:
-        return None, [f"not valid YAML: {' '.join(str(fault).split())}"]
+        return None, [f"not valid YAML: {brief(fault)}"]
     except ValidationError as fault:
         return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
     if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
