@@ -28,10 +28,11 @@ from data_tools.samples import (
 )
 from data_tools.summary import Summary, check_bad, named, write_log
 from data_tools.work import digest_of, own_part, partial_name, spread, sweep, worker_number, write_shared
+from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
 from ppcl_ds.data import images as pictures
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
-from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan, sha256
+from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data
 

@@ -15,9 +15,10 @@ from data_tools.index import shapes_of
 from data_tools.samples import captions_of, image_suffix, read_parts, write_tar
 from data_tools.summary import Summary
 from data_tools.work import Journal, digest_of, spread
+from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
 from ppcl_ds.data import images as pictures
-from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan, sha256
+from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
 from ppcl_ds.errors import UserError, brief
 
 _EMPTY = "empty.safetensors"

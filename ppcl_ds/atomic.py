@@ -1,7 +1,8 @@
-"""Files and folders that exist whole or not at all: written under another name, then renamed."""
+"""Files and folders that exist whole or not at all (written under another name, then renamed); room and checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,15 @@ def write_whole(path: Path, content: str | bytes) -> None:
     to_disk(partial)
     os.replace(partial, path)
     to_disk(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            whole.update(block)
+    return whole.hexdigest()
 
 
 def to_disk(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ValidationError
 from webdataset.tariterators import base_plus_ext
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import sha256, write_whole
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data
 
@@ -203,15 +203,6 @@ def describe(path: Path, members: Sequence[Member], **more: Any) -> ShardEntry:
     offsets = [member.offset for member in members]
     size = path.stat().st_size
     return ShardEntry(name=path.name, samples=len(offsets), size=size, sha256=sha256(path), offsets=offsets, **more)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    whole = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            whole.update(block)
-    return whole.hexdigest()
 
 
 def _split_name(name: str) -> tuple[str, str]:

@@ -15,7 +15,8 @@ import numpy as np
 from filelock import FileLock
 from webdataset.cache import download
 
-from ppcl_ds.data.index import ShardEntry, scan, sha256
+from ppcl_ds.atomic import sha256
+from ppcl_ds.data.index import ShardEntry, scan
 from ppcl_ds.errors import UserError, brief
 
 WAITS = (1.0, 2.0, 4.0, 8.0)

@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.serialization._base import parse_size_to_int
 from safetensors.torch import save_file
 
-from ppcl_ds.atomic import to_disk
+from ppcl_ds.atomic import sha256, to_disk
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher import modeling_pruned
 from ppcl_ds.teacher.sources import Sources
@@ -104,16 +104,8 @@ def write_sums(folder: Path) -> None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in (SUMS, CARD):
-            lines.append(f"{_sha256(path)}  {name}\n")
+            lines.append(f"{sha256(path)}  {name}\n")
     (folder / SUMS).write_text("".join(lines))
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as opened:
-        while piece := opened.read(2**22):
-            found.update(piece)
-    return found.hexdigest()
 
 
 def weights_digest(folder: Path) -> str | None:
