@@ -100,6 +100,13 @@ def set_timeout(timeout: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=2 * timeout), group)
 
 
+def device() -> torch.device:
+    """Where a process that has joined no others computes: the accelerator if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def gather(own: Value) -> list[Value]:
     """What every rank has, in order, on every rank; all of them must call it."""
     import torch.distributed as dist

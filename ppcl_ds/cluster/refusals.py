@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ppcl_ds.atomic import need_space
-from ppcl_ds.data.index import Index, split_entries
+from ppcl_ds.data.index import Index
 from ppcl_ds.data.noising import DTYPES
+from ppcl_ds.data.stream import check_data
 from ppcl_ds.distill import distill as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
@@ -65,8 +66,7 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
         if lost := [entry.name for entry in index.shards if not entry.is_in(raw)]:
             raise UserError(f"{raw / lost[0]} is missing or cut short; run `ppcl-data shard RECIPE`")
     else:
-        for split in ("train", "heldout"):
-            split_entries(recipe.data, split)
+        check_data(recipe.data)
         names = {step.name for step in chosen}
         if recipe.plan_file.exists() and "distill" in names:
             distill.check(recipe)

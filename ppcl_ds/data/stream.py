@@ -30,6 +30,9 @@ from ppcl_ds.data.shards import BadSampleError, Shards
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.sections import CaptionEncoding, Data
 
+FIXED = ("seed", "noise", "data.captions", "data.images", "data.window", "teacher.precision")
+"""Recipe keys that samples, their order and their noise depend on: whatever was begun keeps them to its end."""
+
 _NAMED = 10
 """Bad samples that an error message names; the log names all."""
 
@@ -298,3 +301,16 @@ def empty_prompt(data: Data) -> Prompts:
         return prompt_of(safetensors.torch.load(path.read_bytes()), data.captions)
     except (SafetensorError, KeyError, ValueError) as fault:
         raise UserError(f"{path}: damaged ({fault}); delete it and run `ppcl-data encode RECIPE`") from None
+
+
+def check_data(data: Data, *, train: bool = True, heldout: bool = True) -> None:
+    """That the encoded shards of the splits that will be read are there, and the empty caption with them.
+
+    Raises:
+        UserError: one line that says what is missing.
+    """
+    if train:
+        split_entries(data, "train")
+    if heldout:
+        split_entries(data, "heldout")
+    empty_prompt(data)

@@ -10,6 +10,7 @@ from diffusers import QwenImageTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
+from ppcl_ds import launch
 from ppcl_ds.atomic import whole_folder
 from ppcl_ds.console import track
 from ppcl_ds.data.batch import Batch, Prompts
@@ -40,7 +41,7 @@ def train_teacher(recipe: Recipe) -> None:
     stream = MicroBatchStream(recipe.data, "train", recipe.demo.batch_size, recipe.seed, recipe.bad_samples)
     batches = (batch for _, batch in stream.take(start=0, stride=1))
     empty = empty_prompt(recipe.data)
-    model = fresh_model(recipe.demo, recipe.seed).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = fresh_model(recipe.demo, recipe.seed).to(launch.device())
     fit(model, batches, empty, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
     with whole_folder(recipe.teacher.path) as folder:
         model.save_pretrained(folder)

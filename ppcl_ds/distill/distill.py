@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from ppcl_ds import launch
 from ppcl_ds.data.index import split_entries
-from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.sizing import size_run
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Training
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.training.checks import check_held, check_resume
+from ppcl_ds.training.checks import check_held, check_resume, check_students
 from ppcl_ds.units.plan import Plan, load_plan
 
 _NODE = 8
@@ -33,46 +33,13 @@ def check(recipe: Recipe) -> tuple[Teacher, Plan]:
             "use at most one stage a unit"
         )
     launch.check_world(recipe.topology.world)
-    check_data(recipe, heldout=bool(recipe.distill.sample_every))
+    check_data(recipe.data, heldout=bool(recipe.distill.sample_every))
     check_students(recipe, "distill")
     folder = recipe.distillation
     if folder.begun:
         check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, teacher))
         check_held(recipe, folder, plan.units)
     return teacher, plan
-
-
-def check_data(recipe: Recipe, heldout: bool) -> None:
-    """That the shards can be read, and what the empty caption is.
-
-    Raises:
-        UserError: one line that says what is missing.
-    """
-    for split in ("train", "heldout") if heldout else ("train",):
-        split_entries(recipe.data, split)
-    empty_prompt(recipe.data)
-
-
-def check_students(recipe: Recipe, section: str) -> None:
-    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
-
-    Args:
-        section: of the recipe, that says how the students are trained.
-
-    Raises:
-        UserError: one line that names the file and the key.
-    """
-    read_deepspeed_file(recipe.deepspeed.teacher)
-    students = read_deepspeed_file(recipe.deepspeed.students)
-    for key, place, own in (
-        ("gradient_clipping", students, "clip_norm"),
-        ("offload_optimizer", students.get("zero_optimization", {}), "offload"),
-    ):
-        if place.get(key):
-            raise UserError(
-                f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
-                f"recipe key {section}.optimizer.{own} says it"
-            )
 
 
 def rehearse(recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
+from ppcl_ds import launch
 from ppcl_ds.console import track
 from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.data.noising import DTYPES
@@ -36,7 +37,7 @@ def evaluate(recipe: Recipe) -> None:
     for variant in plan.variants:
         if not any((recipe.pruned(name) / "config.json").exists() for name in (variant, finetuned(variant))):
             raise UserError(f"{recipe.pruned(variant)} is missing; run `ppcl consolidate RECIPE` first")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = launch.device()
     bench = Bench(recipe, teacher.caller, device)
     decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data, device).decode
     rows: list[ModelFigures] = []

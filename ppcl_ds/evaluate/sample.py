@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ppcl_ds import launch
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Prompts
@@ -80,7 +81,7 @@ def _by_pipeline(
     folder: Path, prompts: Sequence[str], seed: int, steps: int | None, guidance: float | None, size: int | None
 ) -> list[Image.Image]:
     """As diffusers' own `__call__` draws them."""
-    device = _device()
+    device = launch.device()
     pipeline: Any = load_pipeline(folder, torch.bfloat16 if device.type == "cuda" else torch.float32)
     known = inspect.signature(pipeline.__call__).parameters
     options: dict[str, Any] = {"num_inference_steps": steps or known["num_inference_steps"].default}
@@ -124,7 +125,7 @@ def _by_transformer(
     size: int | None,
 ) -> list[Image.Image]:
     """As `ppcl evaluate` draws them."""
-    device, dtype, data = _device(), DTYPES[recipe.teacher.precision], recipe.data
+    device, dtype, data = launch.device(), DTYPES[recipe.teacher.precision], recipe.data
     steps, guidance = steps or recipe.evaluate.steps, guidance or recipe.evaluate.guidance
     side = size or data.images.size
     if side % data.images.step:
@@ -166,7 +167,3 @@ def _explained(folder: Path, size: int | None) -> Iterator[None]:
         if size is None:
             raise
         raise UserError(f"--size {size} is not possible: {brief(fault)}") from None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

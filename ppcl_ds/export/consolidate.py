@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ppcl_ds import launch
 from ppcl_ds.atomic import need_space, one_line, whole_folder
 from ppcl_ds.console import track
 from ppcl_ds.data.noising import DTYPES
@@ -247,7 +248,7 @@ class Export:
         recipe = self.recipe
         dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
         quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = launch.device()
         heldout = HeldOut(recipe, self.teacher.caller, device)
         running = DTYPES[recipe.teacher.precision]
         found = [

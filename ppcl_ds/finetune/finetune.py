@@ -7,7 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ppcl_ds import launch
-from ppcl_ds.distill.distill import check_data, check_students, nodes_of, say_epochs
+from ppcl_ds.data.stream import check_data
+from ppcl_ds.distill.distill import nodes_of, say_epochs
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.layout import stage_bounds
@@ -21,7 +22,7 @@ from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.checks import check_resume
+from ppcl_ds.training.checks import check_resume, check_students
 from ppcl_ds.units.plan import load_plan
 
 
@@ -44,7 +45,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
             f"variant '{variant}' plugs no unit: it is the teacher itself, and there is nothing to fine-tune"
         )
     launch.check_world(recipe.topology.world)
-    check_data(recipe, heldout=bool(settings.sample_every))
+    check_data(recipe.data, heldout=bool(settings.sample_every))
     check_students(recipe, "finetune")
     folder = recipe.finetuning(variant)
     library = None

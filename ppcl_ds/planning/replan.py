@@ -10,8 +10,7 @@ import torch.distributed as dist
 
 from ppcl_ds import launch
 from ppcl_ds.atomic import write_whole
-from ppcl_ds.data.index import split_entries
-from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.choose import choose_again, choose_sets
@@ -48,8 +47,7 @@ class Replan:
         if not recipe.plan.variants:
             raise UserError("plan.variants is empty: name the variants to choose, with the share that each gives up")
         launch.check_world(recipe.topology.world)
-        split_entries(recipe.data, "heldout")
-        empty_prompt(recipe.data)
+        check_data(recipe.data, train=False)
         read_deepspeed_file(recipe.deepspeed.teacher)
 
     @property

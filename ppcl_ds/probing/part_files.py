@@ -20,23 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from ppcl_ds.atomic import to_disk
 from ppcl_ds.data.index import digest, split_entries
+from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
 from ppcl_ds.probing.sums import BlockSums, Key, Lane, Sums, pieces
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.files import ModelFiles
 
-_FIXED = (
-    "seed",
-    "noise",
-    "data.captions",
-    "data.images",
-    "data.window",
-    "teacher.precision",
-    "probe.batch_size",
-    "probe.batches",
-    "probe.max_span",
-    "distill.micro_batches_per_step",
-)
+_FIXED = (*FIXED, "probe.batch_size", "probe.batches", "probe.max_span", "distill.micro_batches_per_step")
 """Recipe keys that the sums depend on; the last one is part of the order of the samples."""
 _READ = 1 << 20
 """Bytes at either end of a weights file that tell it from another."""

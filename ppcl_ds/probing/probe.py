@@ -13,9 +13,8 @@ import torch.distributed as dist
 
 from ppcl_ds import launch
 from ppcl_ds.console import track
-from ppcl_ds.data.index import split_entries
 from ppcl_ds.data.noising import DTYPES, NoisyStream
-from ppcl_ds.data.stream import empty_prompt
+from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.probing.heatmaps import save_report
 from ppcl_ds.probing.measure import Measured, measure, together
@@ -37,11 +36,9 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teach
     if part:
         Part.parse(part, recipe.probe.batches)
     teacher = open_teacher(recipe)
-    split_entries(recipe.data, "train")
+    check_data(recipe.data, heldout=not merge)
     if not merge:
         launch.check_world(recipe.topology.world)
-        split_entries(recipe.data, "heldout")
-        empty_prompt(recipe.data)
         read_deepspeed_file(recipe.deepspeed.teacher)
     return teacher
 
@@ -94,9 +91,8 @@ def merge_parts(recipe: Recipe, teacher: Teacher) -> None:
     """
     parts = Parts(recipe.probe_folder / "parts", recipe, teacher.files)
     lanes = parts.contents.lanes
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passes = _ranges(recipe, lanes)
-    sums = track(parts.sums(passes, device), "merge parts", len(passes))
+    sums = track(parts.sums(passes, launch.device()), "merge parts", len(passes))
     measured = measure(lanes, sums, len(teacher.blocks), recipe.probe.ridge, lambda block: True)
     _report(recipe, teacher, measured, list(parts.contents.unused))
 

@@ -1,4 +1,4 @@
-"""What a run was started with: written before its first step, compared at every restart."""
+"""What a training is checked for before it starts: its DeepSpeed files, and what it was started with before."""
 
 from __future__ import annotations
 
@@ -10,23 +10,15 @@ from pydantic import ValidationError
 
 from ppcl_ds.atomic import write_whole
 from ppcl_ds.data.index import digest, split_entries
+from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
-_FIXED = (
-    "seed",
-    "noise",
-    "data.captions",
-    "data.images",
-    "data.window",
-    "teacher.precision",
-    "distill.magnitude_weight",
-)
 _FIXED_BY_KIND = {
     "distill": ("micro_batch", "micro_batches_per_step"),
     "finetune": (
@@ -42,6 +34,28 @@ _FIXED_BY_KIND = {
 }
 _FIXED_OF_OPTIMIZER = ("lr", "betas", "weight_decay", "warmup_steps", "clip_norm")
 """Recipe keys that a run keeps from its first step to its last."""
+
+
+def check_students(recipe: Recipe, section: str) -> None:
+    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
+
+    Args:
+        section: of the recipe, that says how the students are trained.
+
+    Raises:
+        UserError: one line that names the file and the key.
+    """
+    read_deepspeed_file(recipe.deepspeed.teacher)
+    students = read_deepspeed_file(recipe.deepspeed.students)
+    for key, place, own in (
+        ("gradient_clipping", students, "clip_norm"),
+        ("offload_optimizer", students.get("zero_optimization", {}), "offload"),
+    ):
+        if place.get(key):
+            raise UserError(
+                f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
+                f"recipe key {section}.optimizer.{own} says it"
+            )
 
 
 def write_start(recipe: Recipe, folder: TrainingFolder, plan: Plan) -> None:
@@ -83,7 +97,7 @@ def check_resume(
         name = getattr(fault, "filename", None) or folder.recipe
         raise UserError(f"{name} is missing or damaged; {anew}") from None
     optimizer = [f"{kind}.optimizer.{key}" for key in _FIXED_OF_OPTIMIZER]
-    for key in (*_FIXED, *(f"{kind}.{key}" for key in _FIXED_BY_KIND[kind]), *optimizer):
+    for key in (*FIXED, "distill.magnitude_weight", *(f"{kind}.{key}" for key in _FIXED_BY_KIND[kind]), *optimizer):
         old, new = (attrgetter(key)(version) for version in (before, recipe))
         if old != new:
             raise UserError(f"recipe key '{key}' is not what {folder.path} was trained with ({old}); {anew}")
