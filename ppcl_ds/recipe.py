@@ -6,7 +6,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -36,9 +36,27 @@ def checkpoint_tag(step: int) -> str:
 
 @dataclass(frozen=True)
 class TrainingFolder:
-    """What a training writes: the folder of `ppcl distill`, or of one variant's `ppcl finetune`."""
+    """What a training writes: the folder of `ppcl distill`, or of one variant's `ppcl finetune`.
 
-    path: Path
+    Attributes:
+        kind: the command, and the recipe's section of it.
+        variant: of a fine-tuning.
+    """
+
+    run: Path
+    kind: Literal["distill", "finetune"]
+    variant: str = ""
+
+    @classmethod
+    def all_of(cls, run: Path) -> list[TrainingFolder]:
+        """Those of a run: of its distillation, whether that has begun or not, and of every fine-tuning."""
+        tuned = sorted(path.name for path in (run / "finetune").glob("*"))
+        return [cls(run, "distill"), *(cls(run, "finetune", variant) for variant in tuned)]
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.run / self.kind / self.variant
 
     @property
     def checkpoints(self) -> Path:
@@ -107,11 +125,11 @@ class Recipe(Section):
     @property
     def distillation(self) -> TrainingFolder:
         """What `ppcl distill` writes."""
-        return TrainingFolder(self.run / "distill")
+        return TrainingFolder(self.run, "distill")
 
     def finetuning(self, variant: str) -> TrainingFolder:
         """What `ppcl finetune --variant VARIANT` writes."""
-        return TrainingFolder(self.run / "finetune" / variant)
+        return TrainingFolder(self.run, "finetune", variant)
 
     @property
     def tuning(self) -> Finetune:
@@ -213,7 +231,7 @@ def open_run(path: Path) -> Recipe:
     """
     if not path.is_dir():
         return load_recipe(path)
-    written = [path / "distill" / "recipe.json", *sorted(path.glob("finetune/*/recipe.json"))]
+    written = [folder.recipe for folder in TrainingFolder.all_of(path)]
     trained = next(filter(Path.exists, written), written[0])
     try:
         # The folder may have been moved since: what lies in it is read from where it is now.

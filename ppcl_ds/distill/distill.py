@@ -34,10 +34,10 @@ def check(recipe: Recipe) -> tuple[Teacher, Plan]:
         )
     launch.check_world(recipe.topology.world)
     check_data(recipe.data, heldout=bool(recipe.distill.sample_every))
-    check_students(recipe, "distill")
     folder = recipe.distillation
+    check_students(recipe, folder)
     if folder.begun:
-        check_resume(recipe, folder, "distill", plan.units, load_plan(folder.plan, teacher))
+        check_resume(recipe, folder, plan.units, load_plan(folder.plan, teacher))
         check_held(recipe, folder, plan.units)
     return teacher, plan
 

@@ -22,6 +22,7 @@ from ppcl_ds.atomic import write_whole
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
+from ppcl_ds.recipe import TrainingFolder
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
@@ -119,7 +120,7 @@ def _usual_model(class_name: str) -> nn.Module | None:
 
 def _trained_on(plan_file: Path) -> Path | None:
     """The teacher that the run around the plan was trained on, if it is still there."""
-    for recipe in (plan_file.parent / "distill" / "recipe.json", plan_file.parent / "recipe.json"):
+    for recipe in (TrainingFolder(plan_file.parent, "distill").recipe, plan_file.parent / "recipe.json"):
         try:
             teacher = Path(json.loads(recipe.read_text())["teacher"]["path"])
         except (OSError, ValueError, TypeError, KeyError):

@@ -46,12 +46,12 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
         )
     launch.check_world(recipe.topology.world)
     check_data(recipe.data, heldout=bool(settings.sample_every))
-    check_students(recipe, "finetune")
     folder = recipe.finetuning(variant)
+    check_students(recipe, folder)
     library = None
     if folder.begun:
         before = load_plan(folder.plan, teacher)
-        check_resume(recipe, folder, "finetune", chosen, before)
+        check_resume(recipe, folder, chosen, before)
         if before.units_of(variant) != chosen:
             raise UserError(
                 f"{folder.path} was trained with other units than '{variant}' in {recipe.plan_file} has now; restore "

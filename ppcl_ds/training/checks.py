@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Literal
 
 from pydantic import ValidationError
 
@@ -36,11 +35,11 @@ _FIXED_OF_OPTIMIZER = ("lr", "betas", "weight_decay", "warmup_steps", "clip_norm
 """Recipe keys that a run keeps from its first step to its last."""
 
 
-def check_students(recipe: Recipe, section: str) -> None:
+def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
     """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
 
     Args:
-        section: of the recipe, that says how the students are trained.
+        folder: of the training.
 
     Raises:
         UserError: one line that names the file and the key.
@@ -54,7 +53,7 @@ def check_students(recipe: Recipe, section: str) -> None:
         if place.get(key):
             raise UserError(
                 f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
-                f"recipe key {section}.optimizer.{own} says it"
+                f"recipe key {folder.kind}.optimizer.{own} says it"
             )
 
 
@@ -68,7 +67,6 @@ def write_start(recipe: Recipe, folder: TrainingFolder, plan: Plan) -> None:
 def check_resume(
     recipe: Recipe,
     folder: TrainingFolder,
-    kind: Literal["distill", "finetune"],
     units: Sequence[UnitPlan],
     trained: Plan,
 ) -> None:
@@ -78,7 +76,6 @@ def check_resume(
 
     Args:
         folder: of the training.
-        kind: the section of the recipe that says how it trains.
         units: as they are now.
         trained: the plan as it was when training began.
 
@@ -96,6 +93,7 @@ def check_resume(
     except (OSError, ValidationError) as fault:
         name = getattr(fault, "filename", None) or folder.recipe
         raise UserError(f"{name} is missing or damaged; {anew}") from None
+    kind = folder.kind
     optimizer = [f"{kind}.optimizer.{key}" for key in _FIXED_OF_OPTIMIZER]
     for key in (*FIXED, "distill.magnitude_weight", *(f"{kind}.{key}" for key in _FIXED_BY_KIND[kind]), *optimizer):
         old, new = (attrgetter(key)(version) for version in (before, recipe))
