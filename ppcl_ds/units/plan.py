@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
@@ -30,9 +29,6 @@ _HEADER = """\
 # Edit freely: units of one variant must not replace the same thing twice, nor leave a block list; variants share units.
 """
 
-
-_WIDTH = 118
-"""Longest line of a plan file, where names allow."""
 
 UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
 """Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
@@ -91,37 +87,23 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as a small commented YAML file."""
-        lines = [_HEADER, f"teacher: {self.teacher}", f"blocks: {self.blocks}"]
-        lines += ["units:" if self.units else "units: []"]
-        lines += [f"  - {_as_yaml(unit)}" for unit in self.units]
-        lines += ["variants:" if self.variants else "variants: {}"]
-        lines += [_wrapped(f"  {_quoted(variant)}: [", names) for variant, names in self.variants.items()]
-        write_whole(path, "\n".join(lines) + "\n")
+        content = self.model_dump(mode="json") | {"units": list(self.units)}
+        written = yaml.dump(
+            content, Dumper=_PlanFile, default_flow_style=None, sort_keys=False, allow_unicode=True, width=118
+        )
+        write_whole(path, f"{_HEADER}\n{written}")
 
 
-def _as_yaml(unit: UnitPlan) -> str:
-    """The unit on one line."""
-    kind = "" if unit.kind == "depth" else f", kind: {unit.kind}"
-    keep = f", keep: {unit.keep:g}" if unit.keep else ""
-    streams = ", ".join(unit.streams)
-    return f"{{name: {_quoted(unit.name)}{kind}, span: {list(unit.span)}, streams: [{streams}]{keep}}}"
+class _PlanFile(yaml.SafeDumper):
+    """Writes a unit on one line."""
 
 
-def _wrapped(start: str, names: Sequence[str]) -> str:
-    """A list in YAML, on as many lines as it takes."""
-    lines = [start]
-    for place, name in enumerate(names, 1):
-        item = _quoted(name) + (", " if place < len(names) else "")
-        if len(lines[-1]) + len(item) > _WIDTH:
-            lines.append("    ")
-        lines[-1] += item
-    return "\n".join(line.rstrip() for line in lines) + "]"
-
-
-def _quoted(name: str) -> str:
-    """A name as YAML, in quotes where it would read as something else."""
-    plain = name.replace("_", "").replace("-", "").isalnum() and yaml.safe_load(name) == name
-    return name if plain else json.dumps(name)
+_PlanFile.add_representer(
+    UnitPlan,
+    lambda file, unit: file.represent_mapping(
+        file.DEFAULT_MAPPING_TAG, unit.model_dump(mode="json", exclude_defaults=True), flow_style=True
+    ),
+)
 
 
 def load_plan(path: Path, teacher: Teacher) -> Plan:
