@@ -14,6 +14,7 @@ from ppcl_ds import console, launch
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.export import SHARD_SIZE
 from ppcl_ds.recipe import load_recipe, open_run
 from ppcl_ds.sections import shipped
 
@@ -34,6 +35,7 @@ app.add_typer(cluster_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
+ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")]
 
 
 @app.command()
@@ -240,9 +242,7 @@ def consolidate(
     dtype: Annotated[
         str | None, typer.Option(metavar="fp32|bf16|fp16", help="Number format.", show_default="the teacher's files'")
     ] = None,
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")
-    ] = "5GB",
+    max_shard_size: ShardSize = SHARD_SIZE,
     single_file: Annotated[
         bool, typer.Option("--single-file", help="Also write VARIANT.safetensors, named as ComfyUI expects.")
     ] = False,
@@ -329,9 +329,7 @@ def import_(
         typer.Argument(metavar="OPPO_FOLDER", help="A published Qwen-Image: a pipeline or transformer folder."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
-    max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")
-    ] = "5GB",
+    max_shard_size: ShardSize = SHARD_SIZE,
 ) -> None:
     """Turn a width-pruned Qwen-Image that PPCL's authors published into one that loads without their code.
 

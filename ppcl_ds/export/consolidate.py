@@ -17,7 +17,7 @@ from ppcl_ds.atomic import need_space, one_line, whole_folder
 from ppcl_ds.console import track
 from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
-from ppcl_ds.export import quantise
+from ppcl_ds.export import SHARD_SIZE, quantise
 from ppcl_ds.export.card import (
     FACTS,
     Facts,
@@ -66,7 +66,7 @@ class Form:
     """
 
     dtype: str | None = None
-    max_shard_size: int = 5 * 10**9
+    max_shard_size: int = shard_bytes(SHARD_SIZE)
     single_file: bool = False
     quantize: str | None = None
 
