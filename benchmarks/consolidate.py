@@ -31,8 +31,7 @@ from ppcl_ds.atomic import to_disk, whole_folder
 from ppcl_ds.export.model_folder import write_model, write_sums
 from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
-from ppcl_ds.training.trained import unit_sources
+from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit, unit_sources
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import Layout, assembled, layout
 

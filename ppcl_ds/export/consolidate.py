@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,15 @@ from ppcl_ds.export.model_folder import (
     write_sums,
 )
 from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
-from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.export.single_files import single_file_tensors
 from ppcl_ds.export.tuned import Tuned, open_tuned
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.files import find_class
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
-from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.training.trained import unit_sources
+from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
-from ppcl_ds.units.plan import Plan, UnitPlan, finetuned, load_plan, untuned
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict, finetuned, load_plan, untuned
 from ppcl_ds.units.variant import Layout, layout
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -267,3 +266,43 @@ class Export:
 def _unit_facts(unit: UnitPlan) -> UnitFacts:
     replaced, by = unit.behaviour.facts(unit)
     return UnitFacts(name=unit.name, replaced=replaced, by=by)
+
+
+def read_switches(words: Sequence[str]) -> dict[str, bool]:
+    """`UNIT=on` and `UNIT=off` as unit -> whether it is to be plugged; of two for one unit the last one counts.
+
+    Raises:
+        UserError: a word is neither.
+    """
+    switches: dict[str, bool] = {}
+    for word in words:
+        unit, _, state = word.rpartition("=")
+        if not unit or state not in ("on", "off"):
+            raise UserError(f"--plug: '{word}' is not UNIT=on or UNIT=off")
+        switches[unit] = state == "on"
+    return switches
+
+
+def replug(plan: Plan, trained: Plan, variant: str, switches: Mapping[str, bool]) -> Plan:
+    """The plan with one variant changed.
+
+    Args:
+        trained: the plan that training began with; its units can be plugged even if `plan` has dropped them since.
+        switches: unit -> whether the variant is to have it; units not named stay as they are.
+
+    Raises:
+        UserError: a unit is not known, or two that are to be plugged get in each other's way.
+    """
+    known = {unit.name for unit in plan.units}
+    library = (*plan.units, *(unit for unit in trained.units if unit.name not in known))
+    names = [unit.name for unit in library]
+    for unit in switches:
+        if unit not in names:
+            raise UserError(f"--plug: unit '{unit}' is not in the library; it has: {', '.join(names)}")
+    before = {unit.name for unit in plan.units_of(variant)}
+    chosen = tuple(name for name in names if switches.get(name, name in before))
+    changed = plan.model_copy(update={"units": library, "variants": {variant: chosen}})
+    for a, b in combinations(changed.units_of(variant), 2):
+        if reason := conflict(a, b):
+            raise UserError(f"--plug: {reason}; plug one of them, and turn the other off")
+    return changed

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ppcl_ds.atomic import sha256, to_disk
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher import modeling_pruned
-from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.files import Sources
 from ppcl_ds.units.variant import Layout
 
 SUMS = "SHA256SUMS"

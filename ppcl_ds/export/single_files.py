@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.sources import Source, Sources
+from ppcl_ds.teacher.files import Source, Sources
 from ppcl_ds.units.variant import Layout
 
 _UNSEEN = ("zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from ppcl_ds.errors import UserError, brief
-from ppcl_ds.finetune.origin import Origin, read_origin
+from ppcl_ds.finetune.start import Origin, read_origin
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
-from ppcl_ds.teacher.sources import Source, Sources
-from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.training.trained import sources_of
+from ppcl_ds.teacher.files import Source, Sources
+from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, sources_of
 
 
 @dataclass(frozen=True)

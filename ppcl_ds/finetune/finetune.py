@@ -14,8 +14,7 @@ from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.estimate.show import show_tuning
 from ppcl_ds.estimate.tuning import size_tuning
-from ppcl_ds.finetune.origin import read_origin
-from ppcl_ds.finetune.start import Library, Start
+from ppcl_ds.finetune.start import Library, Start, read_origin
 from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
 from ppcl_ds.teacher.anatomy import Anatomy

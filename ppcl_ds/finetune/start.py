@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ValidationError
 
+from ppcl_ds.atomic import write_whole
+from ppcl_ds.errors import UserError, brief
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
-from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.checkpoint import Checkpoint
-from ppcl_ds.training.trained import unit_sources
+from ppcl_ds.training.checkpoint import Checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.variant import Layout, layout
@@ -59,3 +62,36 @@ class Start:
     def layout(self, dtype: torch.dtype | None = None) -> Layout:
         """The variant as it starts."""
         return layout(self.teacher, self.plan, self.variant, self.units, dtype)
+
+
+class Origin(BaseModel):
+    """`library.json` of a fine-tuning's folder.
+
+    Attributes:
+        checkpoint: the library's.
+        step: training steps behind it.
+    """
+
+    checkpoint: Path
+    step: int
+
+    def write(self, folder: TrainingFolder) -> None:
+        """Write it down; one rank alone."""
+        write_whole(_file(folder), self.model_dump_json(indent=1) + "\n")
+
+
+def read_origin(folder: TrainingFolder) -> Origin:
+    """The origin of a fine-tuning.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return Origin.model_validate_json(_file(folder).read_bytes())
+    except (OSError, ValidationError) as fault:
+        why = brief(fault)
+        raise UserError(f"{_file(folder)} cannot be read ({why}); move {folder.path} away to fine-tune anew") from None
+
+
+def _file(folder: TrainingFolder) -> Path:
+    return folder.path / "library.json"

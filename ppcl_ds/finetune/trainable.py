@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.files import Sources
 
 Trainable = Literal["all", "neighbours", "units"]
 

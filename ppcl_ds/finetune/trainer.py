@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.estimate.layout import stage_bounds
-from ppcl_ds.finetune.origin import Origin
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
 from ppcl_ds.finetune.preview import look
 from ppcl_ds.finetune.stage import parcel_of, weighted
-from ppcl_ds.finetune.start import Start
+from ppcl_ds.finetune.start import Origin, Start
 from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.teacher.anatomy import Anatomy, Wanted

@@ -1,11 +1,12 @@
-"""A teacher on disk: its class, its configuration and single tensors, read without loading the model."""
+"""A teacher on disk: its class, configuration and tensors, described without loading and loaded when asked for."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,40 @@ from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher import modeling_pruned
-from ppcl_ds.teacher.sources import Source
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of a model, not loaded yet.
+
+    Attributes:
+        shape, dtype: what `load` will return.
+        load: reads the tensor onto the CPU; may raise `UserError`.
+        unit: name of the unit that it is of; empty for the teacher's own.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    unit: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Size of the loaded tensor."""
+        return self.shape.numel() * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> Source:
+        """The same tensor in another number format, converted when it is loaded."""
+        return self if dtype == self.dtype else replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
+
+
+Sources = Mapping[str, Source]
+"""A model, or a part of one: tensor name -> where it comes from, in the order of the model's state dict."""
+
+
+def held(tensors: Mapping[str, Tensor]) -> dict[str, Source]:
+    """Tensors that are in memory already, as sources."""
+    return {name: Source(tensor.shape, tensor.dtype, lambda t=tensor: t) for name, tensor in tensors.items()}  # type: ignore[misc]
 
 
 def find_class(name: str) -> Any:

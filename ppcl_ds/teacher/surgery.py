@@ -14,8 +14,7 @@ from torch import nn
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy, Shapes, block_shapes
-from ppcl_ds.teacher.files import ModelFiles
-from ppcl_ds.teacher.sources import Source, Sources
+from ppcl_ds.teacher.files import ModelFiles, Source, Sources
 from ppcl_ds.teacher.teacher import Teacher
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
-from ppcl_ds.teacher.sources import Sources
+from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug, replace_forward
 from ppcl_ds.units.spec import PARTS, Export, Kind, Part, Stream, UnitPlan

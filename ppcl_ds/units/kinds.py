@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.teacher.anatomy import Anatomy, Capture, Wanted
-from ppcl_ds.teacher.sources import Source
+from ppcl_ds.teacher.files import Source
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.spec import Stream

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
-from ppcl_ds.teacher.sources import Source, Sources
+from ppcl_ds.teacher.files import Source, Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.unit import Parcel, Unit
 

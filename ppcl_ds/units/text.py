@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_ds.teacher.anatomy import ATTENDED_TEXT, ATTENTION, Anatomy, Block, Capture, Streams, Tap, Wanted
+from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.modeling_pruned import ModulatedText, ResidualLinear, make_text_linear
-from ppcl_ds.teacher.sources import Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import empty_model
-from ppcl_ds.teacher.sources import Source, Sources, held
+from ppcl_ds.teacher.files import Source, Sources, empty_model, held
 from ppcl_ds.teacher.surgery import lay_out
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit

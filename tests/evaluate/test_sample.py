@@ -18,8 +18,7 @@ from PIL import Image
 import ppcl_ds
 from ppcl_ds.data.encoders import TableTextEncoder
 from ppcl_ds.errors import UserError
-from ppcl_ds.evaluate.columns import as_columns
-from ppcl_ds.evaluate.sample import sample
+from ppcl_ds.evaluate.sample import as_columns, sample
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.sampling import draw

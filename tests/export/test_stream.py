@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.card import write_card
-from ppcl_ds.export.consolidate import Export, Form, consolidate
+from ppcl_ds.export.consolidate import Export, Form, consolidate, read_switches, replug
 from ppcl_ds.export.model_folder import shard_bytes, weights_digest
-from ppcl_ds.export.plug import read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint

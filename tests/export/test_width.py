@@ -22,8 +22,7 @@ from PIL import Image
 import ppcl_ds
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.sample import sample
-from ppcl_ds.export.consolidate import Form, consolidate
-from ppcl_ds.export.plug import read_switches, replug
+from ppcl_ds.export.consolidate import Form, consolidate, read_switches, replug
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint

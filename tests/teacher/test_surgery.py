@@ -17,7 +17,7 @@ from ppcl_ds.data.batch import Prompts
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.sources import held
+from ppcl_ds.teacher.files import held
 from ppcl_ds.teacher.surgery import lay_out
 from ppcl_ds.teacher.teacher import Teacher
 from tests.conftest import TEACHERS
