@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.finetune.trainable import IDLE, Part
-from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
+from ppcl_ds.teacher.anatomy import Anatomy, Block, EarlyExit, Streams
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.students import Means
@@ -29,10 +29,6 @@ from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.unit import Parcel
 from ppcl_ds.units.variant import Layout
-
-
-class _Left(Exception):  # noqa: N818 - not an error
-    """The forward has left the stage's last block."""
 
 
 class _Elsewhere(nn.Module):
@@ -185,7 +181,7 @@ class Stage(nn.Module):
         try:
             velocity = self.caller(self.model, parcel.inputs["latents"], prompts, given["sigmas"])
             return self._loss(velocity, parcel) if self.training else velocity
-        except _Left:
+        except EarlyExit:
             return self._sent(parcel)
         finally:
             self.reached = {}
@@ -193,7 +189,7 @@ class Stage(nn.Module):
     def _note(self, block: Block, leaves: bool, module: nn.Module, args: Any, output: Any) -> None:
         self.reached[block.index] = block.read_output(output)
         if leaves:
-            raise _Left
+            raise EarlyExit
 
     def _sent(self, parcel: Parcel) -> Tensor:
         wire = _packed(self.reached[self.blocks[-1].index])

@@ -284,19 +284,19 @@ def _record_part(
     capture.parts[tap] = tap.pick(args, kwargs, output)
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error
-    """Nothing behind this block is wanted."""
+class EarlyExit(Exception):  # noqa: N818 - not an error
+    """The forward has come as far as it is needed: raised by a hook on a block, caught around the forward."""
 
 
 def _stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    raise _Stopped
+    raise EarlyExit
 
 
 def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The root's forward; caught here, inside the root's call, so that the root's own hooks run as ever."""
     try:
         return forward(*args, **kwargs)
-    except _Stopped:
+    except EarlyExit:
         return (torch.empty(0),)
 
 
