@@ -126,9 +126,10 @@ class NoisyStream:
     def take(self, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
         """Micro-batches start, start + stride, ... with their numbers, on the device."""
         for number, batch in self.clean.take(start, stride):
-            yield number, self._with_noise(number, batch)
+            yield number, self.with_noise(number, batch)
 
-    def _with_noise(self, number: int, batch: Batch) -> NoisyBatch:
+    def with_noise(self, number: int, batch: Batch) -> NoisyBatch:
+        """Micro-batch `number` with its noise, on the device."""
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(seed)
         batch = batch.drop_captions(self.empty, self.noise.caption_dropout, generator)

@@ -23,7 +23,7 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
-from ppcl_ds.teacher.sampling import draw
+from ppcl_ds.teacher.sampling import Sampling, draw, initial_noise
 
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 """Scores pictures (N, C, H, W) in [-1, 1] against their captions."""
@@ -77,7 +77,7 @@ class Bench:
         self.captions = [batch.captions[0] for batch in samples]
         self.prompts = [batch.prompts for batch in samples]
         shape = (settings.samples, *self.heldout.batches[0].latents.shape[1:])
-        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(recipe.seed))
+        self.noise = initial_noise(shape, recipe.seed)
         self.judge = load_judge(settings.judge) if settings.judge else None
         self.teacher_velocities: list[Tensor] = []
         self.teacher_latents: Tensor | None = None
@@ -119,9 +119,7 @@ class Bench:
                 self.noise[part].to(self.device, self.dtype),
                 Prompts.stack(self.prompts[part]).to(self.device, self.dtype),
                 empty,
-                steps=settings.steps,
-                shift=self.recipe.noise.shift,
-                guidance=settings.guidance,
+                Sampling.of(self.recipe),
             )
             drawn.append(latents.float().cpu())
         return torch.cat(drawn)

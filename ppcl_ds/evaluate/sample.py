@@ -27,7 +27,7 @@ from ppcl_ds.export.load import load_model, load_pipeline
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Data
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.sampling import draw
+from ppcl_ds.teacher.sampling import Sampling, draw, initial_noise
 from ppcl_ds.teacher.teacher import check_captions
 
 
@@ -139,16 +139,14 @@ def _by_transformer(
     model = load_model(folder, dtype)
     caller = caller_for(type(model).__name__.removeprefix("Pruned"))
     check_captions(data.captions, model)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    noise = initial_noise(shape, seed).to(device, dtype)
     empty, *wanted = (prompt.to(device, dtype) for prompt in encoded)
     pictures = []
     forwards = len(prompts) * steps * (2 if guidance > 1 else 1)
     with _explained(folder, size), progress("forwards", forwards) as advance:
         model.to(device).register_forward_hook(lambda *_: advance(1))
         for prompt in wanted:
-            latents = draw(
-                partial(caller, model), noise, prompt, empty, steps=steps, shift=recipe.noise.shift, guidance=guidance
-            )
+            latents = draw(partial(caller, model), noise, prompt, empty, Sampling(steps, recipe.noise.shift, guidance))
             pictures.append(as_image(images.decode(latents.float())[0]))
     return pictures
 

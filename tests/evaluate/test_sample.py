@@ -21,7 +21,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.sample import as_columns, sample
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.sampling import draw
+from ppcl_ds.teacher.sampling import Sampling, draw
 from tests.conftest import command
 from tests.data.tiny_pipelines import make_pipeline
 
@@ -65,8 +65,7 @@ def test_a_transformer_draws_by_its_recipe(new_run: Callable[..., Path], tmp_pat
         torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3)),
         table.encode(["a tiny two"]),
         table.encode([""]),
-        steps=2,
-        guidance=2.0,
+        Sampling(steps=2, guidance=2.0),
     )
     expected = ((latents[0, 0].clamp(-1, 1) + 1) * 127.5).numpy()
     assert np.abs(two - expected[..., None]).max() <= 1

@@ -14,7 +14,7 @@ from torch import Tensor
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.sampling import draw
+from ppcl_ds.teacher.sampling import Sampling, draw
 from tests.conftest import TEACHERS
 
 HEIGHT, WIDTH = 8, 4
@@ -114,9 +114,7 @@ def test_drawing_is_a_hand_written_euler_loop(family: str, guidance: float) -> N
         noise(),
         prompts(family),
         empty,
-        steps=4,
-        shift=3.0,
-        guidance=guidance,
+        Sampling(steps=4, shift=3.0, guidance=guidance),
     )
 
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -139,8 +137,12 @@ def test_without_guidance_the_empty_caption_is_not_read(family: str) -> None:
     poison = prompts(family, batch=1)
     poison.embeds.fill_(torch.nan)
     caller = caller_for(type(model).__name__)
-    assert draw(partial(caller, model), noise(), prompts(family), poison, steps=2).isfinite().all()
-    assert not draw(partial(caller, model), noise(), prompts(family), poison, steps=2, guidance=2.0).isfinite().any()
+    assert draw(partial(caller, model), noise(), prompts(family), poison, Sampling(steps=2)).isfinite().all()
+    assert (
+        not draw(partial(caller, model), noise(), prompts(family), poison, Sampling(steps=2, guidance=2.0))
+        .isfinite()
+        .any()
+    )
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ if __name__ == "__main__":
     elif PLACE == "exchange":
         dist.all_to_all_single = dies(dist.all_to_all_single)
     elif PLACE == "data":
-        hangs = dies(noising.NoisyStream._with_noise, lambda *_: time.sleep(1e6))
-        noising.NoisyStream._with_noise = hangs  # type: ignore[method-assign]
+        hangs = dies(noising.NoisyStream.with_noise, lambda *_: time.sleep(1e6))
+        noising.NoisyStream.with_noise = hangs  # type: ignore[method-assign]
     else:
         from ppcl_ds.training import saver
 
