@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Protocol, TypeVar
@@ -15,21 +14,24 @@ from typing import Protocol, TypeVar
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppcl_ds import launch
-from ppcl_ds.errors import UserError
+from ppcl_ds import launch, reporting
+from ppcl_ds.errors import UserError, brief
 
 Item = TypeVar("Item")
 
 
 class Advance(Protocol):
-    """Says that `count` more are done; a note that is not empty replaces the one shown."""
+    """Says that `count` more are done; a note that is not empty replaces the one shown.
 
-    def __call__(self, count: int, note: str = "") -> None:
+    `rate`: samples a second, where somebody has measured it.
+    """
+
+    def __call__(self, count: int, note: str = "", rate: float | None = None) -> None:
         """Advance."""
 
 
 LOG_SECONDS = 10.0
-"""Least time between two progress lines where there is no terminal."""
+"""Least time between two progress lines where there is no terminal, and between two writings of the progress file."""
 
 
 _CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
@@ -41,14 +43,17 @@ def run(app: typer.Typer) -> None:
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    reporting.keep_in(reporting.of_job())
     try:
         app()
     except UserError as fault:
         print(f"error: {fault}", file=sys.stderr)
+        reporting.own.fail(f"error: {fault}")
         code = 2
     except SystemExit as way_out:
         code = int(way_out.code or 0)
-    except Exception:
+    except Exception as fault:
+        reporting.own.fail(f"{type(fault).__name__}: {brief(fault)}")
         if not launch.has_joined():
             raise
         sys.excepthook(*sys.exc_info())
@@ -75,45 +80,81 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
     Yields:
         `advance(n, note)`: says that n more of `total` are done; a note that is not empty replaces the one shown.
     """
-    if int(os.environ.get("RANK", "0")):  # of the processes of one launch, the first one speaks
-        yield lambda count, note="": None
+    if not launch.is_first_rank():  # of the processes of one launch, the first one speaks
+        yield lambda count, note="", rate=None: None
         return
-    if not sys.stdout.isatty():
-        lines = _Lines(description, total, done)
-        yield lines.advance
-        lines.show()
-        return
+    counter = _Counter(description, total, done)
+    try:
+        if sys.stdout.isatty():
+            with _bar(counter):
+                yield counter.advance
+        else:
+            yield counter.advance
+            print(counter.line, flush=True)
+    except (KeyboardInterrupt, SystemExit):
+        counter.write("stopped")
+        raise
+    counter.write("done" if counter.done >= total else "stopped")
+
+
+@contextmanager
+def _bar(counter: _Counter) -> Iterator[None]:
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), *columns, TextColumn("{task.fields[note]}")) as bar:
-        task = bar.add_task(description, total=total, completed=done, note="")
-
-        def advance(count: int, note: str = "") -> None:
-            bar.advance(task, count)
-            if note:
-                bar.update(task, note=note)
-
-        yield advance
+        task = bar.add_task(counter.description, total=counter.total, completed=counter.done, note="")
+        counter.show = lambda: bar.update(task, completed=counter.done, note=counter.note)
+        yield
 
 
-class _Lines:
-    """Progress as plain lines, for logs."""
+class _Counter:
+    """What has been done, as a plain line for logs and in the progress file.
+
+    Attributes:
+        show: called whenever it moves; None: a line is printed every `LOG_SECONDS`.
+    """
 
     def __init__(self, description: str, total: int, done: int) -> None:
         self.description, self.total, self.before, self.done = description, total, done, done
-        self.began = self.shown = time.monotonic()
+        self.began = self.written = time.monotonic()
         self.note = ""
+        self.rate: float | None = None
+        self.show: Callable[[], object] | None = None
+        self.write("running")
 
-    def advance(self, count: int, note: str = "") -> None:
+    def advance(self, count: int, note: str = "", rate: float | None = None) -> None:
         self.done += count
-        self.note = note or self.note
-        if time.monotonic() - self.shown >= LOG_SECONDS and self.done < self.total:
+        self.note, self.rate = note or self.note, rate or self.rate
+        if self.show:
             self.show()
+        if time.monotonic() - self.written >= LOG_SECONDS and self.done < self.total:
+            self.written = time.monotonic()
+            self.write("running")
+            if not self.show:
+                print(self.line, flush=True)
 
-    def show(self) -> None:
-        self.shown = time.monotonic()
-        elapsed = self.shown - self.began
-        line = f"{self.description}: {self.done} of {self.total}, {timedelta(seconds=int(elapsed))} elapsed"
-        if self.before < self.done < self.total:
-            remaining = elapsed / (self.done - self.before) * (self.total - self.done)
-            line += f", {timedelta(seconds=int(remaining))} remaining"
-        print(f"{line}; {self.note}" if self.note else line, flush=True)
+    @property
+    def seconds_left(self) -> float | None:
+        if not self.before < self.done < self.total:
+            return None
+        return (time.monotonic() - self.began) / (self.done - self.before) * (self.total - self.done)
+
+    @property
+    def line(self) -> str:
+        line = f"{self.description}: {self.done} of {self.total}, {_clock(time.monotonic() - self.began)} elapsed"
+        if self.seconds_left is not None:
+            line += f", {_clock(self.seconds_left)} remaining"
+        return f"{line}; {self.note}" if self.note else line
+
+    def write(self, state: reporting.State) -> None:
+        reporting.own.update(
+            state=state,
+            what=self.description,
+            step=self.done,
+            total=self.total,
+            samples_per_second=self.rate,
+            seconds_left=self.seconds_left,
+        )
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=int(seconds)))

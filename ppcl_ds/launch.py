@@ -28,6 +28,11 @@ def is_rank() -> bool:
     return "RANK" in os.environ
 
 
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of one launch; so does one that is alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def on_ranks(world: int) -> None:
     """Go on as one of `world` ranks: returns in a rank; else becomes the torchrun that starts them on this machine.
 

@@ -79,6 +79,11 @@ class TrainingFolder:
         return self.path / "tensorboard"
 
     @property
+    def progress(self) -> Path:
+        """How the training is doing, see `reporting.Report`."""
+        return self.path / "progress.json"
+
+    @property
     def begun(self) -> bool:
         """Whether there is a checkpoint to go on from."""
         return (self.checkpoints / "latest").exists()

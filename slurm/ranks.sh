@@ -36,7 +36,7 @@ run_ranks() {
     each=$((processes / SLURM_JOB_NUM_NODES))
     logs=$run/slurm/logs/$1-$job/start-$start
     export MASTER_ADDR MASTER_PORT python each logs
-    echo "start $start, $(date -Is): $processes processes on $SLURM_JOB_NODELIST, a log of each in $logs"
+    echo "==== start $start, $(date -Is): $processes processes on $SLURM_JOB_NODELIST, a log of each in $logs"
 
     srun --kill-on-bad-exit=1 --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
         "${container[@]}" bash -c "$(declare -f on_each_node); on_each_node \"\$@\"" bash "$@" &

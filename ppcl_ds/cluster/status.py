@@ -1,11 +1,13 @@
-"""`ppcl status`: how the jobs of a run are, from Slurm's queue and from what they have printed."""
+"""`ppcl status`: how the jobs of a run are, from Slurm's queue and from the reports that their commands keep."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from rich.console import Console
@@ -14,20 +16,15 @@ from rich.table import Table
 
 from ppcl_ds.cluster import slurm
 from ppcl_ds.cluster.submitted import Queued, folder_of, need_chain
+from ppcl_ds.recipe import TrainingFolder
+from ppcl_ds.reporting import Report, read_report
 
 _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
-_RANK = r"(?:\[rank ?\d+\]:? ?)*"
-"""What torchrun puts before a line of a rank, and torch before one of a traceback."""
-_START = re.compile(r"^start \d+, ", re.MULTILINE)
-_PROGRESS = re.compile(
-    rf"^{_RANK}[^\n:]+: (\d+) of (\d+), \S.*? elapsed(?:, (?P<left>[^;\n]+) remaining)?(?:; (?P<note>.*))?$",
-    re.MULTILINE,
-)
-_RATE = re.compile(r"(\S+) samples/s")
-_FAULT = re.compile(rf"^{_RANK}((?:error: |[\w.]*(?:Error|Exception|Interrupt)\b).*)$", re.MULTILINE)
-"""Our own last words, or the last line of a traceback."""
-_ENDED = re.compile(r"^srun: error: (\S+): tasks? .*: (Killed|Out Of Memory|Exited with .*)$", re.MULTILINE)
+START = "==== start "
+"""What `slurm/ranks.sh` prints before the ranks: a job that is requeued goes on in the same log."""
+_ENDED = re.compile(r"^srun: error: (\S+): tasks? .*: (Killed|Out Of Memory)$", re.MULTILINE)
+"""Where a launcher has left with an error of its own, srun itself kills the others."""
 _SIGNAL = re.compile(
     r"^ +host +: (\S+)\n +rank +: (\d+) .*\n +exitcode .*\n.*\n +traceback : (Signal (?!15\b).*)$", re.MULTILINE
 )
@@ -36,15 +33,66 @@ _SLURM = re.compile(r"^slurmstepd\S*: error: \*\*\* (.*) \*\*\*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Report:
-    """What one job, or all tasks of an array together, have printed since their last start."""
+class Jobs:
+    """One job, or all tasks of an array together: what Slurm knows, and what they have left behind.
 
-    starts: int
-    step: str
-    complete: bool
-    rate: str
-    left: str
-    fault: str
+    Attributes:
+        known: to Slurm; it forgets them in minutes.
+        reports: of each task, those of its newest start.
+        outs: what each task has printed, over all its starts.
+    """
+
+    queued: Queued
+    known: Sequence[slurm.Job]
+    reports: Sequence[Report]
+    outs: Sequence[Path]
+
+    @property
+    def step(self) -> tuple[int, int]:
+        """How far they are, and how far they go."""
+        return sum(report.step for report in self.reports), sum(report.total for report in self.reports)
+
+    @property
+    def well(self) -> bool:
+        """Whether nothing is wrong with them, as far as that is known."""
+        if self.known:
+            return all(job.state in ("RUNNING", "COMPLETED") for job in self.known)
+        return bool(self.reports) and self.step[0] == self.step[1]
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """Their line of the table."""
+        done, total = self.step
+        rates = [report.samples_per_second for report in self.reports if report.samples_per_second]
+        left = [report.seconds_left for report in self.reports if report.seconds_left is not None]
+        return (
+            self.queued.step,
+            self.queued.job,
+            self._state(),
+            f"{done} of {total}" if total else "",
+            f"{rates[-1]:.3g}" if rates else "",
+            str(timedelta(seconds=int(max(left)))) if left else "",
+            min((job.left for job in self.known if job.state == "RUNNING"), default=""),
+            str(max((len(_starts(out)) for out in self.outs), default=0) or ""),
+        )
+
+    def _state(self) -> str:
+        if not self.known:
+            return "forgotten by Slurm"
+        words = Counter(f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state for job in self.known)
+        if len(self.known) == 1:
+            return next(iter(words))
+        return ", ".join(f"{count} {word}" for word, count in words.items())
+
+    @property
+    def fault(self) -> str:
+        """The first error of the first rank that had one; of other commands, their last words; else the log's."""
+        fine = {job.number for job in self.known if job.state == "COMPLETED"}
+        outs = [out for out in self.outs if out.stem.removeprefix(f"{self.queued.step}-") not in fine]
+        faults = [*map(_fault, outs), *(report.fault for report in self.reports)]
+        if all(job.over for job in self.known):
+            faults += map(_last_line, outs)
+        return next(filter(None, faults), "")
 
 
 def status(run: Path) -> None:
@@ -54,59 +102,27 @@ def status(run: Path) -> None:
         UserError: nothing was submitted, or Slurm does not answer.
     """
     chain = need_chain(run)
-    jobs = slurm.jobs_of([queued.job for queued in chain])
+    known = slurm.jobs_of([queued.job for queued in chain])
+    logs = folder_of(run) / "logs"
+    files = [folder.progress for folder in TrainingFolder.all_of(run)] + sorted(logs.glob("*.json"))
+    reports = [report for report in map(read_report, files) if report.total or report.fault]
     table = Table("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
     faults = []
     for queued in chain:
-        own = [job for job in jobs if job.array == queued.job]
-        report = _report(folder_of(run) / "logs", queued)
-        limit = min((job.left for job in own if job.state == "RUNNING"), default="")
-        cells = (
-            queued.step,
-            queued.job,
-            _state(own),
-            report.step,
-            report.rate,
-            report.left,
-            limit,
-            str(report.starts or ""),
+        jobs = Jobs(
+            queued,
+            [job for job in known if job.array == queued.job],
+            [report for report in reports if report.job == queued.job],
+            sorted(logs.glob(f"{queued.step}-{queued.job}.out"))
+            + sorted(logs.glob(f"{queued.step}-{queued.job}_*.out")),
         )
-        table.add_row(*map(escape, cells))
-        well = all(job.state in ("RUNNING", "COMPLETED") for job in own) if own else report.complete
-        if report.fault and not well:
-            faults.append(f"{queued.step}: {report.fault}")
+        table.add_row(*map(escape, jobs.cells))
+        if not jobs.well and (fault := jobs.fault):
+            faults.append(f"{queued.step}: {fault}")
     console = Console()
     console.print(table)
     for fault in faults:
         console.print(fault, markup=False, soft_wrap=True, highlight=False)
-
-
-def _state(jobs: Sequence[slurm.Job]) -> str:
-    if not jobs:
-        return "forgotten by Slurm"
-    words = Counter(f"{job.state} ({job.reason})" if job.state == "PENDING" else job.state for job in jobs)
-    if len(jobs) == 1:
-        return next(iter(words))
-    return ", ".join(f"{count} {word}" for word, count in words.items())
-
-
-def _report(logs: Path, queued: Queued) -> Report:
-    outs = sorted(logs.glob(f"{queued.step}-{queued.job}.out")) + sorted(logs.glob(f"{queued.step}-{queued.job}_*.out"))
-    texts = {out: _since_start(_tail(out)) for out in outs}
-    found = {out: [*_PROGRESS.finditer(text)] for out, text in texts.items()}
-    last = [matches[-1] for matches in found.values() if matches]
-    done, total = (sum(int(match[place]) for match in last) for place in (1, 2))
-    rates = [rate[1] for match in last if (rate := _RATE.search(match["note"] or ""))]
-    starts = {out: _starts(out) for out in outs}
-    faults = [fault for out, text in texts.items() if (fault := _first_fault(text, starts[out]))]
-    return Report(
-        starts=max(map(len, starts.values()), default=0),
-        step=f"{done} of {total}" if last else "",
-        complete=bool(last) and done == total,
-        rate=rates[-1] if rates else "",
-        left=(last[-1]["left"] or "") if last else "",
-        fault=faults[0] if faults else "",
-    )
 
 
 def _starts(out: Path) -> list[Path]:
@@ -114,32 +130,24 @@ def _starts(out: Path) -> list[Path]:
     return sorted(out.with_suffix("").glob("start-*"), key=lambda folder: int(folder.name.removeprefix("start-")))
 
 
-def _first_fault(text: str, starts: Sequence[Path]) -> str:
-    """The first error of the first rank that had one: what was killed without a word comes before what that broke.
-
-    Args:
-        text: what the job has printed since its last start.
-        starts: the folders of its ranks' logs.
-    """
-    # Where a launcher has left with an error of its own, srun itself kills the others.
-    if (ended := _ENDED.search(text)) and not ended[2].startswith("Exited"):
+def _fault(out: Path) -> str:
+    """What ended a job's newest start: what was killed without a word comes before what that broke."""
+    text = _tail(out).rpartition(START)[2]
+    if ended := _ENDED.search(text):
         return f"{ended[1]}: the launcher was killed"
     if died := _SIGNAL.search(text):
         return f"rank {died[2]} on {died[1]}: {died[3]}"
-    found = starts[-1].glob("*/*/attempt_0/*/stderr.log") if starts else ()
-    logs = sorted(found, key=lambda log: log.stat().st_mtime_ns)
-    for log in logs:  # who failed first has written last before the others
-        if fault := _FAULT.search(_tail(log)):
-            return f"{log.parents[3].name}, local rank {log.parent.name}: {fault[1]}"
-    if fault := _FAULT.search(text) or _SLURM.search(text):
-        return fault[1]
-    return ""
+    found = starts[-1].glob("*/*/attempt_0/*/error.json") if (starts := _starts(out)) else ()
+    for file in sorted(found, key=lambda file: file.stat().st_mtime_ns):  # who failed first has written first
+        return f"{file.parents[3].name}, local rank {file.parent.name}: {json.loads(file.read_text())['message']}"
+    cancelled = _SLURM.search(text)
+    return cancelled[1] if cancelled else ""
 
 
-def _since_start(text: str) -> str:
-    """A job that was requeued appends to its file; only its last start tells how it is."""
-    starts = [*_START.finditer(text)]
-    return text[starts[-1].start() :] if starts else text
+def _last_line(out: Path) -> str:
+    """Of a job's log, what Slurm has added left out."""
+    lines = [line for line in _tail(out).splitlines() if line and not line.startswith(("srun: ", "slurmstepd"))]
+    return lines[-1] if lines else ""
 
 
 def _tail(path: Path) -> str:

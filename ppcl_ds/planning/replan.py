@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -78,7 +77,7 @@ class Replan:
 
     def write(self, swaps: Swaps) -> None:
         """Choose every variant and write the plan, on one rank."""
-        if int(os.environ.get("RANK", "0")):
+        if not launch.is_first_rank():
             return
         budget = self._budget(swaps)
         now = self.recipe.plan_file

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ppcl_ds import launch
+from ppcl_ds import launch, reporting
 from ppcl_ds.console import progress
 from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.distill.library import Inbox
@@ -142,6 +142,7 @@ class Training(ABC):
         """
         settings = self.settings
         last = min(until or settings.steps, settings.steps)
+        reporting.keep_in(self.folder.progress).update()
         done = self._resume()
         journal = self._journal()
         rounds = self.rounds(done)
@@ -161,7 +162,7 @@ class Training(ABC):
                     if due(step, settings.log_every):
                         note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
                         logged = step
-                    advance(1, note)
+                    advance(1, note, journal.newest.get("run/samples_per_second"))
                     stops = step < last and self.stop.asked(step)
                     if stops or due(step, settings.checkpoint_every):
                         self._save(step, stops or step == last)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ppcl_ds import reporting
+
 PATIENCE = 5
 """Beats that the thread of a living rank writes while it is watched; it needs to be seen to write one."""
 
@@ -119,4 +121,5 @@ class StallWatch:
     def _end(self, line: str) -> None:
         if line:
             print(f"error: {line}", file=sys.stderr, flush=True)
+            reporting.own.fail(f"error: {line}")
         os._exit(1)  # the main thread hangs in a collective and cannot be asked
