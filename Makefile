@@ -22,10 +22,11 @@ test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this
 		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurm-wlm munge; }
 	$(BIN)/pytest -m slurm tests/slurm
 
-lint: $(READY)  ## style and types
+lint: $(READY)  ## style, types, and that imports point one way
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck --external-sources slurm/*
 
 bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile

@@ -285,7 +285,6 @@ def _become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
             raise SystemExit(0)
 
     launch.on_ranks = on_ranks
-    launch.start_ranks = lambda arguments, world: on_ranks(world)
 
 
 def _run(module: str) -> int:
