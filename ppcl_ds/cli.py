@@ -1,6 +1,6 @@
 """The `ppcl` command: one function a subcommand; the work is done in the folders.
 
-Each step is imported when it is called, behind the check of the recipe: help and a wrong key answer at once.
+Each step is imported when it is called, after the check of the recipe: help and a wrong key answer at once.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def distill(
         bool, typer.Option("--dry-run", help="Check recipe, plan, topology and shards, print the estimate, stop there.")
     ] = False,
     until: Annotated[
-        int | None, typer.Option(min=1, metavar="STEP", help="Stop behind this step; the next start goes on.")
+        int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
 ) -> None:
     """Train all units of the plan at once against the frozen teacher.
@@ -199,7 +199,7 @@ def finetune(
         bool, typer.Option("--dry-run", help="Check everything, print the estimate, stop there.")
     ] = False,
     until: Annotated[
-        int | None, typer.Option(min=1, metavar="STEP", help="Stop behind this step; the next start goes on.")
+        int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
 ) -> None:
     """Train one variant end to end, its blocks over the pipeline stages, against the teacher's velocity, data, or both.

@@ -30,7 +30,7 @@ from ppcl_ds.sections import (
 
 
 def checkpoint_tag(step: int) -> str:
-    """Name of the checkpoint behind a step."""
+    """Name of the checkpoint after a step."""
     return f"step-{step:06d}"
 
 

@@ -340,11 +340,11 @@ class Cluster(Section):
     accelerator: str = ""
     """One of those that `ppcl estimate` knows: a run that does not fit on it is refused. Empty: nobody knows."""
     time: str = "24:00:00"
-    """Time limit of each job. Training gets in line again when it is over, and goes on."""
+    """Time limit of each job. Training is requeued when it is over, and goes on."""
     notice: int = Field(default=300, gt=0)
     """Seconds before the limit at which training is told: longer than its slowest step and a checkpoint take."""
     requeues: int = Field(default=20, ge=0)
-    """How often a job may get in line again: with time limits, the longest that a training may take."""
+    """How often a job may be requeued: with time limits, the longest that a training may take."""
     encode_tasks: int = Field(default=8, gt=0)
     """Jobs that share the shards to encode."""
     probe_parts: int = Field(default=8, gt=0)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash disable=SC2154
 # Starts the ranks of a step on every node of the job, tells them when time is up, decides whether the job goes on.
-# Sourced by the scripts whose step runs on several processes, behind site.env:
+# Sourced by the scripts whose step runs on several processes, after site.env:
 #
 #   about RECIPE                 sets: run, the run folder; processes, in all; requeues, how many are allowed
 #   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, the step first, whose checkpoints are in FOLDER/checkpoints
@@ -85,7 +85,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
         -m ppcl_ds.cli "$@"
 }
 
-# Give the nodes back and get in line again; not if somebody is ending the job, who will not want it back.
+# Give the nodes back and wait for new ones; not if somebody is ending the job, who will not want it back.
 requeue() {
     if ((start >= requeues)); then
         echo "error: $1; requeued $start times already, and cluster.requeues allows no more" >&2

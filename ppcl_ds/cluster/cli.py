@@ -29,7 +29,7 @@ def submit(
 
     Each job starts when those before it have ended well; what is done already is left out. Whatever can be known to be
     wrong is refused before anything is queued. Recipe, plan and scripts as used, logs, versions and job numbers lie in
-    RUN/slurm/. A file RUN/STOP ends the run behind its next step; this command removes it.
+    RUN/slurm/. A file RUN/STOP ends the run after its next step; this command removes it.
     """
     loaded = load_recipe(recipe)
     from ppcl_ds.cluster.submit import submit

@@ -57,7 +57,7 @@ class Facts(BaseModel):
         dtype: number format of most weights before quantising.
         block_share: parameters in the blocks over those in the teacher's.
         blocks, teacher_blocks: number of blocks.
-        step: training steps behind the units.
+        step: training steps of the units.
         finetuned: what was trained end to end after that, and how, in a sentence or two; None: nothing.
         single_file: name of the file for ComfyUI, where there is one.
     """

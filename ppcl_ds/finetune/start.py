@@ -69,7 +69,7 @@ class Origin(BaseModel):
 
     Attributes:
         checkpoint: the library's.
-        step: training steps behind it.
+        step: training steps before it.
     """
 
     checkpoint: Path

@@ -1,4 +1,4 @@
-"""A run ends in good order when time is up or somebody asks: all its ranks behind the same step, with a checkpoint."""
+"""Preemption: on SIGUSR1 or RUN/STOP all ranks stop after the same step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch.distributed as dist
 
 
 def stop_file(run: Path) -> Path:
-    """Whoever makes this file (`touch RUN/STOP`) ends the run behind its next step; `ppcl submit` removes it."""
+    """Whoever makes this file (`touch RUN/STOP`) ends the run after its next step; `ppcl submit` removes it."""
     return run / "STOP"
 
 
 class StopWatch:
-    """Every rank makes one, and all ask it behind every step.
+    """Every rank makes one, and all ask it after every step.
 
     Slurm's notice is SIGUSR1. The launcher (`slurm/ranks.sh`) blocks it for everything that it starts, so it ends no
     rank, reader or helper, wherever it arrives and however often, and a rank finds it pending when it looks.
 
     Args:
         run: the run folder.
-        folder: this phase's own; `stopped` in it will say what ended the run early, for the job's script.
+        folder: the training's; `stopped` in it will say what ended it early, for the job's script.
     """
 
     def __init__(self, run: Path, folder: Path) -> None:
@@ -32,14 +32,14 @@ class StopWatch:
             self.note.unlink(missing_ok=True)
 
     def asked(self, step: int) -> bool:
-        """Whether the run ends behind this step, the same on every rank; all must ask, and write a checkpoint if so."""
+        """Whether the run ends after this step, the same on every rank; all must ask, and write a checkpoint if so."""
         first = dist.get_rank() == 0
         wish = torch.tensor(2 if first and self.file.exists() else int(signal.SIGUSR1 in signal.sigpending()))
         dist.all_reduce(wish, dist.ReduceOp.MAX, self.group)
         if wish and first:
             why = "STOP" if wish == 2 else "signal"
             print(
-                f"stops behind step {step} ({self.file if why == 'STOP' else 'SIGUSR1'}), with a checkpoint", flush=True
+                f"stops after step {step} ({self.file if why == 'STOP' else 'SIGUSR1'}), with a checkpoint", flush=True
             )
             self.note.write_text(why + "\n")
         return bool(wish)

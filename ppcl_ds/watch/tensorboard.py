@@ -1,4 +1,4 @@
-"""TensorBoard: scalars and pictures of a run, gathered from all ranks, written by the first."""
+"""TensorBoard: scalars and images of a run, gathered from all ranks, written by rank 0."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Board:
             self.writer.flush()
 
     def pictures(self, step: int, rows: Mapping[str, Tensor]) -> None:
-        """Write one strip of pictures a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""
+        """Write one strip of images a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""
         if self.writer is not None:
             for name, images in rows.items():
                 strip = torch.cat(list(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5), dim=-1)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, phase by phase."""
+"""Timer: where the time of a step goes, phase by phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import benchmark
 
 
 class Clock:
-    """Seconds by phase on this rank, measured on the accelerator's stream, so that measuring waits for nothing.
+    """Seconds by phase on this rank, measured by events on the accelerator's stream: measuring waits for nothing.
 
     Args:
         tell: called with the phase's name whenever one begins or is returned to.

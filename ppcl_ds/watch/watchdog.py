@@ -1,4 +1,4 @@
-"""A run that stands still ends by itself, and says which rank the others were waiting for."""
+"""Watchdog: a run in which nothing moves ends by itself, and names the rank that the others were waiting for."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 from ppcl_ds import reporting
 
 PATIENCE = 5
-"""Beats that the thread of a living rank writes while it is watched; it needs to be seen to write one."""
+"""Heartbeats that the thread of a living rank writes while it is watched; one of them has to be seen."""
 
 
 class StallWatch:
-    """Every rank tells the others where it is; when nothing moves for too long, the one that lags is named.
+    """A heartbeat of every rank, with its step and phase; when nothing moves for too long, the one that lags is named.
 
     All ranks make one and enter it together. A thread of each writes into the rendezvous store, which is reached even
     where the rank itself hangs in a collective; a rank whose own place has not changed within the time-out compares
@@ -49,7 +49,7 @@ class StallWatch:
         self.moves()
 
     def moves(self) -> None:
-        """This rank gets on with its phase; to be said within the time-out, however long a phase is."""
+        """This rank gets on with its phase; to be called within the time-out, however long a phase is."""
         self.places += 1
         self.moved = time.monotonic()
 

@@ -151,7 +151,7 @@ def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
-    """Run `ppcl distill` to the end on a topology, going on behind `step`."""
+    """Run `ppcl distill` to the end on a topology, going on after `step`."""
     raw = yaml.safe_load(path.read_text())
     raw["topology"] = {"stages": stages, "replicas": replicas}
     if stages * replicas == 4:  # as two nodes of two ranks

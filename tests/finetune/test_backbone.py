@@ -177,7 +177,7 @@ def prepare(new_run: Callable[..., Path], family: str, plan: Plan, **changes: An
 
 
 def tune(path: Path, step: int, stages: int, replicas: int) -> Recipe:
-    """Run `ppcl finetune` to the end on a topology, going on behind `step`."""
+    """Run `ppcl finetune` to the end on a topology, going on after `step`."""
     raw = yaml.safe_load(path.read_text())
     raw["topology"] = {"stages": stages, "replicas": replicas}
     path.write_text(yaml.safe_dump(raw))

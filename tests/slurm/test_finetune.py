@@ -28,7 +28,7 @@ def training(
     shutil.copytree(prepared("qwen"), account.run)
     account.types("prepare")
     recipe = make_recipe("qwen", Path("runs") / account.run.name)
-    recipe["distill"] |= {"steps": 7}  # behind which `pretend_trained` has written its checkpoint
+    recipe["distill"] |= {"steps": 7}  # after which `pretend_trained` has written its checkpoint
     recipe["finetune"] = recipe["distill"] | {"steps": 100000, "checkpoint_every": 5, "timeout": 60}
     recipe["finetune"] |= {"variants": ["small"], "micro_batch": 8}
     account.edits(recipe | {"cluster": CLUSTER | {"time": "1", "notice": 5, "requeues": 9}})

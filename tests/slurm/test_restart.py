@@ -54,7 +54,7 @@ def test_at_its_time_limit_it_writes_a_checkpoint_and_gets_in_line_again(distill
         distillation.daemons.run("scontrol", "update", f"jobid={distillation.job}", "timelimit=30")
     log = distillation.account.log("distill")
     assert f"time is up, and there is a checkpoint: requeue {1 if limit == 'first' else 2} of at most 9" in log
-    assert f"stops behind step {distillation.saved} (SIGUSR1), with a checkpoint" in log
+    assert f"stops after step {distillation.saved} (SIGUSR1), with a checkpoint" in log
 
 
 def test_a_node_whose_processes_are_killed_ends_all_and_requeues_the_job(distillation: Training) -> None:

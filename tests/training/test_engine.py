@@ -45,7 +45,7 @@ Weights = dict[str, dict[str, Tensor]]
 
 
 def be_a_rank(path: Path) -> None:
-    """Train the same library on the same parcels three times; write its weights behind every step."""
+    """Train the same library on the same parcels three times; write its weights after every step."""
     recipe = load_recipe(path)
     teacher, plan = check(recipe)
     launch.join()

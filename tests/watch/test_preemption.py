@@ -1,4 +1,4 @@
-"""A run that is asked to stop does so behind its next step, on every rank, and goes on later as if nothing had been."""
+"""A run that is asked to stop does so after its next step, on every rank, and goes on later as if nothing had been."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TRAININGS = {"distill": ["distill"], "finetune": ["finetune", "--variant", "smal
 
 
 @pytest.mark.parametrize("training", TRAININGS)
-def test_a_stop_file_ends_a_run_behind_its_next_step(new_run: Callable[..., Path], training: str) -> None:
+def test_a_stop_file_ends_a_run_after_its_next_step(new_run: Callable[..., Path], training: str) -> None:
     name, *options = TRAININGS[training]
     path = new_run("qwen", distill={"steps": 4})
     raw = yaml.safe_load(path.read_text())
@@ -31,10 +31,10 @@ def test_a_stop_file_ends_a_run_behind_its_next_step(new_run: Callable[..., Path
         folder = recipe.finetuning("small")
     stop = recipe.run / "STOP"
     stop.touch()
-    assert f"stops behind step 1 ({stop}), with a checkpoint" in command(name, path, *options)
+    assert f"stops after step 1 ({stop}), with a checkpoint" in command(name, path, *options)
     assert newest_checkpoint(folder.checkpoints).contents.step == 1
     assert (folder.path / "stopped").read_text() == "STOP\n"
-    assert "stops behind step 2" in command(name, path, *options)
+    assert "stops after step 2" in command(name, path, *options)
     stop.unlink()
     command(name, path, *options)
     assert folder.finished(4)
