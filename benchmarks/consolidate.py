@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from benchmarks.load import MIB, Sampler, save_teacher
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
-from ppcl_ds.atomic import to_disk, whole_folder
+from ppcl_ds.atomic import atomic_folder, fsync
 from ppcl_ds.export.model_folder import write_model, write_sums
 from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.teacher.teacher import Teacher
@@ -72,7 +72,7 @@ class Run:
 
     def write(self, laid: Layout) -> Path:
         """Stream a variant's folder to the disk."""
-        with whole_folder(self.folder / "streamed") as out:
+        with atomic_folder(self.folder / "streamed") as out:
             write_model(laid, out / "transformer", SHARD)
         return self.folder / "streamed" / "transformer"
 
@@ -106,7 +106,7 @@ def seconds_to_copy(source: Path, target: Path) -> float:
     began = time.perf_counter()
     for file in sorted(source.iterdir()):
         shutil.copyfile(file, target / file.name)
-        to_disk(target / file.name)
+        fsync(target / file.name)
     return time.perf_counter() - began
 
 

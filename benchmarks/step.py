@@ -63,7 +63,7 @@ class EngineStep:
 
     def __call__(self) -> None:
         """One optimizer step, as the training loop takes it."""
-        with self.trainer.clock.phase("students"):
+        with self.trainer.timer.phase("students"):
             self.trainer.engine.train_batch(self.rounds)
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import webdataset as wds
 from PIL import Image
 
-from ppcl_ds.atomic import to_disk
+from ppcl_ds.atomic import fsync
 from ppcl_ds.data.images import FORMATS
 from ppcl_ds.data.index import IMAGE_SUFFIXES, Member, scan
 from ppcl_ds.errors import brief
@@ -41,7 +41,7 @@ def write_partial(partial: Path, samples: Iterable[tuple[str, Mapping[str, bytes
     with partial.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as writer:
         for key, parts in samples:
             writer.write({"__key__": key, **parts})
-    to_disk(partial)
+    fsync(partial)
 
 
 def members_of(path: Path) -> list[Member]:

@@ -16,7 +16,7 @@ import safetensors.torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_tools.samples import captions_of, image_suffix, read_parts
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import scan
 
@@ -77,11 +77,11 @@ def write_sheet(path: Path, shards: Sequence[tuple[Path, int]], count: int) -> s
         note += f"; {latents} of them are latents: their first three channels, each from its least to its largest value"
     if path.suffix.lower() == ".html":
         page = jinja2.Environment(autoescape=True).from_string(_PAGE)
-        write_whole(path, page.render(title=str(shards[0][0].parent), note=note, cards=cards))
+        atomic_write(path, page.render(title=str(shards[0][0].parent), note=note, cards=cards))
     else:
         file = io.BytesIO()
         _grid(cards).save(file, "PNG")
-        write_whole(path, file.getvalue())
+        atomic_write(path, file.getvalue())
     return note
 
 

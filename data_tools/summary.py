@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_tools.work import write_shared
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError
 
 NAMED = 10
@@ -58,7 +58,7 @@ class Summary:
             sys.stdout.write(text)
             return
         try:
-            write_whole(Path(place), text)
+            atomic_write(Path(place), text)
         except OSError as fault:
             raise UserError(f"--json {place}: {fault.strerror}") from None
 

@@ -19,7 +19,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from ppcl_ds.atomic import to_disk
+from ppcl_ds.atomic import fsync
 from ppcl_ds.console import Advance, progress
 from ppcl_ds.errors import UserError
 from ppcl_ds.launch import end_with_parent
@@ -265,5 +265,5 @@ def write_shared(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, though other processes may write the same one."""
     partial = partial_name(path)
     partial.write_bytes(content)
-    to_disk(partial)
+    fsync(partial)
     os.replace(partial, path)

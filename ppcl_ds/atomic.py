@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from ppcl_ds.errors import UserError
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file; a kill in the middle leaves the old one, or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    to_disk(partial)
+    fsync(partial)
     os.replace(partial, path)
-    to_disk(path.parent)
+    fsync(path.parent)
 
 
 def sha256(path: Path) -> str:
@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
     return whole.hexdigest()
 
 
-def to_disk(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Have the operating system write out a file or a folder's list of names, so that a power cut cannot lose it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -43,7 +43,7 @@ def to_disk(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a folder to fill; when the block ends well it takes the place of `path`, old content and all.
 
     When the block fails, what it wrote is removed and `path` stays as it was. Only a kill leaves `.PATH.ppcl-partial`,
@@ -56,7 +56,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for file in sorted(partial.rglob("*")):
-            to_disk(file)
+            fsync(file)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
@@ -66,11 +66,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         if old.exists() and not path.exists():
             old.rename(path)
         raise
-    to_disk(path.parent)
+    fsync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def need_space(path: Path, wanted: int) -> None:
+def require_space(path: Path, wanted: int) -> None:
     """Refuse to begin what the disk under `path` cannot hold.
 
     Args:
@@ -90,7 +90,7 @@ def need_space(path: Path, wanted: int) -> None:
 
 
 @contextmanager
-def one_line(path: Path) -> Iterator[None]:
+def disk_errors_as_one_line(path: Path) -> Iterator[None]:
     """What can go wrong on the way to the disk, as one line.
 
     Raises:

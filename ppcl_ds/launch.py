@@ -112,7 +112,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def gather(own: Value) -> list[Value]:
+def all_gather(own: Value) -> list[Value]:
     """What every rank has, in order, on every rank; all of them must call it."""
     import torch.distributed as dist
 

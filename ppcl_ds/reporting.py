@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -59,7 +59,7 @@ class Reporter:
         self.report = self.report.model_copy(update=changes)
         if self.path is not None:
             with suppress(OSError):  # a full disk does not end a run that could go on
-                write_whole(self.path, self.report.model_dump_json(indent=1) + "\n")
+                atomic_write(self.path, self.report.model_dump_json(indent=1) + "\n")
 
     def fail(self, fault: str) -> None:
         """Leave this process's last words; those of a rank also where torchrun looks for them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppcl_ds.atomic import need_space
+from ppcl_ds.atomic import require_space
 from ppcl_ds.data.index import Index
 from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.data.stream import check_data
@@ -91,7 +91,7 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
         for tuning in tunings:
             _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
     variants = len(_variants(recipe, plan)) + len(tunings)
-    need_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
+    require_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
 
 
 def _need_memory(numbers: Sized, what: str, command: str) -> None:

@@ -71,7 +71,7 @@ def submit(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
     return _run("sbatch", "--parsable", *arguments, environment=environment).strip().partition(";")[0]
 
 
-def rehearse(arguments: Sequence[str]) -> None:
+def test_only(arguments: Sequence[str]) -> None:
     """Ask Slurm whether it would take a job; none is queued.
 
     Raises:

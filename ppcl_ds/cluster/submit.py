@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.cluster import slurm
 from ppcl_ds.cluster.refusals import check, nodes_of, variants_of
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
@@ -60,7 +60,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
         raise UserError(f"{fault.filename or folder} cannot be written ({fault.strerror}); nothing is queued") from None
     orders = {step.name: _order(recipe, step, folder.resolve()) for step in chosen}
     for order in orders.values():
-        slurm.rehearse(order)
+        slurm.test_only(order)
     if dry_run:
         for order in orders.values():
             print(shlex.join(["sbatch", *order]))
@@ -83,7 +83,7 @@ def _write(path: Path, recipe: Recipe, folder: Path) -> None:
     files["environment.json"] = (json.dumps(_environment(recipe), indent=1) + "\n").encode()
     (folder / "plan.yaml").unlink(missing_ok=True)  # of an earlier chain
     for name, content in files.items():
-        write_whole(folder / name, content)
+        atomic_write(folder / name, content)
     (folder / "logs").mkdir(exist_ok=True)
 
 

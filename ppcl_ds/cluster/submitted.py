@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.cluster import slurm
 from ppcl_ds.errors import UserError
 
@@ -44,7 +44,7 @@ def read_chain(run: Path) -> list[Queued]:
 
 def write_chain(run: Path, chain: Sequence[Queued]) -> None:
     """Remember the newest chain."""
-    write_whole(folder_of(run) / "jobs.json", _CHAIN.dump_json(list(chain), indent=1))
+    atomic_write(folder_of(run) / "jobs.json", _CHAIN.dump_json(list(chain), indent=1))
 
 
 def need_chain(run: Path) -> list[Queued]:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import BaseModel, ValidationError
 from webdataset.tariterators import base_plus_ext
 
-from ppcl_ds.atomic import sha256, write_whole
+from ppcl_ds.atomic import atomic_write, sha256
 from ppcl_ds.errors import UserError
 from ppcl_ds.sections import Data
 
@@ -91,7 +91,7 @@ class Index(BaseModel):
         """Write an index file, whole or not at all; one line a shard, so that it can be read and compared."""
         lines = ",\n".join(entry.model_dump_json() for entry in self.shards)
         rest = self.model_dump_json(exclude={"shards"}).removeprefix("{")
-        write_whole(path, f'{{"shards": [\n{lines}\n],\n{rest}\n')
+        atomic_write(path, f'{{"shards": [\n{lines}\n],\n{rest}\n')
 
 
 def split_entries(data: Data, split: Literal["train", "heldout"]) -> list[ShardEntry]:

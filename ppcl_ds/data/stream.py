@@ -154,7 +154,7 @@ class MicroBatchStream:
         Raises:
             UserError: they are more than `data.max_bad_fraction` of an epoch.
         """
-        for news in launch.gather(self.news):
+        for news in launch.all_gather(self.news):
             self.bad |= set(news)
         self.news = []
         self._check()

@@ -11,7 +11,7 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import whole_folder
+from ppcl_ds.atomic import atomic_folder
 from ppcl_ds.console import track
 from ppcl_ds.data.batch import Batch, Prompts
 from ppcl_ds.data.noising import add_noise, draw_sigmas
@@ -43,7 +43,7 @@ def train_teacher(recipe: Recipe) -> None:
     empty = empty_prompt(recipe.data)
     model = fresh_model(recipe.demo, recipe.seed).to(launch.device())
     fit(model, batches, empty, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
-    with whole_folder(recipe.teacher.path) as folder:
+    with atomic_folder(recipe.teacher.path) as folder:
         model.save_pretrained(folder)
 
 

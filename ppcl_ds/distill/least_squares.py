@@ -43,7 +43,7 @@ def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup,
     if narrows:
         _choose_channels([layer for layer in own if layer.unit.undecided], pull, group)
     parts = _in_parts(own)
-    for number in range(max(launch.gather(len(parts)))):  # all ranks pull equally often
+    for number in range(max(launch.all_gather(len(parts)))):  # all ranks pull equally often
         _solve(parts[number] if number < len(parts) else [], pull, group, ridge)
 
 

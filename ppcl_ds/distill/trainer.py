@@ -60,7 +60,7 @@ class Trainer(Training):
 
     def step(self, rounds: Rounds) -> None:
         """One optimizer step of every unit."""
-        with self.clock.phase("students"):
+        with self.timer.phase("students"):
             self.engine.train_batch(rounds)
 
     def train(self, until: int | None = None) -> dict[str, float]:

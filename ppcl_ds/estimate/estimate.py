@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.show import show, show_tuning
@@ -54,7 +54,7 @@ def estimate(
         show_tuning(numbers := size_tuning(recipe, recipe.tuning, variant, *cluster, **options))
     if json is not None:
         try:
-            write_whole(json, numbers.model_dump_json(indent=1) + "\n")
+            atomic_write(json, numbers.model_dump_json(indent=1) + "\n")
         except OSError as fault:
             raise UserError(f"--json {json}: {fault.strerror}") from None
     return numbers.fits

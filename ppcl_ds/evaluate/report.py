@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from torch import Tensor
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.evaluate.figures import Figures, ModelFigures
 from ppcl_ds.pages import as_png, inline, render
 
@@ -37,7 +37,7 @@ def draw_samples(pictures: Mapping[str, Tensor], captions: Sequence[str], path: 
     for axis, caption in zip(axes[0], captions, strict=False):
         axis.set_title("\n".join(caption.split()[-2:]), fontsize=6)
     figure.tight_layout(pad=0.3)
-    write_whole(path, as_png(figure))
+    atomic_write(path, as_png(figure))
 
 
 def write_report(
@@ -50,7 +50,7 @@ def write_report(
         heldout: variant -> (step, velocity error on held-out data).
         facts: lines that say what was measured, name -> text.
     """
-    write_whole(folder / "report.json", Figures(models=models).model_dump_json(indent=1) + "\n")
+    atomic_write(folder / "report.json", Figures(models=models).model_dump_json(indent=1) + "\n")
     heatmap = folder / "probe" / "heatmap.png"
     page = render(
         "ppcl_ds.evaluate",
@@ -61,7 +61,7 @@ def write_report(
         heatmap=inline(heatmap.read_bytes()) if heatmap.exists() else None,
         curves=inline(_plot_curves(losses, heldout)) if losses else None,
     )
-    write_whole(folder / "report.html", page)
+    atomic_write(folder / "report.html", page)
 
 
 def _plot_curves(losses: Curves, heldout: Curves) -> bytes:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.encoders import image_encoder, text_encoder
@@ -74,7 +74,7 @@ def sample(
     else:
         raise UserError(f"model {folder}: no model_index.json (a pipeline) and no config.json (a transformer) in it")
     try:
-        write_whole(out, as_columns(pictures, prompts))
+        atomic_write(out, as_columns(pictures, prompts))
     except OSError as fault:
         raise UserError(f"--out {out}: {fault.strerror}") from None
     print(f"wrote {out}")

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import metadata_load
 from pydantic import BaseModel, ValidationError
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.model_folder import CARD, weights_digest
 from ppcl_ds.pages import render
@@ -104,7 +104,7 @@ def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
         front=yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True),
         figures=[rows[name] for name in names if name in rows] if current else [],
     )
-    write_whole(folder / CARD, card)
+    atomic_write(folder / CARD, card)
 
 
 def _front_matter(facts: Facts) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import need_space, one_line, whole_folder
+from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
 from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
@@ -198,9 +198,9 @@ class Export:
         model = self._layout(plan, variant)
         single = single_file_tensors(model) if form.single_file else None
         # Quantising needs room for the plain weights and, at most, as much again for its own.
-        need_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
+        require_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
         facts = self._facts(plan, variant, model)
-        with one_line(out), whole_folder(out) as folder:
+        with disk_errors_as_one_line(out), atomic_folder(out) as folder:
             place(self.around, folder)
             write_model(model, folder / "transformer", form.max_shard_size)
             if self.is_pipeline and facts.own_code:

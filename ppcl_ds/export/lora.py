@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
@@ -58,7 +58,7 @@ def remap(lora: Path, plan_file: Path, variant: str, teacher: Path | None = None
             raise UserError(f"LoRA {lora}: its {LORA_ADAPTER_METADATA_KEY} cannot be read ({fault})") from None
     out = out or lora.with_name(f"{lora.stem}-{variant}.safetensors")
     try:
-        write_whole(out, safetensors.torch.save(left, metadata))
+        atomic_write(out, safetensors.torch.save(left, metadata))
     except OSError as fault:
         raise UserError(f"{out}: {fault.strerror}") from None
     _report(numbering, renamed)

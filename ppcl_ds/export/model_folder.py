@@ -14,7 +14,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from huggingface_hub.serialization._base import parse_size_to_int
 from safetensors.torch import save_file
 
-from ppcl_ds.atomic import sha256, to_disk
+from ppcl_ds.atomic import fsync, sha256
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher import modeling_pruned
 from ppcl_ds.teacher.files import Sources
@@ -92,7 +92,7 @@ def write_file(tensors: Sources, path: Path) -> None:
     """
     save_file({name: source.load().contiguous() for name, source in tensors.items()}, path, {"format": "pt"})
     # Now and not at the end: the disk is at work while the next shard is read, and dirty pages do not pile up.
-    to_disk(path)
+    fsync(path)
 
 
 def write_sums(folder: Path) -> None:

@@ -19,7 +19,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ppcl_ds.atomic import need_space, one_line, whole_folder
+from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.model_folder import MODELING, write_model, write_sums
 from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_files, place
@@ -55,8 +55,8 @@ def import_published(source: Path, out: Path, max_shard_size: int) -> None:
     tensors = {_renamed(key): files.source(key) for key in sorted(files.keys) if not _is_gone(key, files.config)}
     model = laid_out(f"{source}", config, tensors)
     around = pipeline_files(source) if (source / INDEX).exists() else {}
-    need_space(out, model.bytes + copied_bytes(around, out))
-    with one_line(out), whole_folder(out) as folder:
+    require_space(out, model.bytes + copied_bytes(around, out))
+    with disk_errors_as_one_line(out), atomic_folder(out) as folder:
         place(around, folder)
         write_model(model, folder / "transformer", max_shard_size)
         if around:

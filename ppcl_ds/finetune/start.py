@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ValidationError
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.sections import Finetune
@@ -77,7 +77,7 @@ class Origin(BaseModel):
 
     def write(self, folder: TrainingFolder) -> None:
         """Write it down; one rank alone."""
-        write_whole(_file(folder), self.model_dump_json(indent=1) + "\n")
+        atomic_write(_file(folder), self.model_dump_json(indent=1) + "\n")
 
 
 def read_origin(folder: TrainingFolder) -> Origin:

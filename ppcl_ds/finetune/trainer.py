@@ -45,7 +45,7 @@ class FineTuner(Training):
         title = f"finetune {start.variant}"
         super().__init__(start.recipe, settings, start.folder, start.plan, start.teacher, title)
         # A step may hold many passes; each is a sign of life.
-        self.pipeline.stage.register_forward_pre_hook(lambda *_: self.stall.moves())
+        self.pipeline.stage.register_forward_pre_hook(lambda *_: self.watchdog.alive())
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The variant, over the stages."""
@@ -120,7 +120,7 @@ class FineTuner(Training):
             next(rounds)
             self.queue.append(self.inbox.parcels[own])
         self.inbox.parcels, rounds.arriving = {}, iter(())  # nothing is kept but what the stage will read
-        with self.clock.phase("students"):
+        with self.timer.phase("students"):
             self.engine.train_step()
 
     def total_loss(self, values: Mapping[str, float]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
@@ -71,7 +71,7 @@ class Replan:
         bench = SwapBench(self.recipe, self.teacher, self.library, self.checkpoint, device)
         swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
         if dist.get_rank() == 0:  # before anything is chosen: what was measured is kept, whatever comes of it
-            write_whole(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
+            atomic_write(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
         launch.leave()
         self.write(swaps)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
@@ -124,7 +124,7 @@ def draw(
     axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=forecast.title, yscale="log")
     axis.legend(fontsize=8)
     picture = as_png(figure)
-    write_whole(folder / "pareto.png", picture)
+    atomic_write(folder / "pareto.png", picture)
     page = render(
         "ppcl_ds.planning",
         "report.html.jinja",
@@ -136,7 +136,7 @@ def draw(
         budget=budget,
         picture=inline(picture),
     )
-    write_whole(folder / "report.html", page)
+    atomic_write(folder / "report.html", page)
 
 
 def _words(units: Sequence[UnitPlan]) -> str:

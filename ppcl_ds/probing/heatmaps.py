@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from ppcl_ds.atomic import whole_folder, write_whole
+from ppcl_ds.atomic import atomic_folder, atomic_write
 from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.probing.report import MEAN, Matrix, ProbeReport
 
@@ -69,8 +69,8 @@ def save_report(report: ProbeReport, folder: Path) -> None:
     pictures = {"heatmap": draw_overview(report)}
     pictures |= {p.name: _draw(report, p) for p in PICTURES if p.name in report.figures.get(MEAN, {})}
     for name, png in pictures.items():
-        write_whole(folder / f"{name}.png", png)
-    with whole_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
+        atomic_write(folder / f"{name}.png", png)
+    with atomic_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
         for name, png in pictures.items():
             board.add_image(f"probe/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
     page = render(
@@ -82,8 +82,8 @@ def save_report(report: ProbeReport, folder: Path) -> None:
         difference=_difference(report),
         best=_best(report),
     )
-    write_whole(folder / "report.html", page)
-    write_whole(folder / "report.json", report.model_dump_json(indent=1))
+    atomic_write(folder / "report.html", page)
+    atomic_write(folder / "report.json", report.model_dump_json(indent=1))
 
 
 def _difference(report: ProbeReport) -> float | None:

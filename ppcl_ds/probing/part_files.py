@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ppcl_ds.atomic import to_disk
+from ppcl_ds.atomic import fsync
 from ppcl_ds.data.index import digest, split_entries
 from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
@@ -130,9 +130,9 @@ def write_part(path: Path, contents: Contents, ranges: Iterable[Sums], max_span:
                         if row.any():
                             file.seek(begin + number * row.nbytes)
                             file.write(row.numpy().data)
-    to_disk(partial)
+    fsync(partial)
     os.replace(partial, path)
-    to_disk(path.parent)
+    fsync(path.parent)
 
 
 class Parts:

@@ -58,7 +58,7 @@ def report_all(reader: Reader) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     sums, ridge = reader.sums(Part()), reader.recipe.probe.ridge
     own = measure(reader.lanes, sums, len(reader.teacher.blocks), ridge, lambda block: block % world == rank)
-    measured = together(launch.gather(own))
+    measured = together(launch.all_gather(own))
     if rank == 0:
         _report(reader.recipe, reader.teacher, measured, list(reader.unused))
 

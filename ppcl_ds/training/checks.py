@@ -7,7 +7,7 @@ from operator import attrgetter
 
 from pydantic import ValidationError
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.index import digest, split_entries
 from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
@@ -60,8 +60,8 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
 def write_start(recipe: Recipe, folder: TrainingFolder, plan: Plan) -> None:
     """Write down plan, shards and recipe; one rank alone."""
     plan.save(folder.plan)
-    write_whole(folder.path / _SHARDS, digest(split_entries(recipe.data, "train")))
-    write_whole(folder.recipe, recipe.model_dump_json(indent=1))
+    atomic_write(folder.path / _SHARDS, digest(split_entries(recipe.data, "train")))
+    atomic_write(folder.recipe, recipe.model_dump_json(indent=1))
 
 
 def check_resume(

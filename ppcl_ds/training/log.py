@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.watch.tensorboard import Board, gather
+from ppcl_ds.watch.tensorboard import TensorBoard, mean_over_ranks
 
 _OUTSIDE = ("checkpoint", "pictures")
 """Phases that are no part of a step."""
 
 
-class Journal:
+class Log:
     """Every rank makes one and calls it alike; rank 0 writes and speaks.
 
     Args:
@@ -39,7 +39,7 @@ class Journal:
         skipped: Mapping[str, float],
         total: Callable[[Mapping[str, float]], float],
     ) -> None:
-        self.board, self.total = Board(board), total
+        self.board, self.total = TensorBoard(board), total
         self.samples, self.flops, self.matrix_rate = samples, flops, matrix_rate
         self.newest: dict[str, float] = {}
         self.skipped = skipped
@@ -58,7 +58,7 @@ class Journal:
         per_step = sum(each.values())
         rate = self.flops / per_step
         each |= {f"seconds/{phase}": seconds[phase] for phase in _OUTSIDE if phase in seconds}
-        values = gather(
+        values = mean_over_ranks(
             {
                 **own,
                 **each,

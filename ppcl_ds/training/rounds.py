@@ -11,7 +11,7 @@ from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.distill.library import Inbox
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.units.unit import Parcel
-from ppcl_ds.watch.timer import Clock
+from ppcl_ds.watch.timer import Timer
 
 
 class Rounds:
@@ -24,7 +24,7 @@ class Rounds:
         batches: this rank's share of the numbered micro-batches.
         forward: runs the teacher on a micro-batch; collective over all ranks.
         inbox: where the micro-batch's parcels are laid for the units.
-        clock: told which phase the time goes to.
+        timer: told which phase the time goes to.
     """
 
     def __init__(
@@ -33,10 +33,10 @@ class Rounds:
         forward: Callable[[NoisyBatch], Mapping[str, Parcel]],
         exchange: Exchange,
         inbox: Inbox,
-        clock: Clock,
+        timer: Timer,
         device: torch.device,
     ) -> None:
-        self.batches, self.forward, self.exchange, self.inbox, self.clock = batches, forward, exchange, inbox, clock
+        self.batches, self.forward, self.exchange, self.inbox, self.timer = batches, forward, exchange, inbox, timer
         self.arriving: Iterator[Mapping[str, Parcel]] = iter(())
         self.start = torch.zeros((), device=device)
 
@@ -46,14 +46,14 @@ class Rounds:
     def __next__(self) -> tuple[Tensor, Tensor]:
         """Lay out the next micro-batch; returns the running loss it starts from, and a label that nobody reads."""
         self.inbox.parcels = {}  # let go of the last micro-batch before the next one arrives
-        with self.clock.phase("exchange"):
+        with self.timer.phase("exchange"):
             parcels = next(self.arriving, None)
         if parcels is None:
-            with self.clock.phase("data"):
+            with self.timer.phase("data"):
                 _, batch = next(self.batches)
-            with self.clock.phase("teacher"):
+            with self.timer.phase("teacher"):
                 sent = self.forward(batch)
-            with self.clock.phase("exchange"):
+            with self.timer.phase("exchange"):
                 self.arriving = self.exchange(sent)
                 parcels = next(self.arriving)
         self.inbox.parcels = parcels

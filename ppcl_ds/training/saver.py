@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ppcl_ds import launch
-from ppcl_ds.atomic import to_disk, write_whole
+from ppcl_ds.atomic import atomic_write, fsync
 from ppcl_ds.recipe import checkpoint_tag
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
 from ppcl_ds.training.engine import StudentsEngine
@@ -27,11 +27,11 @@ class Saver:
     Args:
         folder: of all checkpoints.
         keep: so many of the newest stay.
-        moves: called while it gets on.
+        alive: called while it gets on.
     """
 
-    def __init__(self, folder: Path, keep: int, engine: StudentsEngine, moves: Callable[[], None]) -> None:
-        self.folder, self.keep, self.engine, self.moves = folder, keep, engine, moves
+    def __init__(self, folder: Path, keep: int, engine: StudentsEngine, alive: Callable[[], None]) -> None:
+        self.folder, self.keep, self.engine, self.alive = folder, keep, engine, alive
         self.file = f"rank-{dist.get_rank():05d}.safetensors"
 
     def save(self, step: int) -> str:
@@ -54,7 +54,7 @@ class Saver:
         if dist.get_rank() == 0 and not complaint:
             complaint = self._attempt(self._publish, partial, Contents(step=step, units=units))
         complaint = _first(complaint)
-        self.moves()
+        self.alive()
         if dist.get_rank() == 0:
             self._forget(partial if complaint else None, step)
         return complaint
@@ -73,7 +73,7 @@ class Saver:
     def _attempt(self, write: Callable[..., None], *arguments: Any, **options: Any) -> str:
         try:
             write(*arguments, **options)
-            self.moves()
+            self.alive()
         except (OSError, SafetensorError) as fault:
             return f"rank {dist.get_rank()} cannot write into {self.folder}: {fault}"
         return ""
@@ -103,7 +103,7 @@ class Saver:
                 tensors[f"{name}/{what}"] = state[: stop - start] if state.dim() else state
         path = folder / self.file
         save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, path)
-        to_disk(path)
+        fsync(path)
 
     def _units_of_all(self) -> dict[str, SavedUnit]:
         """Every part with the pieces that all ranks hold."""
@@ -114,18 +114,18 @@ class Saver:
             piece = Piece(file=self.file, start=start, stop=stop)
             own[name] = SavedUnit(parameters=shapes, pieces=[piece], skipped=skipped[name])
         units: dict[str, SavedUnit] = {}
-        for name, unit in (item for part in launch.gather(own) for item in part.items()):
+        for name, unit in (item for part in launch.all_gather(own) for item in part.items()):
             units.setdefault(name, unit.model_copy(update={"pieces": []})).pieces.extend(unit.pieces)
         return units
 
     def _publish(self, partial: Path, contents: Contents) -> None:
         """Turn the filled folder into the newest checkpoint."""
-        write_whole(partial / "checkpoint.json", contents.model_dump_json(indent=1))
+        atomic_write(partial / "checkpoint.json", contents.model_dump_json(indent=1))
         tag = checkpoint_tag(contents.step)
         shutil.rmtree(self.folder / tag, ignore_errors=True)
         partial.rename(self.folder / tag)
-        to_disk(self.folder)
-        write_whole(self.folder / "latest", tag)
+        fsync(self.folder)
+        atomic_write(self.folder / "latest", tag)
 
     def load(self) -> int:
         """Load the newest checkpoint, each rank its own share, whatever the topology was. Returns its step.
@@ -166,4 +166,4 @@ class Saver:
 
 def _first(complaint: str) -> str:
     """The complaint of the first rank that has one, on every rank."""
-    return next(filter(None, launch.gather(complaint)), "")
+    return next(filter(None, launch.all_gather(complaint)), "")

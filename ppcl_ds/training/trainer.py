@@ -24,15 +24,15 @@ from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.checks import write_start
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.exchange import Exchange
-from ppcl_ds.training.log import Journal
+from ppcl_ds.training.log import Log
 from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import Parcel
-from ppcl_ds.watch.preemption import StopWatch
-from ppcl_ds.watch.tensorboard import gather, peak_memory_gib
-from ppcl_ds.watch.timer import Clock, matrix_rate
-from ppcl_ds.watch.watchdog import StallWatch
+from ppcl_ds.watch.preemption import Preemption
+from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
+from ppcl_ds.watch.timer import Timer, matrix_rate
+from ppcl_ds.watch.watchdog import Watchdog
 
 
 class Training(ABC):
@@ -68,12 +68,12 @@ class Training(ABC):
         self.group = self.engine.grid.get_pipe_parallel_group()
         words, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
         self.exchange = Exchange(self.group, words, self.engine.stage_id, readers)
-        self.stall = StallWatch(settings.timeout)
-        self.stop = StopWatch(recipe.run, folder.path)
-        self.clock = Clock(self.stall.tell)
-        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.stall.moves)
+        self.watchdog = Watchdog(settings.timeout)
+        self.preemption = Preemption(recipe.run, folder.path)
+        self.timer = Timer(self.watchdog.on_phase)
+        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.watchdog.alive)
         # A phase may hold many forwards; each is a sign of life.
-        self.sharded.module.register_forward_pre_hook(lambda *_: self.stall.moves())
+        self.sharded.module.register_forward_pre_hook(lambda *_: self.watchdog.alive())
         launch.set_timeout(settings.timeout)
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Training(ABC):
 
     @abstractmethod
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Figures and pictures of held-out data for TensorBoard, see `Board.pictures`; collective over all ranks."""
+        """Figures and images of held-out data, see `TensorBoard.images`; collective over all ranks."""
 
     def rounds(self, step: int) -> Rounds:
         """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
@@ -126,7 +126,7 @@ class Training(ABC):
 
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
         batches = chain([next(stream)], stream)
-        return Rounds(batches, self.forward, self.exchange, self.inbox, self.clock, self.device)
+        return Rounds(batches, self.forward, self.exchange, self.inbox, self.timer, self.device)
 
     def train(self, until: int | None = None) -> dict[str, float]:
         """Train to the recipe's last step, from the newest checkpoint if there is one.
@@ -144,38 +144,38 @@ class Training(ABC):
         last = min(until or settings.steps, settings.steps)
         reporting.keep_in(self.folder.progress).update()
         done = self._resume()
-        journal = self._journal()
+        log = self._log()
         rounds = self.rounds(done)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == last)
 
-        with self.stall:
+        with self.watchdog:
             self.settle(done)
-            self.clock.drain()
+            self.timer.drain()
             with progress(self.title, last, done) as advance:
                 logged = done
                 for step in range(done + 1, last + 1):
-                    self.stall.step = step
+                    self.watchdog.step = step
                     self.step(rounds)
                     note = ""
                     if due(step, settings.log_every):
-                        note = journal.write(step, self._measured(), self.clock.drain(), step - logged)
+                        note = log.write(step, self._measured(), self.timer.drain(), step - logged)
                         logged = step
-                    advance(1, note, journal.newest.get("run/samples_per_second"))
-                    stops = step < last and self.stop.asked(step)
+                    advance(1, note, log.newest.get("run/samples_per_second"))
+                    stops = step < last and self.preemption.requested(step)
                     if stops or due(step, settings.checkpoint_every):
                         self._save(step, stops or step == last)
                     if stops:
                         break
                     if due(step, settings.sample_every):
-                        with self.clock.phase("pictures"):
+                        with self.timer.phase("pictures"):
                             figures, pictures = self.look()
-                        journal.board.scalars(step, figures)
-                        journal.board.pictures(step, pictures)
-        if dist.get_rank() == 0 and (bad := int(journal.newest.get("data/bad_samples", 0))):
+                        log.board.scalars(step, figures)
+                        log.board.images(step, pictures)
+        if dist.get_rank() == 0 and (bad := int(log.newest.get("data/bad_samples", 0))):
             print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
-        return journal.newest
+        return log.newest
 
     def _resume(self) -> int:
         if self.folder.begun:
@@ -188,14 +188,14 @@ class Training(ABC):
         """Write down what training starts with; one rank alone."""
         write_start(self.recipe, self.folder, self.plan)
 
-    def _journal(self) -> Journal:
+    def _log(self) -> Log:
         samples = self.settings.micro_batch * self.settings.micro_batches_per_step
-        return Journal(
+        return Log(
             self.folder.board,
             samples=samples,
             flops=self.flops(samples),
             matrix_rate=matrix_rate(self.device, self.dtype),
-            skipped=gather(self.skipped()),
+            skipped=mean_over_ranks(self.skipped()),
             total=self.total_loss,
         )
 
@@ -208,7 +208,7 @@ class Training(ABC):
         return own
 
     def _save(self, step: int, last: bool) -> None:
-        with self.clock.phase("checkpoint"):
+        with self.timer.phase("checkpoint"):
             complaint = self.saver.save(step)
         if complaint and last:
             raise UserError(f"{complaint}; make room and run the same command: it goes on from the last checkpoint")

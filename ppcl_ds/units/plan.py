@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthKind
@@ -91,7 +91,7 @@ class Plan(BaseModel):
         written = yaml.dump(
             content, Dumper=_PlanFile, default_flow_style=None, sort_keys=False, allow_unicode=True, width=118
         )
-        write_whole(path, f"{_HEADER}\n{written}")
+        atomic_write(path, f"{_HEADER}\n{written}")
 
 
 class _PlanFile(yaml.SafeDumper):

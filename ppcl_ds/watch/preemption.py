@@ -14,7 +14,7 @@ def stop_file(run: Path) -> Path:
     return run / "STOP"
 
 
-class StopWatch:
+class Preemption:
     """Every rank makes one, and all ask it after every step.
 
     Slurm's notice is SIGUSR1. The launcher (`slurm/ranks.sh`) blocks it for everything that it starts, so it ends no
@@ -31,7 +31,7 @@ class StopWatch:
         if dist.get_rank() == 0:
             self.note.unlink(missing_ok=True)
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         """Whether the run ends after this step, the same on every rank; all must ask, and write a checkpoint if so."""
         first = dist.get_rank() == 0
         wish = torch.tensor(2 if first and self.file.exists() else int(signal.SIGUSR1 in signal.sigpending()))

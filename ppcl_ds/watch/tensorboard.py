@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from ppcl_ds import launch
 
 
-class Board:
+class TensorBoard:
     """A run's TensorBoard; every rank makes one, only rank 0 writes."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Board:
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
 
-    def pictures(self, step: int, rows: Mapping[str, Tensor]) -> None:
+    def images(self, step: int, rows: Mapping[str, Tensor]) -> None:
         """Write one strip of images a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""
         if self.writer is not None:
             for name, images in rows.items():
@@ -38,10 +38,10 @@ class Board:
             self.writer.flush()
 
 
-def gather(values: Mapping[str, float]) -> dict[str, float]:
+def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
     """Values of all ranks together, on every rank: the mean where several give the same name. Every rank must call."""
     columns: dict[str, list[float]] = defaultdict(list)
-    for part in launch.gather(dict(values)):
+    for part in launch.all_gather(dict(values)):
         for name, value in part.items():
             columns[name].append(value)
     return {name: sum(column) / len(column) for name, column in columns.items()}

@@ -10,15 +10,15 @@ from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch.utils import benchmark
 
 
-class Clock:
+class Timer:
     """Seconds by phase on this rank, measured by events on the accelerator's stream: measuring waits for nothing.
 
     Args:
-        tell: called with the phase's name whenever one begins or is returned to.
+        on_phase: called with the phase's name whenever one begins or is returned to.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self, on_phase: Callable[[str], None]) -> None:
+        self.on_phase = on_phase
         self.timers = SynchronizedWallClockTimer()
         self.inside: list[str] = []
 
@@ -37,7 +37,7 @@ class Clock:
 
     def _enter(self, name: str) -> None:
         self.inside.append(name)
-        self.tell(name)
+        self.on_phase(name)
         self.timers(name).start()
 
     def drain(self) -> dict[str, float]:

@@ -19,7 +19,7 @@ PATIENCE = 5
 """Heartbeats that the thread of a living rank writes while it is watched; one of them has to be seen."""
 
 
-class StallWatch:
+class Watchdog:
     """A heartbeat of every rank, with its step and phase; when nothing moves for too long, the one that lags is named.
 
     All ranks make one and enter it together. A thread of each writes into the rendezvous store, which is reached even
@@ -43,20 +43,20 @@ class StallWatch:
         self.store = dist.PrefixStore(f"stall/{start}", dist.TCPStore(self.host, port, is_master=False))
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
-    def tell(self, phase: str) -> None:
+    def on_phase(self, phase: str) -> None:
         """This rank enters a phase."""
         self.phase = phase
-        self.moves()
+        self.alive()
 
-    def moves(self) -> None:
+    def alive(self) -> None:
         """This rank gets on with its phase; to be called within the time-out, however long a phase is."""
         self.places += 1
         self.moved = time.monotonic()
 
-    def __enter__(self) -> StallWatch:
+    def __enter__(self) -> Watchdog:
         self._publish()
         dist.barrier()
-        self.moves()
+        self.alive()
         self.thread.start()
         return self
 

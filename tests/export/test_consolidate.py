@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ppcl_ds.atomic import whole_folder, write_whole
+from ppcl_ds.atomic import atomic_folder, atomic_write
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
 from ppcl_ds.units.plan import UnitPlan
@@ -77,19 +77,19 @@ def test_a_unit_that_was_not_trained_is_refused(trained: tuple[Path, Recipe]) ->
 
 
 def test_an_interrupted_write_leaves_the_old_content(tmp_path: Path) -> None:
-    write_whole(tmp_path / "file", "old")
-    with whole_folder(tmp_path / "folder") as folder:
+    atomic_write(tmp_path / "file", "old")
+    with atomic_folder(tmp_path / "folder") as folder:
         (folder / "inside").write_text("old")
 
     def break_off() -> None:
-        with whole_folder(tmp_path / "folder") as folder:
+        with atomic_folder(tmp_path / "folder") as folder:
             (folder / "inside").write_text("new")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         break_off()
     with pytest.raises(TypeError):
-        write_whole(tmp_path / "file", 5)  # type: ignore[arg-type]
+        atomic_write(tmp_path / "file", 5)  # type: ignore[arg-type]
     assert (tmp_path / "file").read_text() == (tmp_path / "folder" / "inside").read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder"}
 

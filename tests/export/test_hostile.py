@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 
-from ppcl_ds.atomic import need_space
+from ppcl_ds.atomic import require_space
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.recipe import Recipe
@@ -113,13 +113,13 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(
 ) -> None:
     recipe = pretend_trained(new_run("qwen"), "qwen")
     (small_disk / "ballast").write_bytes(bytes(500_000))
-    monkeypatch.setattr("ppcl_ds.export.consolidate.need_space", lambda *_: None)  # room there was, when it looked
+    monkeypatch.setattr("ppcl_ds.export.consolidate.require_space", lambda *_: None)  # room there was, when it looked
     with pytest.raises(UserError, match=r"cannot be written .*No space left"):
         consolidate(recipe, ["small"], Form(), out=small_disk / "small")
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
 
 
 def test_room_is_looked_for_on_the_disk_where_the_folder_will_be(tmp_path: Path) -> None:
-    need_space(tmp_path / "a" / "b", 1)
+    require_space(tmp_path / "a" / "b", 1)
     with pytest.raises(UserError, match="make room"):
-        need_space(tmp_path / "a" / "b", 10**18)
+        require_space(tmp_path / "a" / "b", 10**18)

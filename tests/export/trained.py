@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.teacher.teacher import open_teacher
@@ -38,7 +38,7 @@ def pretend_trained(path: Path, family: str, ranks: int = 3, plan: Plan | None =
     plan = plan or plan_of(family)
     plan.save(recipe.plan_file)
     plan.save(recipe.distillation.plan)
-    write_whole(recipe.distillation.recipe, recipe.model_dump_json())
+    atomic_write(recipe.distillation.recipe, recipe.model_dump_json())
     write_checkpoint(recipe, plan, ranks)
     return recipe
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ppcl_ds.atomic import write_whole
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.error_model import probed
 from ppcl_ds.planning.planner import show
@@ -41,7 +41,7 @@ def probed_run(new_run: Callable[..., Path]) -> tuple[Path, Recipe]:
     PLAN.save(recipe.plan_file)
     error = [[0.1 * (v - u) + 0.01 * v if u < v else None for v in range(6)] for u in range(6)]
     report = ProbeReport(teacher=PLAN.teacher, tokens={}, cka=error, error=error, spans=[], unused=["text"])
-    write_whole(recipe.probe_folder / "report.json", report.model_dump_json())
+    atomic_write(recipe.probe_folder / "report.json", report.model_dump_json())
     return path, recipe
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.flops import measure_work
-from ppcl_ds.training.log import Journal
+from ppcl_ds.training.log import Log
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 from tests.data.shards import rewrite
@@ -78,13 +78,13 @@ def alone() -> Iterator[None]:
 def test_a_unit_that_skips_steps_is_named_when_it_does(
     alone: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    journal = Journal(
+    log = Log(
         tmp_path, samples=8, flops=1e12, matrix_rate=1e12, skipped={}, total=lambda values: values["early/loss/image"]
     )
     own = {"memory_gib/rank_0": 1.0, "early/loss/image": 0.5, "middle/loss/image": math.nan}
     for step, skipped in ((3, 0), (4, 1), (5, 1), (9, 4)):
         counts = {"early/skipped_steps": 0.0, "middle/skipped_steps": float(skipped)}
-        line = journal.write(step, own | counts, {"students": 2.0}, steps=2)
+        line = log.write(step, own | counts, {"students": 2.0}, steps=2)
         assert line.startswith("loss 0.5000, 8 samples/s, 1 s a step (students 100%), 1 TFLOP/s (100%")
     assert capsys.readouterr().out.splitlines() == [
         "'middle': gradients not finite; it has skipped 1 of 4 steps",

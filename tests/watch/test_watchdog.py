@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ppcl_ds.watch.watchdog import StallWatch
+from ppcl_ds.watch.watchdog import Watchdog
 
 TIMEOUT = 3.0
 STORE = """
@@ -30,19 +30,19 @@ def be_a_rank(task: str) -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with StallWatch(TIMEOUT) as watch:
+    with Watchdog(TIMEOUT) as watch:
         watch.step = 7
-        watch.tell("long")
+        watch.on_phase("long")
         print("watching", flush=True)
         if task == "moves":
             for _ in range(12):
                 time.sleep(TIMEOUT / 6)
-                watch.moves()
+                watch.alive()
         elif task == "lags":
             dist.barrier()
-            watch.tell("data")
+            watch.on_phase("data")
             if dist.get_rank() == 0:
-                watch.tell("exchange")
+                watch.on_phase("exchange")
             time.sleep(10 * TIMEOUT)
         else:
             time.sleep(10 * TIMEOUT)
