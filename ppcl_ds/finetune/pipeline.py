@@ -16,9 +16,8 @@ from ppcl_ds.data.batch import Prompts
 from ppcl_ds.finetune.stage import Stage, parcel_of
 from ppcl_ds.finetune.trainable import IDLE, REST, Part
 from ppcl_ds.sections import Finetune, Precision
-from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.engine import Students, StudentsEngine
 from ppcl_ds.training.optimizer import WholeOptimizer
-from ppcl_ds.training.students import Students
 from ppcl_ds.units.variant import Layout
 
 
@@ -109,7 +108,8 @@ class VariantEngine(StudentsEngine):
         self.total_loss = None  # else the stock method would add the velocity to it
         found = self.eval_batch(self._nothing(), compute_loss=False, reduce_output=None, num_micro_batches=1)
         velocity = found[0].contiguous() if stage.last else torch.empty_like(latents)
-        dist.broadcast(velocity, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        last = self.grid.stage_to_global(self.num_stages - 1)
+        dist.broadcast(velocity, last, group=self.grid.get_pipe_parallel_group())
         return velocity
 
     def _nothing(self) -> Any:

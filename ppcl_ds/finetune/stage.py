@@ -24,7 +24,7 @@ from ppcl_ds.finetune.trainable import IDLE, Part
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Streams
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.files import empty_model
-from ppcl_ds.training.students import Means
+from ppcl_ds.training.log import Means
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.unit import Parcel

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.training.meta_forward import rehearse
-from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.trainer import Training
 from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.unit import Parcel
@@ -86,7 +85,7 @@ class FineTuner(Training):
         return [f"stage {number}" for number in range(self.recipe.topology.stages)]
 
     @torch.no_grad()
-    def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> dict[str, Parcel]:
         """One teacher forward to its end; each stage gets the inputs, and the targets that it is judged by."""
         with self.teacher.anatomy.record(self.sharded.module, self.wanted) as capture:
             velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
@@ -111,16 +110,13 @@ class FineTuner(Training):
         checkpoint = self.start.library.checkpoint
         Origin(checkpoint=checkpoint.folder, step=checkpoint.contents.step).write(self.folder)
 
-    def settle(self, done: int) -> None:
+    def prepare(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
-    def step(self, rounds: Rounds) -> None:
+    def step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
         own = self.stage_names[self.engine.stage_id]
-        for _ in range(self.engine.micro_batches):
-            next(rounds)
-            self.queue.append(self.inbox.parcels[own])
-        self.inbox.parcels, rounds.arriving = {}, iter(())  # nothing is kept but what the stage will read
+        self.queue.extend(arrived[own] for arrived in self.arrivals(batches))
         with self.clock.phase("students"):
             self.engine.train_step()
 

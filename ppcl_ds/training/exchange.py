@@ -49,16 +49,16 @@ class Exchange:
 
     Args:
         group: the pipe group; its ranks are the stages in order. Every one of them must make every call.
-        words: the same ranks as a gloo group. What the tensors look like goes from CPU to CPU, so that no accelerator
-            is waited for.
+        cpu_group: the same ranks as a gloo group. Shapes and dtypes go from CPU to CPU, so that no accelerator is
+            waited for.
         stage: this rank's stage.
         units: for each stage, the names of its units.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, words: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
+        self, group: dist.ProcessGroup, cpu_group: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
     ) -> None:
-        self.group, self.words, self.stage, self.units = group, words, stage, units
+        self.group, self.cpu_group, self.stage, self.units = group, cpu_group, stage, units
 
     def __call__(self, parcels: Mapping[str, Parcel]) -> Iterator[dict[str, Parcel]]:
         """Send and receive one round.
@@ -78,13 +78,13 @@ class Exchange:
         # What stays here is not sent.
         messages = [self._pack(parcels, names if i != self.stage else []) for i, names in enumerate(self.units)]
         layouts: list[list[_Layout]] = [[] for _ in self.units]
-        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.words)
+        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.cpu_group)
         incoming = [sent[self.stage] for sent in layouts]
-        flights = [
+        pending = [
             self._launch(sender, [tensors for _, tensors in messages], sum(layout.sizes))
             for sender, layout in enumerate(incoming)
         ]
-        return self._arrivals(own, incoming, flights)
+        return self._arrivals(own, incoming, pending)
 
     def _launch(
         self, sender: int, outgoing: Sequence[Sequence[Tensor]], incoming_bytes: int
@@ -106,11 +106,11 @@ class Exchange:
         return work, receive
 
     def _arrivals(
-        self, own: dict[str, Parcel], layouts: Sequence[_Layout], flights: Sequence[tuple[dist.Work, Tensor]]
+        self, own: dict[str, Parcel], layouts: Sequence[_Layout], pending: Sequence[tuple[dist.Work, Tensor]]
     ) -> Iterator[dict[str, Parcel]]:
         # The structure of the parcels is the same on every rank, so this rank's own serves to read the others'.
         structure = pytree.tree_structure({name: vars(parcel) for name, parcel in own.items()})
-        for sender, (layout, (work, receive)) in enumerate(zip(layouts, flights, strict=True)):
+        for sender, (layout, (work, receive)) in enumerate(zip(layouts, pending, strict=True)):
             work.wait()
             yield own if sender == self.stage else self._unpack(structure, layout, receive)
 
