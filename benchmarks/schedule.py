@@ -26,10 +26,10 @@ from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 STAGES = 4
-Fed = Iterator[Mapping[str, Parcel]]
+Fed = Iterator[Mapping[str, UnitBatch]]
 Spans = list[tuple[float, float]]
 """When passes began and ended, seconds."""
 

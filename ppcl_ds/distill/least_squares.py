@@ -16,12 +16,12 @@ from ppcl_ds import launch
 from ppcl_ds.distill.library import UnitLayer
 from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
-from ppcl_ds.units.unit import Parcel, Regression, WidthUnit
+from ppcl_ds.units.unit import Regression, UnitBatch, WidthUnit
 
 _SUMS_BYTES = 8 * 2**30
 """Memory that sums may fill."""
 
-Arrivals = Callable[[], Iterable[Mapping[str, Parcel]]]
+Arrivals = Callable[[], Iterable[Mapping[str, UnitBatch]]]
 """Starts another pass over the samples: of each micro-batch, unit -> what it reads."""
 
 
@@ -82,10 +82,10 @@ def _regressions(layers: list[UnitLayer], arrivals: Arrivals) -> Iterator[tuple[
     """Of every micro-batch: the unit's name, the regression and which of its tokens count."""
     for arrived in arrivals():
         for layer in layers:
-            parcel = arrived[layer.name]
+            batch = arrived[layer.name]
             assert isinstance(layer.unit, WidthUnit)
-            for regression in layer.unit.regressions(parcel.inputs, parcel.targets):
-                yield layer.name, regression, parcel.mask_of(regression.name)
+            for regression in layer.unit.regressions(batch.inputs, batch.targets):
+                yield layer.name, regression, batch.mask_of(regression.name)
 
 
 def _choose_channels(layers: list[UnitLayer], arrivals: Arrivals, group: dist.ProcessGroup) -> None:
@@ -94,15 +94,15 @@ def _choose_channels(layers: list[UnitLayer], arrivals: Arrivals, group: dist.Pr
     for arrived in arrivals():
         for layer in layers:
             assert isinstance(layer.unit, WidthUnit)
-            parcel = arrived[layer.name]
+            batch = arrived[layer.name]
             for stream, count in layer.unit.undecided.items():
-                key, tokens = (layer.name, stream), counted(parcel.inputs[stream], parcel.mask_of(stream))
+                key, tokens = (layer.name, stream), counted(batch.inputs[stream], batch.mask_of(stream))
                 scores[key] = scores.get(key, 0) + layer.unit.importance(stream, tokens)
                 choosers[key] = partial(layer.unit.choose, stream), count
     for key, (choose, count) in choosers.items():
         choose(_total(scores[key], group).topk(count).indices.sort().values)
     for layer in layers:
-        layer.unit.settle()
+        layer.unit.free_calibration()
 
 
 def _add(sums: Moments | None, x: Tensor, y: Tensor) -> Moments:

@@ -14,7 +14,7 @@ from ppcl_ds.training.log import Means
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 
 class UnitLayer(nn.Module):
@@ -45,12 +45,12 @@ class UnitLayer(nn.Module):
         """The unit's, in the plan."""
         return self.plan.name
 
-    def loss(self, parcel: Parcel) -> Tensor:
+    def loss(self, batch: UnitBatch) -> Tensor:
         """How far the unit is from the teacher on a micro-batch, summed over its outputs: (), float32."""
-        outputs = self.unit(parcel.inputs, parcel.conditioning)
+        outputs = self.unit(batch.inputs, batch.conditioning)
         measured: dict[str, Tensor] = {}
         for name in self.plan.outputs:
-            student, teacher, mask = outputs[name], parcel.targets[name], parcel.mask_of(name)
+            student, teacher, mask = outputs[name], batch.targets[name], batch.mask_of(name)
             measured[f"loss/{name}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
             measured[f"norm_ratio/{name}"] = norm_ratio(student.detach(), teacher, mask)
         self._means.add(measured)

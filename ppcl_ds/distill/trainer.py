@@ -19,7 +19,7 @@ from ppcl_ds.training.log import print_units
 from ppcl_ds.training.trainer import Training
 from ppcl_ds.units.kinds import batches_of, taps_of
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 
 class Trainer(Training):
@@ -51,7 +51,7 @@ class Trainer(Training):
         engine = StudentsEngine(self.library, students, settings, recipe.teacher.precision)
         return engine, self.library.stage_units
 
-    def read_teacher(self, batch: NoisyBatch) -> dict[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
         """One teacher forward, as far as units need it."""
         capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
         return batches_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
@@ -75,7 +75,7 @@ class Trainer(Training):
         if not done:
             self._calibrate()
         for layer in self.library.layers:
-            layer.unit.settle()
+            layer.unit.free_calibration()
 
     def _calibrate(self) -> None:
         """Start the width units from least squares on the first steps' samples."""
@@ -84,7 +84,7 @@ class Trainer(Training):
             return
         steps = self.recipe.distill.calibration_steps
 
-        def arrivals() -> Iterable[Mapping[str, Parcel]]:
+        def arrivals() -> Iterable[Mapping[str, UnitBatch]]:
             return track(self.arrivals(self.batches(0), steps), "least squares", steps * self.engine.micro_batches)
 
         replicas = self.engine.grid.get_data_parallel_group()

@@ -26,7 +26,7 @@ from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.training.log import Journal
 from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.watch.preemption import StopWatch
 from ppcl_ds.watch.tensorboard import gather, peak_memory_gib
 from ppcl_ds.watch.timer import Clock, matrix_rate
@@ -75,7 +75,7 @@ class Training(ABC):
 
     @abstractmethod
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
-        """The students; and for each stage, the names of the parcels that it reads."""
+        """The students; and for each stage, the names of the batches that it reads."""
 
     def sample_shape(self) -> tuple[tuple[int, int, int], int]:
         """(C, H, W) of the latents and tokens of the prompt of the first sample that is stored."""
@@ -84,7 +84,7 @@ class Training(ABC):
         return (channels, height, width), batch.prompts.embeds.shape[1]
 
     @abstractmethod
-    def read_teacher(self, batch: NoisyBatch) -> Mapping[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> Mapping[str, UnitBatch]:
         """One teacher forward on this rank's micro-batch, and what every stage reads of it; collective over all."""
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Training(ABC):
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
         return chain([next(stream)], stream)
 
-    def arrivals(self, batches: Iterator[NoisyBatch], steps: int = 1) -> Iterator[Mapping[str, Parcel]]:
+    def arrivals(self, batches: Iterator[NoisyBatch], steps: int = 1) -> Iterator[Mapping[str, UnitBatch]]:
         """What this stage reads in so many steps, one micro-batch after the other.
 
         For each of its own micro-batches a rank runs the teacher; then those of all ranks of its pipe group arrive in
@@ -139,7 +139,7 @@ class Training(ABC):
                 arrived.clear()
             del arriving  # it holds what was received
 
-    def _next_round(self, batches: Iterator[NoisyBatch]) -> Iterator[dict[str, Parcel]]:
+    def _next_round(self, batches: Iterator[NoisyBatch]) -> Iterator[dict[str, UnitBatch]]:
         with self.clock.phase("data"):
             batch = next(batches)
         with self.clock.phase("teacher"):

@@ -25,7 +25,7 @@ from ppcl_ds import launch
 from ppcl_ds.distill.distill import check
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from tests.conftest import make_recipe, run_ranks
 
 STEPS = 4
@@ -43,7 +43,7 @@ PLAN = Plan(
 BROKEN = ("middle", 2)
 """Unit and step (from 0) whose target is not a number in one of the micro-batches."""
 
-Fed = Mapping[str, Parcel]
+Fed = Mapping[str, UnitBatch]
 Weights = dict[str, dict[str, Tensor]]
 
 
@@ -80,7 +80,7 @@ def read_ahead(trainer: Any) -> tuple[list[Fed], list[int]]:
 
     Once for the copies, once without them, to see what stays.
     """
-    fed = [dict(arrived) for arrived in trainer.arrivals(trainer.batches(0), STEPS)]
+    fed: list[Fed] = [dict(arrived) for arrived in trainer.arrivals(trainer.batches(0), STEPS)]
     seen: list[weakref.ref[Tensor]] = []
     held: list[int] = []
 
