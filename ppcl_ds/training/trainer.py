@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -116,10 +117,10 @@ class Training(ABC):
         """Figures and pictures of held-out data for TensorBoard, see `Board.pictures`; collective over all ranks."""
 
     def batches(self, step: int) -> Iterator[NoisyBatch]:
-        """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
+        """This rank's micro-batches after `step`: of the numbers in a step, each rank takes every world-th."""
         rank, world = dist.get_rank(), dist.get_world_size()
         first = step * self.settings.micro_batches_per_step + rank
-        stream = (batch for _, batch in self.data.take(first, world))
+        stream = map(itemgetter(1), self.data.take(first, world))
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
         return chain([next(stream)], stream)
 

@@ -49,7 +49,7 @@ class FFNUnit(WidthUnit):
         return {stream: self.compute(stream, inputs[stream]) for stream in self.parts}
 
     def free_calibration(self) -> None:
-        """Let go of the teacher's feed-forwards."""
+        """Free the teacher's feed-forwards."""
         self.whole = {}
 
     @property
