@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-from torch import Tensor
+from torch import Tensor, nn
 
 _SMALLEST = 1e-6
 """Added to a norm that is divided by, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -48,6 +48,11 @@ class UnitOptimizer(BF16_Optimizer):
                 master.data = master.data.cpu()
                 for parameter in parameters:
                     parameter._hp_mapping = None  # views of the master where it was, which would keep it there
+
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, *place: int) -> None:
+        """Add a gradient to its float32 sum and free it; DeepSpeed before 0.19.8 keeps it, and so adds it again."""
+        super().accumulate_hp_grads_and_remove_lp(lp_param, *place)
+        lp_param.grad = None
 
     @property
     def masters(self) -> Sequence[Tensor]:
