@@ -59,7 +59,7 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     launch.join()
     load = Workload(**work)
     ours = tuner(recipe)
-    rounds = ours.rounds(0)
+    batches = ours.batches(0)
     start = ours.start
     assert start.library is not None
     checkpoint = start.library.checkpoint
@@ -79,7 +79,7 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
         for parameter in student.parameters():
             parameter.grad = None
 
-    seconds = time_in_turns([partial(ours.step, rounds), plain_loop], repeats)
+    seconds = time_in_turns([partial(ours.step, batches), plain_loop], repeats)
     launch.leave()
     return seconds
 
@@ -90,12 +90,12 @@ def idle_shares(recipe: str, block_seconds: float, repeats: int) -> list[float]:
 
     launch.join()
     ours = tuner(recipe)
-    rounds, own = ours.rounds(0), []
+    batches, own = ours.batches(0), []
     spans = trace(ours.engine, block_seconds)
     for step in range(repeats + 1):
         spans.clear()
         dist.barrier()
-        ours.step(rounds)
+        ours.step(batches)
         ends = torch.tensor([-min(begin for begin, _ in spans), max(end for _, end in spans)], dtype=torch.float64)
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         if step:  # the first one makes buffers

@@ -1,4 +1,4 @@
-"""How long stages stand idle: the schedule without bubbles against DeepSpeed's 1F1B, from traces of instructions.
+"""How long stages stand idle: the plain loop of the local phase against DeepSpeed's 1F1B, from traces of their passes.
 
     python -m benchmarks.schedule [--json FILE] [--quick]
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -23,99 +25,66 @@ from torch import Tensor
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.workload import Workload, prepare
-from ppcl_ds.data.noising import DTYPES
-from ppcl_ds.distill.library import Inbox, Library
-from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
-from ppcl_ds.training.engine import LocalEngine, StudentsEngine, TrainUnits
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.units.unit import UnitBatch
 
 STAGES = 4
-Parcels = Sequence[Mapping[str, Parcel]]
+Fed = Iterator[Mapping[str, UnitBatch]]
+Spans = list[tuple[float, float]]
+"""When passes began and ended, seconds."""
 
 
-class Layout:
-    """Lays out parcels that are there already, one micro-batch after the other."""
-
-    def __init__(self, inbox: Inbox, parcels: Parcels) -> None:
-        self.inbox, self.parcels = inbox, iter(parcels)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        self.inbox.parcels = next(self.parcels)
-        return torch.zeros(()), torch.zeros(())
+def plain_loop(trainer: Any, fed: Fed, unit_seconds: float) -> tuple[Callable[[], None], Spans]:
+    """The product's own step over micro-batches that are there already, of a new library; and its spans."""
+    trainer.engine, _ = trainer.build()
+    trainer.arrivals = lambda batches: islice(fed, STAGES)
+    spans: Spans = []
+    for layer in trainer.library.layers:
+        layer.loss = sleeping(layer.loss, unit_seconds, spans)
+    trainer.engine.accumulate = sleeping(trainer.engine.accumulate, 2 * unit_seconds, spans)
+    return partial(trainer.step, iter(())), spans
 
 
-class OneForwardOneBackward(StudentsEngine):
-    """The stock schedule, over parcels that every stage lays out when a micro-batch reaches it."""
+def one_forward_one_backward(trainer: Any, fed: Fed, unit_seconds: float) -> tuple[Callable[[], None], Spans]:
+    """The same by DeepSpeed's schedule: a loss runs from stage to stage, and each adds those of its units."""
+    engine, _ = trainer.build()
+    layers = trainer.library.layers
 
-    def feed(self, layout: Layout) -> None:
-        """Give the parcels of the steps to come."""
-        self.layout = layout
-        self.set_dataiterator(iter(lambda: (torch.zeros(()), torch.zeros(())), None))
+    def forward(running: Tensor) -> Tensor:
+        arrived = next(fed)
+        return running + torch.stack([layer.loss(arrived[layer.name]) for layer in layers]).sum()
 
-    def _exec_forward_pass(self, buffer_id: int) -> None:
-        next(self.layout)
-        super()._exec_forward_pass(buffer_id)
-
-    _INSTRUCTION_MAP = {**StudentsEngine._INSTRUCTION_MAP, ForwardPass: _exec_forward_pass}  # noqa: RUF012
-
-
-class WithoutBubbles(LocalEngine):
-    """The product's schedule over such parcels."""
-
-    def feed(self, layout: Layout) -> None:
-        """Give the parcels of the steps to come."""
-        self.set_dataiterator(layout)
+    trainer.library.forward = forward
+    nothing = torch.zeros(())
+    return partial(engine.train_batch, repeat((nothing, nothing))), trace(engine, unit_seconds)
 
 
-def new_engine(kind: type[Any], recipe: Recipe, parcels: Parcels) -> Any:
-    """An engine of this kind with a library of its own, fed with these parcels; all ranks together."""
-    from ppcl_ds.distill.distill import check
-
-    teacher, plan = check(recipe)
-    inbox = Inbox()
-    library = Library(
-        plan,
-        teacher,
-        costs={unit.name: 1 for unit in plan.units},
-        stages=recipe.topology.stages,
-        dtype=DTYPES[recipe.teacher.precision],
-        inbox=inbox,
-        magnitude_weight=recipe.distill.magnitude_weight,
-        checkpointing=recipe.distill.activation_checkpointing,
-    )
-    students = read_deepspeed_file(recipe.deepspeed.students)
-    engine = kind(library, students, recipe.distill, recipe.teacher.precision)
-    engine.feed(Layout(inbox, parcels))
-    return engine
-
-
-def trace(engine: Any, unit_seconds: float) -> list[tuple[float, float]]:
-    """Have an engine's passes sleep, and note when each began and ended."""
-    spans: list[tuple[float, float]] = []
-    costs = {ForwardPass: unit_seconds, BackwardPass: 2 * unit_seconds, TrainUnits: 3 * unit_seconds}
-
-    def sleeping(instruction: Any, seconds: float) -> Any:
-        def run(self: Any, buffer_id: int) -> None:
-            began = time.perf_counter()
-            time.sleep(seconds)
-            instruction(self, buffer_id=buffer_id)
-            spans.append((began, time.perf_counter()))
-
-        return run
-
-    engine._INSTRUCTION_MAP = dict(engine._INSTRUCTION_MAP)
-    for kind, seconds in costs.items():
-        if kind not in engine._INSTRUCTION_MAP:
-            continue
-        engine._INSTRUCTION_MAP[kind] = sleeping(engine._INSTRUCTION_MAP[kind], seconds)
+def trace(engine: Any, unit_seconds: float) -> Spans:
+    """Have the passes of DeepSpeed's schedule sleep, and note when each began and ended."""
+    spans: Spans = []
+    passes = engine._INSTRUCTION_MAP
+    engine._INSTRUCTION_MAP = passes | {
+        ForwardPass: sleeping(passes[ForwardPass], unit_seconds, spans),
+        BackwardPass: sleeping(passes[BackwardPass], 2 * unit_seconds, spans),
+    }
     return spans
 
 
+def sleeping(run: Callable[..., Any], seconds: float, spans: Spans) -> Callable[..., Any]:
+    """A pass that sleeps first, and notes when it began and ended."""
+
+    def slept(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        time.sleep(seconds)
+        found = run(*arguments, **options)
+        spans.append((began, time.perf_counter()))
+        return found
+
+    return slept
+
+
 def idle_shares(recipe: str, unit_seconds: float, repeats: int) -> list[list[float]]:
-    """Idle share of this rank in each step of both schedules; a rank's task."""
+    """Idle share of this rank in each step of the loop and of 1F1B; a rank's task."""
     from ppcl_ds import launch
     from ppcl_ds.distill.distill import check
     from ppcl_ds.distill.trainer import Trainer
@@ -124,29 +93,27 @@ def idle_shares(recipe: str, unit_seconds: float, repeats: int) -> list[list[flo
     loaded = load_recipe(Path(recipe))
     teacher, plan = check(loaded)
     trainer = Trainer(loaded, plan, teacher)
-    rounds, parcels = trainer.rounds(0), []
-    for _ in range(STAGES):
-        next(rounds)
-        parcels.append(trainer.inbox.parcels)
-    engines = [new_engine(kind, loaded, parcels * (repeats + 1)) for kind in (WithoutBubbles, OneForwardOneBackward)]
-    traces = [trace(engine, unit_seconds) for engine in engines]
+    fed = [dict(arrived) for arrived in trainer.arrivals(trainer.batches(0))]
+    # 1F1B first: the loop's step is the trainer's, which takes the newest library.
+    stock = one_forward_one_backward(trainer, cycle(fed), unit_seconds)
+    local = plain_loop(trainer, cycle(fed), unit_seconds)
     shares: list[list[float]] = [[], []]
-    for step in range(repeats + 1):
-        for own, engine, spans in zip(shares, engines, traces, strict=True):
+    for number in range(repeats + 1):
+        for own, (step, spans) in zip(shares, (local, stock), strict=True):
             spans.clear()
             dist.barrier()
-            engine.train_batch()
+            step()
             # From when the first rank begins to compute to when the last one ends.
             ends = torch.tensor([-min(begin for begin, _ in spans), max(end for _, end in spans)], dtype=torch.float64)
             dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-            if step:  # the first one makes groups and buffers
+            if number:  # the first one makes groups and buffers
                 own.append(1 - sum(end - begin for begin, end in spans) / float(ends.sum()))
     launch.leave()
     return shares
 
 
 def main(json: JsonFile = None, quick: Quick = False) -> None:
-    """Compare the idle share of both schedules."""
+    """Compare the idle shares of the loop and of 1F1B."""
     repeats, unit_seconds = (2, 0.1) if quick else (6, 0.2)
     work = Workload(8, 64, micro_batch=1, micro_batches=STAGES, stages=STAGES)
     with tempfile.TemporaryDirectory() as folder:

@@ -54,7 +54,7 @@ class EngineStep:
         loaded = load_recipe(recipe)
         teacher, plan = check(loaded)
         self.trainer = Trainer(loaded, plan, teacher)
-        self.rounds = self.trainer.rounds(0)
+        self.batches = self.trainer.batches(0)
         settings = loaded.distill
         samples = settings.micro_batch * settings.micro_batches_per_step
         self.flops = self.trainer.work.per_step(samples, settings.activation_checkpointing)
@@ -63,8 +63,7 @@ class EngineStep:
 
     def __call__(self) -> None:
         """One optimizer step, as the training loop takes it."""
-        with self.trainer.timer.phase("students"):
-            self.trainer.engine.train_batch(self.rounds)
+        self.trainer.step(self.batches)
 
 
 def time_in_turns(sides: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:

@@ -5,7 +5,7 @@ Shapes: N tokens that count, C_in and C_out channels of a linear, H hidden chann
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -16,21 +16,23 @@ from ppcl_ds import launch
 from ppcl_ds.distill.library import UnitLayer
 from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
-from ppcl_ds.units.unit import Regression, WidthUnit
+from ppcl_ds.units.unit import Regression, UnitBatch, WidthUnit
 
 _SUMS_BYTES = 8 * 2**30
 """Memory that sums may fill."""
 
-Pull = Callable[[], Iterable[None]]
-"""Lays one micro-batch after another into the inbox, from the beginning each time it is called."""
+Arrivals = Callable[[], Iterable[Mapping[str, UnitBatch]]]
+"""Starts another pass over the samples: of each micro-batch, unit -> what it reads."""
 
 
 @torch.no_grad()
-def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup, ridge: float, narrows: bool) -> None:
+def calibrate(
+    layers: Iterable[UnitLayer], arrivals: Arrivals, group: dist.ProcessGroup, ridge: float, narrows: bool
+) -> None:
     """Choose hidden channels and solve every linear of the width units of this stage.
 
-    Every rank must call it, as pulling runs the teacher; afterwards all replicas of a stage hold the same weights. What
-    is summed does not depend on the topology, up to rounding in float64.
+    Every rank must call it, as reading the samples runs the teacher; afterwards all replicas of a stage hold the same
+    weights. What is summed does not depend on the topology, up to rounding in float64.
 
     Args:
         layers: of this stage.
@@ -41,10 +43,10 @@ def calibrate(layers: Iterable[UnitLayer], pull: Pull, group: dist.ProcessGroup,
     """
     own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
     if narrows:
-        _choose_channels([layer for layer in own if layer.unit.undecided], pull, group)
+        _choose_channels([layer for layer in own if layer.unit.undecided], arrivals, group)
     parts = _in_parts(own)
-    for number in range(max(launch.all_gather(len(parts)))):  # all ranks pull equally often
-        _solve(parts[number] if number < len(parts) else [], pull, group, ridge)
+    for number in range(max(launch.all_gather(len(parts)))):  # all ranks read them equally often
+        _solve(parts[number] if number < len(parts) else [], arrivals, group, ridge)
 
 
 def _in_parts(layers: list[UnitLayer]) -> list[list[UnitLayer]]:
@@ -62,11 +64,11 @@ def _in_parts(layers: list[UnitLayer]) -> list[list[UnitLayer]]:
     return parts
 
 
-def _solve(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGroup, ridge: float) -> None:
+def _solve(layers: list[UnitLayer], arrivals: Arrivals, group: dist.ProcessGroup, ridge: float) -> None:
     sums: dict[tuple[str, str], Moments] = {}
     linears = {}
-    for layer, regression in _over_micro_batches(layers, pull):
-        key, mask = (layer.plan.name, regression.name), layer.inbox.parcels[layer.plan.name].mask_of(regression.name)
+    for name, regression, mask in _regressions(layers, arrivals):
+        key = name, regression.name
         sums[key] = _add(sums.get(key), counted(regression.x, mask), counted(regression.y, mask))
         linears[key] = regression.linear
     for key, linear in linears.items():
@@ -76,30 +78,31 @@ def _solve(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGroup, ridge:
         linear.bias.copy_(solution.bias)
 
 
-def _over_micro_batches(layers: list[UnitLayer], pull: Pull) -> Iterator[tuple[UnitLayer, Regression]]:
-    for _ in pull():
+def _regressions(layers: list[UnitLayer], arrivals: Arrivals) -> Iterator[tuple[str, Regression, Tensor | None]]:
+    """Of every micro-batch: the unit's name, the regression and which of its tokens count."""
+    for arrived in arrivals():
         for layer in layers:
-            parcel = layer.inbox.parcels[layer.plan.name]
+            batch = arrived[layer.name]
             assert isinstance(layer.unit, WidthUnit)
-            for regression in layer.unit.regressions(parcel.inputs, parcel.targets):
-                yield layer, regression
+            for regression in layer.unit.regressions(batch.inputs, batch.targets):
+                yield layer.name, regression, batch.mask_of(regression.name)
 
 
-def _choose_channels(layers: list[UnitLayer], pull: Pull, group: dist.ProcessGroup) -> None:
+def _choose_channels(layers: list[UnitLayer], arrivals: Arrivals, group: dist.ProcessGroup) -> None:
     scores: dict[tuple[str, str], Tensor] = {}
     choosers = {}
-    for _ in pull():
+    for arrived in arrivals():
         for layer in layers:
             assert isinstance(layer.unit, WidthUnit)
-            parcel = layer.inbox.parcels[layer.plan.name]
+            batch = arrived[layer.name]
             for stream, count in layer.unit.undecided.items():
-                key, tokens = (layer.plan.name, stream), counted(parcel.inputs[stream], parcel.mask_of(stream))
+                key, tokens = (layer.name, stream), counted(batch.inputs[stream], batch.mask_of(stream))
                 scores[key] = scores.get(key, 0) + layer.unit.importance(stream, tokens)
                 choosers[key] = partial(layer.unit.choose, stream), count
     for key, (choose, count) in choosers.items():
         choose(_total(scores[key], group).topk(count).indices.sort().values)
     for layer in layers:
-        layer.unit.settle()
+        layer.unit.free_calibration()
 
 
 def _add(sums: Moments | None, x: Tensor, y: Tensor) -> Moments:

@@ -9,30 +9,19 @@ from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.students import Means, Students
+from ppcl_ds.training.engine import Students
+from ppcl_ds.training.log import Means
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.unit import Parcel
-
-
-class Inbox:
-    """What the units of this stage read in the current micro-batch: unit name -> parcel.
-
-    It stands beside the pipeline because its tensors need no gradient and differ from unit to unit; only the running
-    loss goes from layer to layer.
-    """
-
-    def __init__(self) -> None:
-        self.parcels: Mapping[str, Parcel] = {}
+from ppcl_ds.units.unit import UnitBatch
 
 
 class UnitLayer(nn.Module):
-    """One unit as a layer of the pipeline: adds its own loss to the running loss.
+    """One unit as a layer of the pipeline module, which lays the units over the stages. Nothing passes between layers.
 
     Args:
         plan: what it takes the place of.
-        inbox: where the unit's parcel lies when `forward` runs.
         checkpointing: recompute activations in the backward pass, see `recompute_parts`.
     """
 
@@ -41,33 +30,36 @@ class UnitLayer(nn.Module):
         plan: UnitPlan,
         teacher: Teacher,
         dtype: torch.dtype,
-        inbox: Inbox,
         magnitude_weight: float,
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.plan, self.inbox, self.magnitude_weight = plan, inbox, magnitude_weight
-        self.unit = build_unit(plan, teacher, dtype).requires_grad_(True)
+        self.plan, self.magnitude_weight = plan, magnitude_weight
+        self.unit = build_unit(plan, teacher, dtype).requires_grad_(True).eval()
         if checkpointing:
             self.unit.recompute()
         self._means = Means()
 
-    def forward(self, running: Tensor) -> Tensor:
-        """Running loss (), float32 -> running loss plus this unit's, () float32."""
-        parcel = self.inbox.parcels[self.plan.name]
-        outputs = self.unit(parcel.inputs, parcel.conditioning)
+    @property
+    def name(self) -> str:
+        """The unit's, in the plan."""
+        return self.plan.name
+
+    def loss(self, batch: UnitBatch) -> Tensor:
+        """How far the unit is from the teacher on a micro-batch, summed over its outputs: (), float32."""
+        outputs = self.unit(batch.inputs, batch.conditioning)
         measured: dict[str, Tensor] = {}
         for name in self.plan.outputs:
-            student, teacher, mask = outputs[name], parcel.targets[name], parcel.mask_of(name)
+            student, teacher, mask = outputs[name], batch.targets[name], batch.mask_of(name)
             measured[f"loss/{name}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
             measured[f"norm_ratio/{name}"] = norm_ratio(student.detach(), teacher, mask)
         self._means.add(measured)
         losses = [value for name, value in measured.items() if name.startswith("loss/")]
-        return running + torch.stack(losses).sum()
+        return torch.stack(losses).sum()
 
     def drain(self) -> dict[str, float]:
         """Means of loss and norm ratio by output since the last call; `unit/loss/output` -> value."""
-        return {f"{self.plan.name}/{name}": mean for name, mean in self._means.drain().items()}
+        return {f"{self.name}/{name}": mean for name, mean in self._means.drain().items()}
 
 
 class Library(Students):
@@ -87,11 +79,10 @@ class Library(Students):
         costs: Mapping[str, float],
         stages: int,
         dtype: torch.dtype,
-        inbox: Inbox,
         magnitude_weight: float,
         checkpointing: bool,
     ) -> None:
-        shared = (teacher, dtype, inbox, magnitude_weight, checkpointing)
+        shared = (teacher, dtype, magnitude_weight, checkpointing)
         specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
         super().__init__(specs, [int(costs[unit.name]) for unit in plan.units], stages)
         names = [unit.name for unit in plan.units]
@@ -100,7 +91,7 @@ class Library(Students):
     @property
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
         """The parameters of this stage's units."""
-        return {layer.plan.name: dict(layer.unit.core.named_parameters()) for layer in self.layers}
+        return {layer.name: dict(layer.unit.core.named_parameters()) for layer in self.layers}
 
     @property
     def layers(self) -> list[UnitLayer]:

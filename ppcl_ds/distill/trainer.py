@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -13,14 +13,13 @@ from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.preview import look
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
-from ppcl_ds.training.engine import LocalEngine, StudentsEngine
+from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import measure_work
 from ppcl_ds.training.log import print_units
-from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.trainer import Training
 from ppcl_ds.units.kinds import batches_of, taps_of
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 
 class Trainer(Training):
@@ -45,23 +44,25 @@ class Trainer(Training):
             costs=self.work.units,
             stages=recipe.topology.stages,
             dtype=self.dtype,
-            inbox=self.inbox,
             magnitude_weight=settings.magnitude_weight,
             checkpointing=settings.activation_checkpointing,
         )
         students = read_deepspeed_file(recipe.deepspeed.students)
-        engine = LocalEngine(self.library, students, settings, recipe.teacher.precision)
+        engine = StudentsEngine(self.library, students, settings, recipe.teacher.precision)
         return engine, self.library.stage_units
 
-    def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
         """One teacher forward, as far as units need it."""
         capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
         return batches_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
 
-    def step(self, rounds: Rounds) -> None:
+    def step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step of every unit."""
         with self.timer.phase("students"):
-            self.engine.train_batch(rounds)
+            for arrived in self.arrivals(batches):
+                for layer in self.library.layers:  # backward follows forward: one unit's activations in memory
+                    self.engine.accumulate(layer.loss(arrived[layer.name]))
+            self.engine.finish_step()
 
     def train(self, until: int | None = None) -> dict[str, float]:
         """See `Training.train`; prints a table of the units at its end."""
@@ -69,30 +70,26 @@ class Trainer(Training):
         print_units(self.plan, newest)
         return newest
 
-    def settle(self, done: int) -> None:
-        """Calibrate width units, and let go of what they were calibrated by."""
+    def prepare(self, done: int) -> None:
+        """Calibrate width units, and free what they were calibrated by."""
         if not done:
             self._calibrate()
         for layer in self.library.layers:
-            layer.unit.settle()
+            layer.unit.free_calibration()
 
     def _calibrate(self) -> None:
         """Start the width units from least squares on the first steps' samples."""
         width = [unit for unit in self.plan.units if not unit.takes_blocks]
         if not width:
             return
-        count = self.recipe.distill.calibration_steps * self.engine.micro_batches
+        steps = self.recipe.distill.calibration_steps
 
-        def pull() -> Iterator[None]:
-            rounds = self.rounds(0)
-            for _ in track(range(count), "least squares", count):
-                next(rounds)
-                yield
+        def arrivals() -> Iterable[Mapping[str, UnitBatch]]:
+            return track(self.arrivals(self.batches(0), steps), "least squares", steps * self.engine.micro_batches)
 
+        replicas = self.engine.grid.get_data_parallel_group()
         narrows = any(unit.keep for unit in width)
-        calibrate(
-            self.library.layers, pull, self.engine.grid.get_data_parallel_group(), self.recipe.probe.ridge, narrows
-        )
+        calibrate(self.library.layers, arrivals, replicas, self.recipe.probe.ridge, narrows)
         self.engine.optimizer.refresh_fp32_params()
 
     def flops(self, samples: int) -> float:
@@ -111,5 +108,5 @@ class Trainer(Training):
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Every variant, plugged into the sharded teacher."""
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
-        units = {layer.plan.name: layer.unit for layer in self.library.layers}
+        units = {layer.name: layer.unit for layer in self.library.layers}
         return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device)

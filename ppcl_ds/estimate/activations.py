@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ppcl_ds.teacher.anatomy import Block, Streams
 from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.loss import boundary_loss
-from ppcl_ds.units.unit import Parcel, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 
 
 class LiveBytes(TorchDispatchMode):
@@ -65,7 +65,7 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def unit_activations(unit: Unit, parcel: Parcel, checkpointing: bool) -> int:
+def unit_activations(unit: Unit, parcel: UnitBatch, checkpointing: bool) -> int:
     """Most bytes alive at once in the forward, loss and backward of a unit on the meta device.
 
     Beside parameters, gradients and what the unit reads, which do not count.

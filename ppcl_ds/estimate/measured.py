@@ -16,7 +16,7 @@ from ppcl_ds.training.flops import Work, work_of
 from ppcl_ds.training.meta_forward import Rehearsal, rehearse
 from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Parcel, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Measured:
     largest_parameter: int
     element: int
     unit_parameters: dict[str, int]
-    parcels: dict[str, Parcel]
+    parcels: dict[str, UnitBatch]
     activations: dict[str, int]
     teacher_activations: int
     work: Work
@@ -125,7 +125,7 @@ def _unit_activations(
     anatomy: Anatomy,
     plan: Plan,
     units: Mapping[str, Unit],
-    parcels: Mapping[str, Parcel],
+    parcels: Mapping[str, UnitBatch],
     checkpointing: bool,
 ) -> dict[str, int]:
     known: dict[Hashable, int] = {}

@@ -13,12 +13,11 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.finetune.stage import Stage, parcel_of
+from ppcl_ds.finetune.stage import Stage, stage_batch
 from ppcl_ds.finetune.trainable import IDLE, REST, Part
 from ppcl_ds.sections import Finetune, Precision
-from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.engine import Students, StudentsEngine
 from ppcl_ds.training.optimizer import WholeOptimizer
-from ppcl_ds.training.students import Students
 from ppcl_ds.units.variant import Layout
 
 
@@ -94,7 +93,7 @@ class VariantEngine(StudentsEngine):
     }
 
     def train_step(self) -> None:
-        """One optimizer step on the parcels that lie in the stages' inboxes."""
+        """One optimizer step on what lies in the stages' inboxes."""
         self.train_batch(self._nothing())
 
     @torch.no_grad()
@@ -105,14 +104,15 @@ class VariantEngine(StudentsEngine):
             The velocity, on every rank.
         """
         stage = self.module.stage
-        stage.inbox.append(parcel_of(latents, prompts, sigmas, {}))
+        stage.inbox.append(stage_batch(latents, prompts, sigmas, {}))
         self.total_loss = None  # else the stock method would add the velocity to it
         found = self.eval_batch(self._nothing(), compute_loss=False, reduce_output=None, num_micro_batches=1)
         velocity = found[0].contiguous() if stage.last else torch.empty_like(latents)
-        dist.broadcast(velocity, self._loss_stage_global_rank(), group=self.grid.get_pipe_parallel_group())
+        last = self.grid.stage_to_global(self.num_stages - 1)
+        dist.broadcast(velocity, last, group=self.grid.get_pipe_parallel_group())
         return velocity
 
     def _nothing(self) -> Any:
-        """What DeepSpeed passes to the first stage as its input and to the last as labels: both read parcels."""
+        """What DeepSpeed passes to the first stage as its input and to the last as labels: both read their inboxes."""
         nothing = torch.zeros((), device=self.device)
         return repeat((nothing, nothing))

@@ -24,10 +24,10 @@ from ppcl_ds.finetune.trainable import IDLE, Part
 from ppcl_ds.teacher.anatomy import Anatomy, Block, EarlyExit, Streams
 from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.files import empty_model
-from ppcl_ds.training.students import Means
+from ppcl_ds.training.log import Means
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.units.variant import Layout
 
 
@@ -52,14 +52,14 @@ class _Elsewhere(nn.Module):
         return self.block.write_output(streams)
 
 
-def parcel_of(latents: Tensor, prompts: Prompts, sigmas: Tensor, targets: dict[str, Tensor]) -> Parcel:
+def stage_batch(latents: Tensor, prompts: Prompts, sigmas: Tensor, targets: dict[str, Tensor]) -> UnitBatch:
     """A micro-batch as a stage reads it.
 
     Args:
         targets: of the last stage, `flow` and `velocity`; `boundary/BLOCK/STREAM` of whichever has the block.
     """
     given = {"sigmas": sigmas, "embeds": prompts.embeds, "mask": prompts.mask, "pooled": prompts.pooled}
-    return Parcel({"latents": latents}, given, targets, prompts.mask)
+    return UnitBatch({"latents": latents}, given, targets, prompts.mask)
 
 
 def weighted(measured: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
@@ -107,7 +107,7 @@ class _AddLoss(torch.autograd.Function):
 class Stage(nn.Module):
     """One stage of a variant, as the one layer that this rank has of the pipeline.
 
-    It reads each micro-batch's parcel from `inbox`, in turn. While training, the last stage returns the loss, (); else,
+    It reads each micro-batch from `inbox`, in turn. While training, the last stage returns the loss, (); else,
     the velocity (B, C, H, W). Earlier stages return their streams as one vector.
 
     Args:
@@ -128,7 +128,7 @@ class Stage(nn.Module):
         layout: Layout,
         parts: Sequence[Part],
         caller: Caller,
-        inbox: deque[Parcel],
+        inbox: deque[UnitBatch],
         weights: Mapping[str, float],
         magnitude_weight: float,
         scale: float,
@@ -173,16 +173,16 @@ class Stage(nn.Module):
 
     def forward(self, wire: Tensor) -> Tensor:
         """What the stage before sent -> what this one sends."""
-        parcel = self.inbox.popleft()
+        batch = self.inbox.popleft()
         if self.before is not None:
             self.before.arriving = wire
-        given = parcel.conditioning
+        given = batch.conditioning
         prompts = Prompts(given["embeds"], given["mask"], given["pooled"])
         try:
-            velocity = self.caller(self.model, parcel.inputs["latents"], prompts, given["sigmas"])
-            return self._loss(velocity, parcel) if self.training else velocity
+            velocity = self.caller(self.model, batch.inputs["latents"], prompts, given["sigmas"])
+            return self._loss(velocity, batch) if self.training else velocity
         except EarlyExit:
-            return self._sent(parcel)
+            return self._sent(batch)
         finally:
             self.reached = {}
 
@@ -191,31 +191,31 @@ class Stage(nn.Module):
         if leaves:
             raise EarlyExit
 
-    def _sent(self, parcel: Parcel) -> Tensor:
+    def _sent(self, batch: UnitBatch) -> Tensor:
         wire = _packed(self.reached[self.blocks[-1].index])
         if not self.training:
             return wire
         if not wire.requires_grad:  # nothing is trained up to here; DeepSpeed walks back all the same
             wire = wire.detach().requires_grad_()
-        measured = self._boundary_losses(parcel)
+        measured = self._boundary_losses(batch)
         self.means.add(measured)
         if measured:
             wire = _AddLoss.apply(wire, weighted(measured, self.weights), self.scale)
         return wire
 
-    def _loss(self, velocity: Tensor, parcel: Parcel) -> Tensor:
-        targets = {name: parcel.targets[name] for name in ("flow", "velocity")}
+    def _loss(self, velocity: Tensor, batch: UnitBatch) -> Tensor:
+        targets = {name: batch.targets[name] for name in ("flow", "velocity")}
         errors = {name: (velocity.float() - target.float()).square().mean() for name, target in targets.items()}
-        measured = {f"{name}/loss": error for name, error in errors.items()} | self._boundary_losses(parcel)
+        measured = {f"{name}/loss": error for name, error in errors.items()} | self._boundary_losses(batch)
         self.means.add(measured)
         return weighted(measured, self.weights)
 
-    def _boundary_losses(self, parcel: Parcel) -> dict[str, Tensor]:
+    def _boundary_losses(self, batch: UnitBatch) -> dict[str, Tensor]:
         found = {}
-        for name, target in parcel.targets.items():
+        for name, target in batch.targets.items():
             kind, *where = name.split("/")
             if kind == "boundary":
                 place, stream = where
                 own = self.reached[int(place)][stream]
-                found[f"{name}/loss"] = boundary_loss(own, target, parcel.mask_of(stream), self.magnitude_weight)
+                found[f"{name}/loss"] = boundary_loss(own, target, batch.mask_of(stream), self.magnitude_weight)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
 from ppcl_ds.finetune.preview import look
-from ppcl_ds.finetune.stage import parcel_of, weighted
+from ppcl_ds.finetune.stage import stage_batch, weighted
 from ppcl_ds.finetune.start import Origin, Start
 from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.recipe import read_deepspeed_file
@@ -21,10 +21,9 @@ from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.training.meta_forward import rehearse
-from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.trainer import Training
 from ppcl_ds.units.kinds import boundaries_of
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 
 class FineTuner(Training):
@@ -62,7 +61,7 @@ class FineTuner(Training):
         self.boundaries = boundaries_of(plan, self.start.variant) if settings.boundary_weight else {}
         exits = frozenset(block for block, _ in self.boundaries.values())
         self.wanted = Wanted(calls=frozenset(), exits=exits, to_the_end=True)
-        self.queue: deque[Parcel] = deque()
+        self.queue: deque[UnitBatch] = deque()
         self.pipeline = Variant(
             self.bounds,
             whole,
@@ -81,15 +80,15 @@ class FineTuner(Training):
 
     @property
     def stage_names(self) -> list[str]:
-        """What each stage's parcels are called."""
+        """What each stage's batches are called."""
         return [f"stage {number}" for number in range(self.recipe.topology.stages)]
 
     @torch.no_grad()
-    def forward(self, batch: NoisyBatch) -> dict[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
         """One teacher forward to its end; each stage gets the inputs, and the targets that it is judged by."""
         with self.teacher.anatomy.record(self.sharded.module, self.wanted) as capture:
             velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
-        parcels = {}
+        batches = {}
         for number, name in enumerate(self.stage_names):
             blocks = range(self.bounds[number], self.bounds[number + 1])
             targets = {
@@ -100,8 +99,8 @@ class FineTuner(Training):
             }
             if number == len(self.bounds) - 2:
                 targets |= {"flow": batch.velocity, "velocity": velocity}
-            parcels[name] = parcel_of(batch.latents, batch.prompts, batch.sigmas, targets)
-        return parcels
+            batches[name] = stage_batch(batch.latents, batch.prompts, batch.sigmas, targets)
+        return batches
 
     def begin(self) -> None:
         """Also write down where the units were trained."""
@@ -110,16 +109,13 @@ class FineTuner(Training):
         checkpoint = self.start.library.checkpoint
         Origin(checkpoint=checkpoint.folder, step=checkpoint.contents.step).write(self.folder)
 
-    def settle(self, done: int) -> None:
+    def prepare(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
-    def step(self, rounds: Rounds) -> None:
+    def step(self, batches: Iterator[NoisyBatch]) -> None:
         """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
         own = self.stage_names[self.engine.stage_id]
-        for _ in range(self.engine.micro_batches):
-            next(rounds)
-            self.queue.append(self.inbox.parcels[own])
-        self.inbox.parcels, rounds.arriving = {}, iter(())  # nothing is kept but what the stage will read
+        self.queue.extend(arrived[own] for arrived in self.arrivals(batches))
         with self.timer.phase("students"):
             self.engine.train_step()
 

@@ -63,7 +63,7 @@ class SwapBench:
         self.units = {unit.name: build_unit(unit, teacher, self.dtype) for unit in library.units}
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
-            unit.settle()
+            unit.free_calibration()
         self.alone, _ = dist.new_subgroups(1)
 
     def products(self) -> Tensor:

@@ -1,34 +1,70 @@
-"""The students' engines: DeepSpeed's pipeline engine with an optimizer of ours; and one whose schedule has no bubble.
-
-In the local phase each unit is judged by teacher activations alone, so stages owe each other nothing and none waits.
-"""
+"""The students in DeepSpeed: what is trained as a pipeline module, and its engine, with an optimizer of ours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import BFLOAT16
-from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils.timer import NoopTimer
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppcl_ds.sections import Precision, Training
 from ppcl_ds.training.optimizer import UnitOptimizer
-from ppcl_ds.training.students import Students
+
+
+class Students(PipelineModule):
+    """Layers over the pipeline stages; each rank builds only its stage's.
+
+    Every rank must construct it.
+
+    Args:
+        costs: of each layer, in any unit; the stages get neighbours of about equal cost.
+        options: of `PipelineModule`.
+    """
+
+    def __init__(self, layers: Sequence[LayerSpec], costs: Sequence[int], stages: int, **options: Any) -> None:
+        self.costs = list(costs)
+        with redirect_stdout(StringIO()):  # it prints its layout line by line
+            super().__init__(list(layers), num_stages=stages, **options)
+
+    def _count_layer_params(self) -> list[int]:
+        """The cost of each layer; the stock method would build every layer on every rank to count it."""
+        return self.costs
+
+    @property
+    def trained(self) -> dict[str, dict[str, nn.Parameter]]:
+        """What is trained on this stage: name of a part -> its parameters by name. A part is one flat vector to the
+        optimizer and to checkpoints."""
+        raise NotImplementedError
+
+    @property
+    def copies(self) -> frozenset[str]:
+        """Parts that another stage also has, and writes into checkpoints."""
+        return frozenset()
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """For torch's optimizer: one group a part of this stage, with the part's name.
+
+        Args:
+            rate: learning rate.
+        """
+        return [{"params": list(own.values()), "name": name, "lr": rate} for name, own in self.trained.items()]
 
 
 class StudentsEngine(PipelineEngine):
     """A `PipelineEngine` over what is trained, with an optimizer in which every part stands for itself.
 
-    Its schedule is the stock one, 1F1B; `LocalEngine` has the one of the local phase.
+    Where stages send each other something, `train_batch` is its step, on the stock schedule, 1F1B. Where they do not, a
+    step is a plain loop: `accumulate` for every loss of this stage, then `finish_step`.
 
     Args:
         students: built on every rank of the world.
@@ -67,6 +103,18 @@ class StudentsEngine(PipelineEngine):
         )
         self.using_bf16_optimizer = True  # DeepSpeed asks for its very class, not for one that inherits from it
 
+    def accumulate(self, loss: Tensor) -> None:
+        """Add to the step's gradients those of a micro-batch's loss, (); its activations are freed.
+
+        The step's loss is the mean over its micro-batches.
+        """
+        self._scale_loss_by_gas(loss).backward()
+
+    def finish_step(self) -> None:
+        """Average the gradients over the replicas and take one optimizer step; all replicas of a stage together."""
+        self._exec_reduce_grads()
+        self._exec_optimizer_step()
+
     def _bf16_reduce_grads(self) -> None:
         """Average the gradients over the data replicas, unit by unit, in float32 and in place.
 
@@ -95,60 +143,3 @@ class StudentsEngine(PipelineEngine):
     def make_optimizer(self, *arguments: Any, **options: Any) -> UnitOptimizer:
         """The optimizer around torch's."""
         return UnitOptimizer(*arguments, **options)
-
-
-class TrainUnits(schedule.BufferOpInstruction):
-    """Forward and backward of every unit of this stage, one unit after the other."""
-
-
-class LocalSchedule(schedule.PipeSchedule):
-    """A stage's micro-batches one after the other, without sends, and so without a stage that waits for another."""
-
-    def steps(self) -> Iterator[list[schedule.PipeInstruction]]:
-        """Yield the instructions, a list a micro-batch."""
-        for number in range(self.micro_batches):
-            last = number == self.micro_batches - 1
-            at_the_end = [schedule.ReduceGrads(), schedule.OptimizerStep()] if last else []
-            yield [schedule.LoadMicroBatch(buffer_id=0), TrainUnits(buffer_id=0), *at_the_end]
-
-    def num_pipe_buffers(self) -> int:
-        """One: a micro-batch is done with before the next one comes."""
-        return 1
-
-
-class LocalEngine(StudentsEngine):
-    """Its stages each compute their own losses from their own inputs."""
-
-    total_loss: Tensor | None
-
-    def _train_schedule(self) -> schedule.PipeSchedule:
-        return LocalSchedule(self.micro_batches, self.num_stages, self.stage_id)
-
-    def _train_units(self, buffer_id: int) -> None:
-        """A unit's backward follows its forward, so that memory holds the activations of one unit, not of all."""
-        start = self.pipe_buffers["inputs"][buffer_id]
-        self._running_engine_backward = True  # as the stock stages do: keeps the engine's own hooks out of it
-        total = start.detach() if self.total_loss is None else self.total_loss
-        for layer in self.module.layers:
-            loss = layer(start)
-            self._scale_loss_by_gas(loss).backward()
-            total = total + loss.detach()
-        self.total_loss = total
-        self._running_engine_backward = False
-
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, TrainUnits: _train_units}  # noqa: RUF012
-
-    def is_first_stage(self) -> bool:
-        """True: every stage reads its own inputs."""
-        return True
-
-    def is_last_stage(self) -> bool:
-        """True: no stage has another behind it."""
-        return True
-
-    def _aggregate_total_loss(self) -> Tensor:
-        """This stage's own loss; those of all units are gathered where they are logged.
-
-        The stock method lets the last stage broadcast; here every stage is a last one and all would hang.
-        """
-        return self._scale_loss_by_gas(self.total_loss)

@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 
 _ALIGNMENT = 16
 """Bytes; every tensor starts at a multiple, so that it can be viewed in place as its own type."""
@@ -34,7 +34,7 @@ class _Layout:
     """Everything about a message but its bytes.
 
     Attributes:
-        leaves: the parcels' leaves; tensors stand as places in the table.
+        leaves: the batches' leaves; tensors stand as places in the table.
         tensors: shape and dtype of each tensor in the table.
         sizes: bytes that each takes in the message.
     """
@@ -49,42 +49,42 @@ class Exchange:
 
     Args:
         group: the pipe group; its ranks are the stages in order. Every one of them must make every call.
-        words: the same ranks as a gloo group. What the tensors look like goes from CPU to CPU, so that no accelerator
-            is waited for.
+        cpu_group: the same ranks as a gloo group. Shapes and dtypes go from CPU to CPU, so that no accelerator is
+            waited for.
         stage: this rank's stage.
         units: for each stage, the names of its units.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, words: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
+        self, group: dist.ProcessGroup, cpu_group: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
     ) -> None:
-        self.group, self.words, self.stage, self.units = group, words, stage, units
+        self.group, self.cpu_group, self.stage, self.units = group, cpu_group, stage, units
 
-    def __call__(self, parcels: Mapping[str, Parcel]) -> Iterator[dict[str, Parcel]]:
+    def __call__(self, batches: Mapping[str, UnitBatch]) -> Iterator[dict[str, UnitBatch]]:
         """Send and receive one round.
 
         Everything is under way when this returns; each micro-batch is waited for only when its turn comes, so that on
         CUDA the later ones travel while the units train on the earlier ones.
 
         Args:
-            parcels: from this rank's teacher forward, one for every unit of the library.
+            batches: from this rank's teacher forward, one for every unit of the library.
 
         Returns:
-            For each rank of the group in order, the parcels of this stage's units from its micro-batch.
+            For each rank of the group in order, the batches of this stage's units from its micro-batch.
         """
-        own = {name: parcels[name] for name in self.units[self.stage]}
+        own = {name: batches[name] for name in self.units[self.stage]}
         if len(self.units) == 1:
             return iter([own])
         # What stays here is not sent.
-        messages = [self._pack(parcels, names if i != self.stage else []) for i, names in enumerate(self.units)]
+        messages = [self._pack(batches, names if i != self.stage else []) for i, names in enumerate(self.units)]
         layouts: list[list[_Layout]] = [[] for _ in self.units]
-        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.words)
+        dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.cpu_group)
         incoming = [sent[self.stage] for sent in layouts]
-        flights = [
+        pending = [
             self._launch(sender, [tensors for _, tensors in messages], sum(layout.sizes))
             for sender, layout in enumerate(incoming)
         ]
-        return self._arrivals(own, incoming, flights)
+        return self._arrivals(own, incoming, pending)
 
     def _launch(
         self, sender: int, outgoing: Sequence[Sequence[Tensor]], incoming_bytes: int
@@ -106,18 +106,18 @@ class Exchange:
         return work, receive
 
     def _arrivals(
-        self, own: dict[str, Parcel], layouts: Sequence[_Layout], flights: Sequence[tuple[dist.Work, Tensor]]
-    ) -> Iterator[dict[str, Parcel]]:
-        # The structure of the parcels is the same on every rank, so this rank's own serves to read the others'.
-        structure = pytree.tree_structure({name: vars(parcel) for name, parcel in own.items()})
-        for sender, (layout, (work, receive)) in enumerate(zip(layouts, flights, strict=True)):
+        self, own: dict[str, UnitBatch], layouts: Sequence[_Layout], pending: Sequence[tuple[dist.Work, Tensor]]
+    ) -> Iterator[dict[str, UnitBatch]]:
+        # The structure of the batches is the same on every rank, so this rank's own serves to read the others'.
+        structure = pytree.tree_structure({name: vars(batch) for name, batch in own.items()})
+        for sender, (layout, (work, receive)) in enumerate(zip(layouts, pending, strict=True)):
             work.wait()
             yield own if sender == self.stage else self._unpack(structure, layout, receive)
 
-    def _pack(self, parcels: Mapping[str, Parcel], names: Sequence[str]) -> tuple[_Layout, list[Tensor]]:
+    def _pack(self, batches: Mapping[str, UnitBatch], names: Sequence[str]) -> tuple[_Layout, list[Tensor]]:
         table: dict[int, tuple[int, Tensor]] = {}  # identity -> place, tensor: what units share travels once
         leaves: list[Any] = []
-        for leaf in pytree.tree_leaves({name: vars(parcels[name]) for name in names}):
+        for leaf in pytree.tree_leaves({name: vars(batches[name]) for name in names}):
             if isinstance(leaf, Tensor):
                 place, _ = table.setdefault(id(leaf), (len(table), leaf))
                 leaf = _Place(place)
@@ -126,14 +126,14 @@ class Exchange:
         kinds = [(tensor.shape, tensor.dtype) for tensor in tensors]
         return _Layout(leaves, kinds, [_padded(tensor) for tensor in tensors]), tensors
 
-    def _unpack(self, structure: pytree.TreeSpec, layout: _Layout, received: Tensor) -> dict[str, Parcel]:
+    def _unpack(self, structure: pytree.TreeSpec, layout: _Layout, received: Tensor) -> dict[str, UnitBatch]:
         pieces = received.split(layout.sizes)
         tensors = [
             piece[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for piece, (shape, dtype) in zip(pieces, layout.tensors, strict=True)
         ]
         leaves = [tensors[leaf.index] if isinstance(leaf, _Place) else leaf for leaf in layout.leaves]
-        return {name: Parcel(**fields) for name, fields in pytree.tree_unflatten(leaves, structure).items()}
+        return {name: UnitBatch(**fields) for name, fields in pytree.tree_unflatten(leaves, structure).items()}
 
 
 def _padded(tensor: Tensor) -> int:

@@ -70,9 +70,9 @@ def _unit_flops(unit: UnitPlan, rehearsal: Rehearsal) -> float:
     if unit.takes_blocks:
         return rehearsal.block_flops[unit.span[0]]
     plan = Plan(teacher="", blocks=len(rehearsal.teacher.blocks), units=(unit,), variants={})
-    [parcel] = batches_of(rehearsal.capture, None, plan, rehearsal.teacher.anatomy).values()
+    [batch] = batches_of(rehearsal.capture, None, plan, rehearsal.teacher.anatomy).values()
     module = empty_unit(unit, rehearsal.teacher, torch.float32)
-    inputs = {name: tensor.float() for name, tensor in parcel.inputs.items()}
+    inputs = {name: tensor.float() for name, tensor in batch.inputs.items()}
     with FlopCounterMode(display=False) as counter:
-        module(inputs, parcel.conditioning)
+        module(inputs, batch.conditioning)
     return counter.get_total_flops()

@@ -1,4 +1,4 @@
-"""What a run says of itself: TensorBoard, the line beside the progress bar, the table of its units."""
+"""What a run says of itself: means over micro-batches, TensorBoard, the progress line, the table of its units."""
 
 from __future__ import annotations
 
@@ -9,12 +9,33 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.watch.tensorboard import TensorBoard, mean_over_ranks
 
 _OUTSIDE = ("checkpoint", "pictures")
 """Phases that are no part of a step."""
+
+
+class Means:
+    """Means of what is measured micro-batch by micro-batch; tensors stay on their device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, measured: Mapping[str, Tensor]) -> None:
+        """Add scalars of one micro-batch, the same names every time."""
+        for name, value in measured.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+        self._count += 1
+
+    def drain(self) -> dict[str, float]:
+        """The means since the last call."""
+        means = {name: float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
+        return means
 
 
 class Log:

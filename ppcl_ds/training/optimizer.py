@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-from torch import Tensor
+from torch import Tensor, nn
 
 _SMALLEST = 1e-6
 """Added to a norm that is divided by, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -40,7 +40,7 @@ class UnitOptimizer(BF16_Optimizer):
         self.skipped = dict.fromkeys(self.names, 0)
         """Steps that each unit has skipped because its gradient was not finite."""
         # Under float32, too: the masters are copies then, and there is one way to step, whatever the precision.
-        # A gradient is added to its float32 sum, and let go, as soon as it is there.
+        # A gradient is added to its float32 sum, and freed, as soon as it is there.
         precision = DeepSpeedBF16Config(enabled=True, immediate_grad_update=True)
         super().__init__(optimizer, *arguments, bfloat16_config=precision, grad_acc_dtype=torch.float32, **options)
         if offload:
@@ -48,6 +48,11 @@ class UnitOptimizer(BF16_Optimizer):
                 master.data = master.data.cpu()
                 for parameter in parameters:
                     parameter._hp_mapping = None  # views of the master where it was, which would keep it there
+
+    def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, *place: int) -> None:
+        """Add a gradient to its float32 sum and free it; DeepSpeed before 0.19.8 keeps it, and so adds it again."""
+        super().accumulate_hp_grads_and_remove_lp(lp_param, *place)
+        lp_param.grad = None
 
     @property
     def masters(self) -> Sequence[Tensor]:
@@ -62,7 +67,7 @@ class UnitOptimizer(BF16_Optimizer):
         """
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.fp32_groups_gradients_flat])
         self.norms = dict(zip(self.names, norms.tolist(), strict=True))
-        lengths = self.counted_lengths()
+        lengths = self.clip_norms()
         shares = self.fp32_groups_gradient_flat_partition
         for (name, length), master, share in zip(lengths.items(), self.masters, shares, strict=True):
             if not math.isfinite(length):
@@ -73,18 +78,18 @@ class UnitOptimizer(BF16_Optimizer):
                 share.mul_(self.clip_norm / (length + _SMALLEST))
             master.grad = share.to(master.device)
         self.optimizer.step()
-        self.average()
+        self.update_ema()
         for master in self.masters:
             master.grad = None
         self.update_lp_params()
         self.clear_hp_grads()
 
-    def counted_lengths(self) -> dict[str, float]:
+    def clip_norms(self) -> dict[str, float]:
         """For each part of this stage, the gradient norm by which it is clipped, and skipped if not finite."""
         return self.norms
 
-    def average(self) -> None:
-        """Behind a step: whatever follows the masters."""
+    def update_ema(self) -> None:
+        """Called after each step; units keep no moving average."""
 
 
 class WholeOptimizer(UnitOptimizer):
@@ -104,14 +109,14 @@ class WholeOptimizer(UnitOptimizer):
         self.stages, self.copies, self.ema = stages, copies, ema
         super().__init__(*arguments, **options)
 
-    def counted_lengths(self) -> dict[str, float]:
+    def clip_norms(self) -> dict[str, float]:
         """The norm over the whole model, for each part."""
         square = sum(norm**2 for name, norm in self.norms.items() if name not in self.copies)
         total = torch.tensor(square, dtype=torch.float64, device=self.fp32_groups_gradients_flat[0].device)
         dist.all_reduce(total, group=self.stages)
         return dict.fromkeys(self.names, math.sqrt(float(total)) if total.isfinite() else math.inf)
 
-    def average(self) -> None:
+    def update_ema(self) -> None:
         """Move the average towards the masters."""
         for master in self.masters if self.ema else ():
             state = self.optimizer.state[master]

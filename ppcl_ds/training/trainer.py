@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,6 @@ from torch import Tensor
 from ppcl_ds import launch, reporting
 from ppcl_ds.console import progress
 from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
-from ppcl_ds.distill.library import Inbox
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
 from ppcl_ds.sections import Training as Settings
@@ -25,10 +25,9 @@ from ppcl_ds.training.checks import write_start
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.training.log import Log
-from ppcl_ds.training.rounds import Rounds
 from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.watch.preemption import Preemption
 from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
 from ppcl_ds.watch.timer import Timer, matrix_rate
@@ -63,11 +62,10 @@ class Training(ABC):
         config = read_deepspeed_file(recipe.deepspeed.teacher)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device, settings.micro_batches_per_step)
-        self.inbox = Inbox()
         self.engine, readers = self.build()
         self.group = self.engine.grid.get_pipe_parallel_group()
-        words, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
-        self.exchange = Exchange(self.group, words, self.engine.stage_id, readers)
+        cpu_group, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
+        self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers)
         self.watchdog = Watchdog(settings.timeout)
         self.preemption = Preemption(recipe.run, folder.path)
         self.timer = Timer(self.watchdog.on_phase)
@@ -78,7 +76,7 @@ class Training(ABC):
 
     @abstractmethod
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
-        """The students; and for each stage, the names of the parcels that it reads."""
+        """The students; and for each stage, the names of the batches that it reads."""
 
     def sample_shape(self) -> tuple[tuple[int, int, int], int]:
         """(C, H, W) of the latents and tokens of the prompt of the first sample that is stored."""
@@ -87,16 +85,16 @@ class Training(ABC):
         return (channels, height, width), batch.prompts.embeds.shape[1]
 
     @abstractmethod
-    def forward(self, batch: NoisyBatch) -> Mapping[str, Parcel]:
+    def read_teacher(self, batch: NoisyBatch) -> Mapping[str, UnitBatch]:
         """One teacher forward on this rank's micro-batch, and what every stage reads of it; collective over all."""
 
     @abstractmethod
-    def settle(self, done: int) -> None:
+    def prepare(self, done: int) -> None:
         """What the students need before the first step, or behind `done`; none of it counts as a step's time."""
 
     @abstractmethod
-    def step(self, rounds: Rounds) -> None:
-        """One optimizer step; collective over all ranks."""
+    def step(self, batches: Iterator[NoisyBatch]) -> None:
+        """One optimizer step on this rank's next micro-batches; collective over all ranks."""
 
     @abstractmethod
     def measured(self) -> dict[str, float]:
@@ -118,15 +116,37 @@ class Training(ABC):
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Figures and images of held-out data, see `TensorBoard.images`; collective over all ranks."""
 
-    def rounds(self, step: int) -> Rounds:
-        """This rank's micro-batches behind `step`: of the numbers in a step, each rank takes every world-th."""
+    def batches(self, step: int) -> Iterator[NoisyBatch]:
+        """This rank's micro-batches after `step`: of the numbers in a step, each rank takes every world-th."""
         rank, world = dist.get_rank(), dist.get_world_size()
         first = step * self.settings.micro_batches_per_step + rank
-        stream = self.data.take(first, world)
-
+        stream = map(itemgetter(1), self.data.take(first, world))
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
-        batches = chain([next(stream)], stream)
-        return Rounds(batches, self.forward, self.exchange, self.inbox, self.timer, self.device)
+        return chain([next(stream)], stream)
+
+    def arrivals(self, batches: Iterator[NoisyBatch], steps: int = 1) -> Iterator[Mapping[str, UnitBatch]]:
+        """What this stage reads in so many steps, one micro-batch after the other.
+
+        For each of its own micro-batches a rank runs the teacher; then those of all ranks of its pipe group arrive in
+        turn. All ranks must ask alike. Memory holds one such round, however many micro-batches there are in a step: an
+        arrival is emptied when the next one is asked for.
+        """
+        for _ in range(steps * self.engine.micro_batches // self.engine.num_stages):
+            arriving = self._next_round(batches)
+            for _ in range(self.engine.num_stages):
+                with self.timer.phase("exchange"):
+                    arrived = next(arriving)
+                yield arrived
+                arrived.clear()
+            del arriving  # it holds what was received
+
+    def _next_round(self, batches: Iterator[NoisyBatch]) -> Iterator[dict[str, UnitBatch]]:
+        with self.timer.phase("data"):
+            batch = next(batches)
+        with self.timer.phase("teacher"):
+            read = self.read_teacher(batch)
+        with self.timer.phase("exchange"):
+            return self.exchange(read)
 
     def train(self, until: int | None = None) -> dict[str, float]:
         """Train to the recipe's last step, from the newest checkpoint if there is one.
@@ -145,19 +165,19 @@ class Training(ABC):
         reporting.keep_in(self.folder.progress).update()
         done = self._resume()
         log = self._log()
-        rounds = self.rounds(done)
+        batches = self.batches(done)
 
         def due(step: int, every: int) -> bool:
             return bool(every) and (step % every == 0 or step == last)
 
         with self.watchdog:
-            self.settle(done)
+            self.prepare(done)
             self.timer.drain()
             with progress(self.title, last, done) as advance:
                 logged = done
                 for step in range(done + 1, last + 1):
                     self.watchdog.step = step
-                    self.step(rounds)
+                    self.step(batches)
                     note = ""
                     if due(step, settings.log_every):
                         note = log.write(step, self._measured(), self.timer.drain(), step - logged)

@@ -16,7 +16,7 @@ from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug, replace_forward
 from ppcl_ds.units.spec import PARTS, Export, Kind, Part, Stream, UnitPlan
-from ppcl_ds.units.unit import Parcel, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 
 
 class DepthUnit(Unit):
@@ -96,10 +96,10 @@ class DepthKind(Kind):
         """The call of its first block, and what leaves its last."""
         return Wanted(frozenset(unit.span[:1]), frozenset(unit.span[1:]))
 
-    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
         """The teacher's boundaries before and behind the span."""
         first, last = (anatomy.blocks[index] for index in unit.span)
-        return Parcel(
+        return UnitBatch(
             inputs=capture.streams[first.entering],
             conditioning=capture.conditioning[first.index],
             targets={stream: capture.streams[last.leaving][stream] for stream in unit.streams},

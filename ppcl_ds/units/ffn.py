@@ -20,7 +20,7 @@ from ppcl_ds.teacher.modeling_pruned import narrow_ffn
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug, replace_forward
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan
-from ppcl_ds.units.unit import Parcel, Regression, Unit, WidthUnit, count_parameters
+from ppcl_ds.units.unit import Regression, Unit, UnitBatch, WidthUnit, count_parameters
 
 
 class FFNUnit(WidthUnit):
@@ -48,8 +48,8 @@ class FFNUnit(WidthUnit):
         """What the feed-forwards read -> what they return."""
         return {stream: self.compute(stream, inputs[stream]) for stream in self.parts}
 
-    def settle(self) -> None:
-        """Let go of the teacher's feed-forwards."""
+    def free_calibration(self) -> None:
+        """Free the teacher's feed-forwards."""
         self.whole = {}
 
     @property
@@ -142,10 +142,10 @@ class FFNKind(Kind):
         block = anatomy.blocks[unit.span[0]]
         return {stream: Tap(block.index, block.ffn[stream], read_and_returned) for stream in unit.streams}
 
-    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
         """What each feed-forward read and returned."""
         parts = {stream: capture.parts[tap] for stream, tap in self._taps(unit, anatomy).items()}
-        return Parcel(
+        return UnitBatch(
             inputs={stream: read for stream, (read, _) in parts.items()},
             conditioning={},
             targets={stream: returned for stream, (_, returned) in parts.items()},

@@ -12,7 +12,7 @@ from ppcl_ds.teacher.files import Source
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.spec import Stream
-from ppcl_ds.units.unit import Parcel, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 
 
 def build_unit(plan: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
@@ -44,7 +44,7 @@ def taps_of(plan: Plan, anatomy: Anatomy) -> Wanted:
     return reduce(Wanted.union, (unit.behaviour.taps(unit, anatomy) for unit in plan.units))
 
 
-def batches_of(capture: Capture, text_mask: Tensor | None, plan: Plan, anatomy: Anatomy) -> dict[str, Parcel]:
+def batches_of(capture: Capture, text_mask: Tensor | None, plan: Plan, anatomy: Anatomy) -> dict[str, UnitBatch]:
     """What every unit of the plan needs from one teacher forward (references to the recorded tensors)."""
     return {unit.name: unit.behaviour.batch(unit, capture, text_mask, anatomy) for unit in plan.units}
 

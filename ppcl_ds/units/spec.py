@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
 from ppcl_ds.teacher.files import Source, Sources
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.unit import Parcel, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 
 if TYPE_CHECKING:
     from ppcl_ds.units.plugging import Plug
@@ -168,7 +168,7 @@ class Kind(ABC):
         """What of a teacher forward the unit reads and is judged by."""
 
     @abstractmethod
-    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
         """The same, from a forward in which it was recorded; references, not copies."""
 
     @abstractmethod

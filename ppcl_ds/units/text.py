@@ -21,7 +21,7 @@ from ppcl_ds.teacher.modeling_pruned import ModulatedText, ResidualLinear, make_
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan
-from ppcl_ds.units.unit import Parcel, Regression, Unit, WidthUnit, count_parameters
+from ppcl_ds.units.unit import Regression, Unit, UnitBatch, WidthUnit, count_parameters
 
 
 class TextUnit(WidthUnit):
@@ -111,7 +111,7 @@ class TextKind(Kind):
         parts = frozenset(map(_tap, (unit.span[0], *unit.members)))
         return Wanted(frozenset(), frozenset(unit.span) if unit.streams else frozenset(), parts)
 
-    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
         """The first block's text is read, the others' are what should come of it."""
         first, last = (anatomy.blocks[index] for index in unit.span)
         inputs = {"modulated": capture.parts[_tap(first.index)][0]}
@@ -119,7 +119,7 @@ class TextKind(Kind):
         for stream in unit.streams:
             inputs[stream] = capture.streams[first.leaving][stream]
             targets[stream] = capture.streams[last.leaving][stream]
-        return Parcel(inputs=inputs, conditioning={}, targets=targets, text_mask=text_mask)
+        return UnitBatch(inputs=inputs, conditioning={}, targets=targets, text_mask=text_mask)
 
     def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
         """Linears that change nothing yet."""

@@ -15,7 +15,7 @@ from ppcl_ds.teacher.anatomy import Streams
 
 
 @dataclass(frozen=True)
-class Parcel:
+class UnitBatch:
     """Everything a unit needs from one teacher forward.
 
     Attributes:
@@ -48,14 +48,14 @@ class Unit(nn.Module):
         """Stay as in inference, as the teacher does: no dropout, so that nothing about training is left to chance."""
         return super().train(False)
 
-    def settle(self) -> None:
-        """Let go of what is only needed before training."""
+    def free_calibration(self) -> None:
+        """Free what only calibration needs."""
 
     def recompute(self) -> None:
         """Compute activations again in the backward pass, where that saves memory."""
 
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
-        """A parcel's inputs -> an output for each of its targets."""
+        """A batch's inputs -> an output for each of its targets."""
         raise NotImplementedError
 
 

@@ -21,7 +21,7 @@ from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from tests.conftest import TEACHERS
 from tests.estimate.conftest import Configured
 
@@ -60,7 +60,7 @@ class Real:
         self.block: Block = first
         self.module: nn.Module = anatomy.module(model, first)
         targets = capture.streams[last.leaving]
-        self.parcel = Parcel(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
+        self.parcel = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
 
     def loss(self, checkpointing: bool) -> Tensor:
         if checkpointing:

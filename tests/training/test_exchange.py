@@ -1,4 +1,4 @@
-"""The exchange: every stage receives its units' parcels of all micro-batches, bit for bit.
+"""The exchange: every stage receives its units' tensors of all micro-batches, bit for bit.
 
 Run as a module, this file is one of the two ranks.
 """
@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ppcl_ds.training.exchange import Exchange
-from ppcl_ds.units.unit import Parcel
+from ppcl_ds.units.unit import UnitBatch
 from tests.ranks import run_ranks
 
 UNITS = [["first", "second"], ["third"]]
 TEXT_LENGTHS = [5, 9]
 
 
-def parcels(rank: int) -> dict[str, Parcel]:
+def batches(rank: int) -> dict[str, UnitBatch]:
     """What the teacher's forward on this rank gave: units share conditioning and boundaries, as real ones do."""
     generator = torch.Generator().manual_seed(rank)
     length = TEXT_LENGTHS[rank]
@@ -56,9 +56,9 @@ def parcels(rank: int) -> dict[str, Parcel]:
         "numbers": (rank, 2.5, True, "text"),
     }
     return {
-        "first": Parcel({"image": image, "text": text}, shared, {"image": noise(2, 16, 8)}, mask),
-        "second": Parcel({"image": image, "text": text}, shared | odd, {"text": noise(2, length, 8)}, mask),
-        "third": Parcel({"image": noise(2, 16, 8), "text": text}, shared | odd, {"image": image}, None),
+        "first": UnitBatch({"image": image, "text": text}, shared, {"image": noise(2, 16, 8)}, mask),
+        "second": UnitBatch({"image": image, "text": text}, shared | odd, {"text": noise(2, length, 8)}, mask),
+        "third": UnitBatch({"image": noise(2, 16, 8), "text": text}, shared | odd, {"image": image}, None),
     }
 
 
@@ -69,8 +69,8 @@ def be_a_rank(folder: Path) -> None:
     assert group is not None
     exchange = Exchange(group, group, rank, UNITS)
     for _ in range(3):
-        received = list(exchange(parcels(rank)))
-    fields = [{name: vars(parcel) for name, parcel in each.items()} for each in received]
+        received = list(exchange(batches(rank)))
+    fields = [{name: vars(batch) for name, batch in each.items()} for each in received]
     copies: dict[int, Tensor] = {}  # of the views into what was received; what is one tensor stays one
     fields = pytree.tree_map_only(Tensor, lambda tensor: copies.setdefault(id(tensor), tensor.clone()), fields)
     torch.save(fields, folder / f"rank{rank}.pt")
@@ -79,7 +79,7 @@ def be_a_rank(folder: Path) -> None:
 
 
 Received = list[list[dict[str, dict[str, Any]]]]
-"""By stage, by rank that sent: unit name -> the parcel's fields."""
+"""By stage, by rank that sent: unit name -> the batch's fields."""
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +113,8 @@ def as_bytes(tensor: Tensor) -> bytes:
 
 @pytest.mark.parametrize("sender", [0, 1])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_parcels_arrive_exactly_as_they_were_sent(received: Received, stage: int, sender: int) -> None:
-    sent = parcels(sender)
+def test_batches_arrive_exactly_as_they_were_sent(received: Received, stage: int, sender: int) -> None:
+    sent = batches(sender)
     assert list(received[stage][sender]) == UNITS[stage]
     for name, fields in received[stage][sender].items():
         assert_same(fields, vars(sent[name]), name)
@@ -127,7 +127,7 @@ def test_every_stage_hears_from_every_rank_in_order(received: Received) -> None:
 
 
 def shared_tensors(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tensors that `parcels` puts into both of the first stage's units."""
+    """The tensors that `batches` puts into both of the first stage's units."""
     yield from ((first["inputs"][stream], second["inputs"][stream]) for stream in ("image", "text"))
     yield from zip(*(p["conditioning"]["image_rotary_emb"] for p in (first, second)), strict=True)
     for name in ("temb", "encoder_hidden_states_mask"):
@@ -148,7 +148,7 @@ def test_a_tensor_that_two_units_of_a_stage_share_arrives_once(received: Receive
 def test_with_one_stage_nothing_is_sent() -> None:
     assert not dist.is_initialized()  # so that any communication would fail
     nobody: Any = None
-    own = parcels(0)
+    own = batches(0)
     [kept] = Exchange(nobody, nobody, 0, [["first", "second", "third"]])(own)
     assert kept.keys() == own.keys()
     assert all(kept[name] is own[name] for name in own)

@@ -19,7 +19,7 @@ from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plugging import Plug, replace_forward
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan, register
-from ppcl_ds.units.unit import Parcel, Unit, WidthUnit, count_parameters
+from ppcl_ds.units.unit import Unit, UnitBatch, WidthUnit, count_parameters
 
 HEADS = 2
 
@@ -61,9 +61,9 @@ class MeanAttentionKind(Kind):
     def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
         return Wanted(frozenset(), frozenset(), frozenset([self._tap(unit)]))
 
-    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> Parcel:
+    def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
         read, returned = capture.parts[self._tap(unit)]
-        return Parcel(inputs={"image": read}, conditioning={}, targets={"image": returned}, text_mask=None)
+        return UnitBatch(inputs={"image": read}, conditioning={}, targets={"image": returned}, text_mask=None)
 
     def _channels(self, unit: UnitPlan, teacher: Teacher) -> int:
         return teacher.module(teacher.blocks[unit.span[0]]).get_submodule("attn").to_q.in_features  # type: ignore[union-attr, return-value]
