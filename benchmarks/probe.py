@@ -45,7 +45,7 @@ def micro_batches(tokens: int, channels: int) -> Iterator[tuple[int, Tensor, Ten
 
 
 def streamed(tokens: int, channels: int) -> Probe:
-    """The probe of a block behind one exit, from the sums of both halves."""
+    """The probe of a block after one exit, from the sums of both halves."""
     lane, device = Lane("image", 0, 2, channels), torch.device("cpu")
     first, second = (BlockSums.zero(lane, block, 2, device) for block in range(2))
     for number, before, after in micro_batches(tokens, channels):

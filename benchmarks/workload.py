@@ -43,7 +43,7 @@ class Workload:
         micro_batches: in an optimizer step, over all ranks.
         stages: pipeline stages, and ranks.
         head: channels of an attention head.
-        precision: number format of teacher and units, as a recipe names it; the teacher's files have it, too.
+        precision: dtype of teacher and units, as a recipe names it; the teacher's files have it, too.
     """
 
     blocks: int

@@ -263,11 +263,11 @@ def _checked(path: Path, entry: ShardEntry) -> list[Member]:
     if not entry.is_in(path.parent):
         raise UserError(f"{path} is missing or cut short; run `{shard.COMMAND} RECIPE`")
     with path.open("rb") as file:
-        members, complaints = scan(file)
-    if complaints or len(members) != entry.samples:
+        members, problems = scan(file)
+    if problems or len(members) != entry.samples:
         raise UserError(
             f"{path} holds {len(members)} samples, its index says {entry.samples}"
-            f"{f' ({complaints[0]})' if complaints else ''}; delete it and run `{shard.COMMAND} RECIPE`"
+            f"{f' ({problems[0]})' if problems else ''}; delete it and run `{shard.COMMAND} RECIPE`"
         )
     if sha256(path) != entry.sha256:
         raise UserError(f"{path} has changed since it was written; delete it and run `{shard.COMMAND} RECIPE`")

@@ -118,13 +118,13 @@ class _Indexed(BaseModel):
 def _read(job: _Job, advance: Advance) -> _Indexed:
     path = Path(job.path)
     with path.open("rb") as file:
-        members, complaints = scan(file)
+        members, problems = scan(file)
         shapes, bad = shapes_of(file, members)
     entry = describe(path, [member for member in members if member.key not in bad], shapes=shapes)
-    complaints += [f"{key}: {why}" for key, why in bad.items()]
+    problems += [f"{key}: {why}" for key, why in bad.items()]
     advance(1)
     return _Indexed(
-        entry=entry.model_copy(update={"name": job.name}), skipped=[f"{job.name}:{line}" for line in complaints]
+        entry=entry.model_copy(update={"name": job.name}), skipped=[f"{job.name}:{line}" for line in problems]
     )
 
 

@@ -64,7 +64,7 @@ def inspect(folder: Path, sheet: Path | None = None, samples: int = 64, workers:
         skipped = []
     figures["skipped"] = skipped
     lines = named(skipped, folder / "index.json")
-    lines += named([line for shard in seen for line in shard.complaints], "`ppcl-data verify`")
+    lines += named([line for shard in seen for line in shard.problems], "`ppcl-data verify`")
     if sheet is not None:
         note = write_sheet(sheet, [(path, shard.samples) for path, shard in zip(paths, seen, strict=True)], samples)
         lines.append(f"{sheet}: {note}")
@@ -99,17 +99,17 @@ class _Seen(BaseModel):
     tokens: dict[str, dict[int, int]] = {}
     lacking: dict[str, int] = {}
     """What samples lack -> how many."""
-    complaints: list[str] = []
+    problems: list[str] = []
 
 
 def _look(job: _Job, advance: Advance) -> _Seen:
     path = Path(job.path)
     seen = _Seen(bytes=path.stat().st_size)
     with path.open("rb") as file:
-        members, complaints = scan(file)
-        seen.complaints = [f"{path.name}:{line}" for line in complaints]
-        for complaint in complaints:
-            _count(seen.lacking, complaint.partition(": ")[2])
+        members, problems = scan(file)
+        seen.problems = [f"{path.name}:{line}" for line in problems]
+        for problem in problems:
+            _count(seen.lacking, problem.partition(": ")[2])
         for member in members:
             seen.samples += 1
             _look_at(seen, read_parts(file, member), f"{path.name}:{member.key}")
@@ -149,7 +149,7 @@ def _look_at(seen: _Seen, parts: Mapping[str, bytes], name: str) -> None:
 
 def _note(seen: _Seen, name: str, why: str) -> None:
     _count(seen.lacking, why)
-    seen.complaints.append(f"{name}: {why}")
+    seen.problems.append(f"{name}: {why}")
 
 
 def _count(counts: dict[Any, int], what: str | int) -> None:
@@ -187,7 +187,7 @@ def _figures(paths: list[Path], seen: list[_Seen]) -> dict[str, Any]:
             for name in names
         },
         "lacking": _sum(shard.lacking for shard in seen),
-        "complaints": [line for shard in seen for line in shard.complaints],
+        "problems": [line for shard in seen for line in shard.problems],
     }
 
 

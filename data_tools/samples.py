@@ -47,8 +47,8 @@ def write_partial(partial: Path, samples: Iterable[tuple[str, Mapping[str, bytes
 def members_of(path: Path) -> list[Member]:
     """The samples of a shard that was just written."""
     with path.open("rb") as file:
-        members, complaints = scan(file)
-    assert not complaints, complaints
+        members, problems = scan(file)
+    assert not problems, problems
     return members
 
 

@@ -58,8 +58,8 @@ def shard(data: Data, workers: int = 1) -> Summary:
             _tidy(raw)
             return Summary(f"{raw}: already sharded; delete the folder to do it again", _figures(done, 0))
         raw.rename(partial)  # as a run that was killed: its journal knows the shards that are still there
-    found, complaints = sources.find(data.source, partial / _FETCHED, workers)
-    total, bad = len(found) + len(complaints), list(complaints)
+    found, problems = sources.find(data.source, partial / _FETCHED, workers)
+    total, bad = len(found) + len(problems), list(problems)
     check_bad(bad, total, data.max_bad_fraction, partial / "skipped.log")
     jobs = [
         _Job(f"{split}-{number:06d}.tar", str(partial), tuple(samples), data.longest_side)
@@ -76,7 +76,7 @@ def shard(data: Data, workers: int = 1) -> Summary:
         check_bad(bad, total, data.max_bad_fraction, partial / "skipped.log")
 
     results = spread(_write, jobs, "sharding", workers, journal, check)
-    skipped = complaints + [line for written in results for line in written.skipped]
+    skipped = problems + [line for written in results for line in written.skipped]
     index = Index(
         shards=[written.entry for written in results if written.entry is not None], settings=settings, skipped=skipped
     )

@@ -100,11 +100,11 @@ def find(source: str, fetched: Path, workers: int = 1) -> tuple[list[Found], lis
     """
     local = Path(source)
     if local.is_dir():
-        found, complaints = _in_folder(local)
+        found, problems = _in_folder(local)
     elif local.suffix.lower() in TABLES and not REMOTE.match(source):
-        found, complaints = _in_table(local)
+        found, problems = _in_table(local)
     elif REMOTE.match(source) or source.endswith((".tar", ".tar}")):
-        found, complaints = _in_shards(shard_files(source, fetched, workers))
+        found, problems = _in_shards(shard_files(source, fetched, workers))
     else:
         raise UserError(
             f"{source}: no such folder; set `data.source` to a folder of images with captions, a table "
@@ -117,7 +117,7 @@ def find(source: str, fetched: Path, workers: int = 1) -> tuple[list[Found], lis
                 f"{by_key[sample.key].name} and {sample.name} would both have the key {sample.key}; rename one"
             )
         by_key[sample.key] = sample
-    return sorted(found, key=lambda sample: (sample.place, sample.key)), complaints
+    return sorted(found, key=lambda sample: (sample.place, sample.key)), problems
 
 
 def key_of(name: str) -> str:
@@ -128,7 +128,7 @@ def key_of(name: str) -> str:
 
 
 def _in_folder(source: Path) -> tuple[list[Found], list[str]]:
-    found, complaints = [], []
+    found, problems = [], []
     for image in sorted(source.rglob("*")):
         relative = image.relative_to(source)
         suffix = image.suffix.lower().lstrip(".")
@@ -140,17 +140,17 @@ def _in_folder(source: Path) -> tuple[list[Found], list[str]]:
                 if os.path.lexists(captions := image.with_suffix(f".{kind}")):
                     pieces[kind] = _piece(captions)
         except OSError as fault:
-            complaints.append(f"{_shown(image)}: cannot be read ({fault.strerror})")
+            problems.append(f"{_shown(image)}: cannot be read ({fault.strerror})")
             continue
         if len(pieces) == 1:
-            complaints.append(f"{_shown(image)}: it has no caption; write one to {_shown(image.with_suffix('.txt'))}")
+            problems.append(f"{_shown(image)}: it has no caption; write one to {_shown(image.with_suffix('.txt'))}")
             continue
         found.append(Found(key_of(str(relative.with_suffix(""))), _shown(image), pieces))
-    if not found and not complaints:
+    if not found and not problems:
         raise UserError(
             f"{source}: no images ({', '.join(IMAGE_SUFFIXES)}); set `data.source` to a folder that has some"
         )
-    return found, complaints
+    return found, problems
 
 
 def _in_table(table: Path) -> tuple[list[Found], list[str]]:
@@ -158,11 +158,11 @@ def _in_table(table: Path) -> tuple[list[Found], list[str]]:
         raise UserError(f"{table}: no such file; set `data.source` to a table that is there")
     columns: dict[str, None] = {}
     rows: list[tuple[int, dict[str, Any]]] = []
-    complaints = []
+    problems = []
     reader = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}[table.suffix.lower()]
     for number, row in reader(table):
         if isinstance(row, str):
-            complaints.append(f"{table}:{number}: {row}")
+            problems.append(f"{table}:{number}: {row}")
             continue
         columns |= dict.fromkeys(row)
         rows.append((number, {name: value for name, value in row.items() if name in PATH_COLUMNS or is_caption(name)}))
@@ -179,12 +179,12 @@ def _in_table(table: Path) -> tuple[list[Found], list[str]]:
             sample = _in_row(table, name, row.get(paths), given)
         except (ValueError, OSError) as fault:
             why = fault.strerror if isinstance(fault, OSError) else fault
-            complaints.append(f"{name}: {row.get(paths)}: {why}".encode(errors="backslashreplace").decode())
+            problems.append(f"{name}: {row.get(paths)}: {why}".encode(errors="backslashreplace").decode())
         else:
             found.append(sample)
-    if not found and not complaints:
+    if not found and not problems:
         raise UserError(f"{table} is empty; set `data.source` to a table that has some rows")
-    return found, complaints
+    return found, problems
 
 
 def _in_row(table: Path, name: str, path: Any, captions: dict[str, str]) -> Found:
@@ -245,17 +245,17 @@ def _parquet(table: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def _in_shards(shards: Sequence[tuple[str, Path]]) -> tuple[list[Found], list[str]]:
-    found, complaints = [], []
+    found, problems = [], []
     for name, path in shards:
         with path.open("rb") as file:
             members, bad = scan(file)
-        complaints += [f"{name}:{complaint}" for complaint in bad]
+        problems += [f"{name}:{problem}" for problem in bad]
         stat = path.stat()
         stem = Path(shard_name(name)).stem
         for member in members:
             suffix = image_suffix(member.parts)
             if not suffix:
-                complaints.append(f"{name}:{member.key}: no image ({', '.join(IMAGE_SUFFIXES)})")
+                problems.append(f"{name}:{member.key}: no image ({', '.join(IMAGE_SUFFIXES)})")
                 continue
             pieces = {
                 kind: Piece(str(path), *member.parts[kind], stat.st_mtime_ns)
@@ -264,11 +264,11 @@ def _in_shards(shards: Sequence[tuple[str, Path]]) -> tuple[list[Found], list[st
             }
             # Many number their samples anew in each shard, so a key alone does not tell them apart.
             found.append(Found(key_of(f"{stem}/{member.key}"), f"{name}:{member.key}", pieces))
-    if not found and not complaints:
+    if not found and not problems:
         raise UserError(
             f"{', '.join(name for name, _ in shards[:3])}: no samples; set `data.source` to shards with some"
         )
-    return found, complaints
+    return found, problems
 
 
 def _piece(path: Path) -> Piece:

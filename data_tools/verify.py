@@ -91,11 +91,12 @@ def see(path: Path, entry: ShardEntry | None = None, advance: Callable[[int], No
     Returns:
         What is wrong, and what is good. Nothing is raised for what lies in the file.
     """
-    problems, good = [], []
+    problems: list[str] = []
+    good = []
     try:
         with path.open("rb") as file:
-            members, complaints = scan(file)
-            bad = [f"{path.name}:{complaint}" for complaint in complaints]
+            members, problems = scan(file)
+            bad = [f"{path.name}:{problem}" for problem in problems]
             for member in members:
                 try:
                     check_sample(read_parts(file, member))

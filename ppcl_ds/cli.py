@@ -240,7 +240,8 @@ def consolidate(
         typer.Option(metavar="DIR", help="Write the one variant into this folder.", show_default="pruned/VARIANT"),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="fp32|bf16|fp16", help="Number format.", show_default="the teacher's files'")
+        str | None,
+        typer.Option(metavar="fp32|bf16|fp16", help="Dtype of the weights.", show_default="the teacher's files'"),
     ] = None,
     max_shard_size: ShardSize = SHARD_SIZE,
     single_file: Annotated[

@@ -34,13 +34,13 @@ LOG_SECONDS = 10.0
 """Least time between two progress lines where there is no terminal, and between two writings of the progress file."""
 
 
-_CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
+CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that complain, whenever diffusers is imported, that optional kernels of quantising packages do not load."""
 
 
 def run(app: typer.Typer) -> None:
     """Run a command line: a `UserError` is one line on stderr and exit code 2; SIGTERM unwinds like Ctrl-C."""
-    for name in _CHATTY:
+    for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     reporting.keep_in(reporting.of_job())

@@ -153,7 +153,7 @@ def end(code: int = 0) -> NoReturn:
     """End the process of a rank that has joined others, without taking its interpreter down.
 
     DeepSpeed keeps the process groups, and with them threads of gloo, each of which may hold
-    the last reference to a tensor that went to another rank. Such a thread needs the interpreter to let go of it, and
+    the last reference to a tensor that went to another rank. Such a thread needs the interpreter to free it, and
     aborts the process where the interpreter is on its way down (https://github.com/pytorch/pytorch/pull/179291).
     """
     atexit._run_exitfuncs()

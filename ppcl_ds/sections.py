@@ -29,7 +29,7 @@ class ImageEncoding(Section):
     """How images become latents.
 
     Every image goes to the bucket whose aspect ratio is nearest to its own: it is scaled until it covers the bucket,
-    and what stands over is cut off on both sides alike.
+    and what is left over is centre-cropped.
     """
 
     encoder: Literal["pixels", "vae"] = "pixels"
@@ -132,7 +132,7 @@ class Teacher(Section):
     path: Path
     """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder that has `transformer/`."""
     precision: Precision = "bf16"
-    """Number format of teacher and units while they run; masters and optimizer state are always float32."""
+    """Dtype of teacher and units while they run; masters and optimizer state are always float32."""
     ranks_per_copy: int | None = Field(default=None, gt=1)
     """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
     so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
@@ -293,10 +293,10 @@ class Finetune(Training):
     velocity_weight: float = Field(default=1.0, ge=0)
     """Weight of the mean squared error from the teacher's velocity."""
     boundary_weight: float = Field(default=0.0, ge=0)
-    """Weight of the boundary loss behind every unit, as in the local phase; summed over units and streams."""
+    """Weight of the boundary loss after every unit, as in the local phase; summed over units and streams."""
     trainable: Literal["all", "neighbours", "units"] = "all"
     """What is trained. `units`: what took the place of teacher blocks or parts. `neighbours`: also the teacher's blocks
-    just before and behind a unit, and what is left of blocks that have width units. `all`: the whole model."""
+    just before and after a unit, and what is left of blocks that have width units. `all`: the whole model."""
     kept_lr: float = Field(default=1.0, gt=0)
     """Learning rate of whatever is not a unit, as a multiple of `optimizer.lr`."""
     ema: Share = 0.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import json
+import logging
 import os
 import random
 import runpy
@@ -128,6 +129,10 @@ def start_server() -> str:
 
 def serve(address: str) -> None:
     """Import everything, then fork a manager for every request, until standard input closes."""
+    from ppcl_ds.console import CHATTY
+
+    for name in CHATTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for name in IMPORTED:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")

@@ -131,7 +131,7 @@ def _order(recipe: Recipe, step: Step, folder: Path) -> list[str]:
 
 
 def _queue(run: Path, chosen: Sequence[Step], orders: dict[str, list[str]]) -> dict[str, str]:
-    """Queue the steps, each behind those it waits for; all or none."""
+    """Queue the steps, each after those it waits for; all or none."""
     environment = {"PPCL_SLURM": str(folder_of(run).resolve()), "PPCL_PYTHON": sys.executable}
     jobs: dict[str, str] = {}
     chain: list[Queued] = []

@@ -150,7 +150,7 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
         closed: whether it must end as a tar ends, which a part cut out of one does not.
 
     Returns:
-        Samples that can be used, in stored order, and complaints, `key: why` or `byte N: why`.
+        Samples that can be used, in stored order, and problems, `key: why` or `byte N: why`.
     """
     size = file.seek(0, os.SEEK_END)
     found: dict[str, Member] = {}
@@ -161,7 +161,7 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
             for entry in tar:
                 if not _all_zeros(file, end, entry.offset):
-                    # What lay there may have been a part of the sample before or behind.
+                    # What lay there may have been a part of the sample before or after.
                     bad[f"byte {end}"] = "damaged"
                     last = ""
                 end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)

@@ -63,7 +63,7 @@ class PipelineTextEncoder:
         captions: `max_tokens` is the whole length, CLIP's tokens included where the family has them (SD3);
             `width` and `pooled_width` must be those of the text encoders.
         device: where the text encoders run and prompts are returned.
-        dtype: number format of the text encoders; default bfloat16 on CUDA, float32 elsewhere.
+        dtype: of the text encoders; default bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         UserError: the folder has no such text encoders, or `captions` does not suit them.
@@ -133,7 +133,7 @@ class VaeEncoder:
         folder: the pipeline folder; only its VAE is read.
         step: sides of all images are multiples of it.
         device: where the VAE runs and latents are returned.
-        dtype: number format of the VAE; default bfloat16 on CUDA, float32 elsewhere.
+        dtype: of the VAE; default bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         UserError: the folder has no such VAE, or it cannot encode images whose sides are multiples of `step`.

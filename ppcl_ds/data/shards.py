@@ -51,7 +51,7 @@ class Shards:
     ) -> None:
         self.place, self.cache = place, cache
         self.starts = np.cumsum([0, *(entry.samples for entry in entries)])
-        """Number of the first sample of each shard; behind them, how many there are."""
+        """Number of the first sample of each shard; after them, how many there are."""
         # Arrays, because every worker process of every rank has them.
         self.begins = np.array([offset for entry in entries for offset in entry.offsets], dtype=np.int64)
         """Where each sample begins in its shard, in bytes."""
@@ -84,9 +84,9 @@ class Shards:
         entry = self.entries[shard]
         start, end = int(self.begins[number]), int(self.ends[number])
         data = self._bytes(shard, start, end - start)
-        found, complaints = scan(io.BytesIO(data), closed=False)
+        found, problems = scan(io.BytesIO(data), closed=False)
         if not found or found[0].offset:
-            why = complaints[0] if complaints else "not there"
+            why = problems[0] if problems else "not there"
             raise BadSampleError(
                 f"{entry.name}:{why}" + ("" if len(data) == end - start else ": the shard is cut short")
             )

@@ -87,7 +87,7 @@ class Bench:
         """All figures of one model, and its pictures (N, C, H, W) in [-1, 1].
 
         Args:
-            model: already in the recipe's number format.
+            model: already in the recipe's dtype.
         """
         velocities = self.heldout.velocities(model)
         latents = self._draw(model)

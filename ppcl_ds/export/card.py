@@ -54,7 +54,7 @@ class Facts(BaseModel):
         model_class: class of the transformer.
         own_code: the module in the transformer's folder that has the class, where diffusers does not have it.
         pipeline_class: class of the whole pipeline, where the folder is one.
-        dtype: number format of most weights before quantising.
+        dtype: of most weights before quantising.
         block_share: parameters in the blocks over those in the teacher's.
         blocks, teacher_blocks: number of blocks.
         step: training steps of the units.

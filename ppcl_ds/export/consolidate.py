@@ -58,7 +58,7 @@ class Form:
     """What an export looks like.
 
     Attributes:
-        dtype: number format, a key of `FORMATS`; None: that of the teacher's files.
+        dtype: of the weights; a key of `FORMATS`; None: that of the teacher's files.
         max_shard_size: bytes of a weights file.
         single_file: whether to add one file for ComfyUI.
         quantize: a key of `quantise.PACKAGES`, or None.

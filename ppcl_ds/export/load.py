@@ -26,7 +26,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 
     Args:
         folder: with `config.json` and safetensors, or a pipeline folder with `transformer/`.
-        dtype: number format; what a family keeps in float32 stays so.
+        dtype: of the weights; what a family keeps in float32 stays so.
 
     Raises:
         UserError: there is no such model, or its files cannot be read.
@@ -45,7 +45,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
 
     Args:
         folder: with `model_index.json`.
-        dtype: number format of all its models.
+        dtype: of all its models.
 
     Raises:
         UserError: there is no such pipeline, or its files cannot be read.

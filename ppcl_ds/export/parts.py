@@ -50,7 +50,7 @@ class Parts:
         A footgun: kohya's `ff_context_net_2` is a `ff_context`, though it begins with `ff_`, so the longest name wins.
 
         Args:
-            tail: what stands behind the block's number, in any layout.
+            tail: what stands after the block's number, in any layout.
         """
         flat = tail.replace(".", "_")
         fits = {len(name): part for name, part in self._names() if f"{flat}_".startswith(f"{name}_")}

@@ -6,7 +6,7 @@ github.com/OPPO-Mente-Lab/Qwen-Image-Pruning, src/transformer_qwenimage_pruning.
 
     single_stream_index   blocks without a text stream: attention reads `txt_proj` of the modulated text of the last
                           block before them that has one
-    ehs_proj_index        of those, blocks behind which the text stream moves on by `ehs_proj`
+    ehs_proj_index        of those, blocks after which the text stream moves on by `ehs_proj`
     ffn_proj_index        blocks whose feed-forwards are one linear each (`img_ffn_proj`, `txt_ffn_proj`), added to the
                           stream without modulation; half of their modulation is gone with it
 

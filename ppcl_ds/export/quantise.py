@@ -36,7 +36,7 @@ def quantise(model_class: Any, source: Path, out: Path, method: str, dtype: torc
 
     Args:
         source: a diffusers model folder that is not quantised.
-        dtype: number format of what stays unquantised, and of the arithmetic.
+        dtype: of what stays unquantised, and of the arithmetic.
     """
     config = _config(method, dtype)
     model: nn.Module = model_class.from_pretrained(source, quantization_config=config, torch_dtype=dtype)

@@ -35,7 +35,7 @@ class Renamed:
     Attributes:
         name: the new name; None where the block, or the part of it, has gone.
         block: list and number of the teacher's block; None outside the blocks.
-        tail: what stands behind the number, such as `attn.to_q.lora_A.weight`.
+        tail: what stands after the number, such as `attn.to_q.lora_A.weight`.
         unit: the unit that took its place; None where it stays.
     """
 

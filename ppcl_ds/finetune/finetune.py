@@ -60,7 +60,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
         source = (open_run(from_run) if from_run else recipe).distillation
         library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, teacher))
     start = Start(recipe, settings, variant, plan, teacher, library)
-    config = start.layout().config  # complains of a unit that the library lacks
+    config = start.layout().config  # names a unit that the library lacks
     keys = [block.key for block in Anatomy(empty_model(config)).blocks]
     stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
     return start

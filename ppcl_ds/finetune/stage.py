@@ -2,7 +2,7 @@
 
 Every stage runs the family's unchanged `forward` on the micro-batch's own latents, prompts and noise levels. Embeddings
 and conditioning (time, RoPE, masks) are computed where they are needed, as that takes less than sending them; what the
-blocks of earlier stages return is received instead, and behind the stage's last block the forward ends. So nothing here
+blocks of earlier stages return is received instead, and after the stage's last block the forward ends. So nothing here
 knows of any family.
 
 Shapes: B batch, S tokens of a stream, C channels.

@@ -72,7 +72,7 @@ def budget_of(
     """The recipe's budget.
 
     Args:
-        dtype: number format of the run.
+        dtype: of the run.
         units: those that will be asked about.
         swaps: what was measured; without it, parameters stand for seconds.
     """

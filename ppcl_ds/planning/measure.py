@@ -106,7 +106,7 @@ class SwapBench:
     def _batches(self, title: str) -> Iterator[tuple[bool, NoisyBatch]]:
         """This rank's micro-batches, and whether each counts: all ranks run the teacher together, equally often.
 
-        They come behind those that `ppcl evaluate` reads: the next held-out samples, or the same again under another
+        They come after those that `ppcl evaluate` reads: the next held-out samples, or the same again under another
         noise where there are no more, so that variants are not judged by what they were chosen by.
         """
         settings, world = self.recipe.evaluate, dist.get_world_size()

@@ -56,12 +56,12 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: something is.
     """
-    _, complaints = check_plan(recipe.plan_file, open_teacher(recipe))
+    _, problems = check_plan(recipe.plan_file, open_teacher(recipe))
     console = Console(stderr=True, highlight=False)
-    for complaint in complaints[:-1]:
-        console.print(f"error: plan {recipe.plan_file}: {complaint}", markup=False, soft_wrap=True)
-    if complaints:
-        raise UserError(f"plan {recipe.plan_file}: {complaints[-1]}")
+    for problem in problems[:-1]:
+        console.print(f"error: plan {recipe.plan_file}: {problem}", markup=False, soft_wrap=True)
+    if problems:
+        raise UserError(f"plan {recipe.plan_file}: {problems[-1]}")
     print(f"{recipe.plan_file} is in order")
 
 

@@ -40,7 +40,7 @@ class Affine(NamedTuple):
         return tokens.to(self.weight) @ self.weight + self.bias
 
     def then(self, other: Affine) -> Affine:
-        """This map, and `other` behind it."""
+        """This map, and `other` after it."""
         return Affine(self.weight @ other.weight, self.bias @ other.weight + other.bias)
 
 

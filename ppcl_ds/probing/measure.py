@@ -2,7 +2,7 @@
 
 The chain "block u, then probes u + 1, ..., v" is one affine map of block u's output, so its distance from block v's
 output is a sum over second moments. Blocks are visited from the last to the first: what a chain needs of the blocks
-behind u is small or has been solved by then, and their moments are gone.
+after u is small or has been solved by then, and their moments are gone.
 Shapes: C channels, M blocks, K minibatches of at most S tokens.
 """
 

@@ -153,7 +153,7 @@ def span_end(row: Sequence[float | None], u: int) -> int:
 
 
 def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """The paper's spans: each ends where `span_end` says, the next one starts behind it.
+    """The paper's spans: each ends where `span_end` says, the next one starts after it.
 
     Args:
         lists: block numbers of each block list.

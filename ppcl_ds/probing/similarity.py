@@ -47,7 +47,7 @@ class Minibatches:
     """Tokens in minibatches, for minibatch CKA (Nguyen et al., arXiv 2010.15327, eq. 3).
 
     Args:
-        tokens: (K, S, C); what stands behind a minibatch's count does not matter.
+        tokens: (K, S, C); what stands after a minibatch's count does not matter.
         counts: (K,); minibatches of fewer than `FEWEST` tokens are left out.
     """
 

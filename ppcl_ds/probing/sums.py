@@ -75,7 +75,7 @@ def lanes_of(anatomy: Anatomy, capture: Capture, unused: Sequence[str]) -> list[
 
 
 class BlockSums:
-    """Sums at the exit of one block in one stream, and with the exits behind it. All tensors simply add up.
+    """Sums at the exit of one block in one stream, and with the exits after it. All tensors simply add up.
 
     Attributes:
         moments: (2, D, C, C) float64: for each half, h_u^T h_v with v = u, u + 1, ..., u + D - 1.

@@ -140,7 +140,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a forward is run for; behind the last wanted block it ends.
+    """What a forward is run for; after the last wanted block it ends.
 
     Attributes:
         calls: blocks whose arguments are wanted, the streams that enter them included.
@@ -235,7 +235,7 @@ class Anatomy:
         """Record what crosses the boundaries in the forwards run inside; references, not copies.
 
         The model's own forward runs unchanged. Without `wanted` it runs to its end and every boundary and every block's
-        arguments are recorded; with it, the rest is not held, and the forward ends behind the last wanted block and
+        arguments are recorded; with it, the rest is not held, and the forward ends after the last wanted block and
         returns one empty tensor.
         """
         capture = Capture()
@@ -252,7 +252,7 @@ class Anatomy:
                 if block.index in exits:
                     stack.callback(module.register_forward_hook(partial(_record_exit, capture, block)).remove)
                 if wanted and stops and block.index == wanted.last:
-                    # The last hook of the block: a sharded block has let go of its parameters by then.
+                    # The last hook of the block: a sharded block has freed its parameters by then.
                     stack.callback(module.register_forward_hook(_stop).remove)
             if stops:
                 model.forward = partial(_until_stopped, model.forward)

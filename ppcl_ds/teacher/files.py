@@ -43,7 +43,7 @@ class Source:
         return self.shape.numel() * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> Source:
-        """The same tensor in another number format, converted when it is loaded."""
+        """The same tensor in another dtype, converted when it is loaded."""
         return self if dtype == self.dtype else replace(self, dtype=dtype, load=lambda: self.load().to(dtype))
 
 
@@ -133,7 +133,7 @@ class ModelFiles:
         return empty_model(config or self.config)
 
     def runs_as(self, key: str, dtype: torch.dtype) -> torch.dtype:
-        """The number format of a tensor in a model that runs as `dtype`: float32 where the family insists on it."""
+        """The dtype of a tensor in a model that runs as `dtype`: float32 where the family insists on it."""
         kept = set(getattr(self.model_class, "_keep_in_fp32_modules", None) or ())
         return torch.float32 if kept & set(key.split(".")) else dtype
 

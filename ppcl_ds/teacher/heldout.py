@@ -30,7 +30,7 @@ class HeldOut:
         """The model's velocity for every micro-batch, (B, C, H, W) float32 on the CPU.
 
         Args:
-            model: already in the recipe's number format; it is moved to the device.
+            model: already in the recipe's dtype; it is moved to the device.
         """
         model.to(self.device)
         return [self.velocity(model, batch) for batch in self.batches]

@@ -6,7 +6,7 @@ forward; what is gone is replaced inside them. Four configuration keys say what:
 
     linear_text   blocks whose attention reads `text_in` of the modulated text of the last block before them that is
                   not listed; their own text parts are gone, and the text stream passes through them unchanged
-    text_jumps    of those, the blocks behind which the text stream moves on by `text_out`
+    text_jumps    of those, the blocks after which the text stream moves on by `text_out`
     narrow_ffn    feed-forward part -> hidden channels that are left; 0: one linear
     plain_ffn     feed-forward parts that are added to their stream without modulation and gate
 
@@ -146,7 +146,7 @@ def make_text_linear(block: Any, source: ModulatedText, jump: bool) -> None:
 
     Args:
         source: carries the modulated text of the block that has it.
-        jump: whether the text stream moves on behind this block.
+        jump: whether the text stream moves on after this block.
     """
     weight = block.attn.add_k_proj.weight
     for name in text_parts(block):

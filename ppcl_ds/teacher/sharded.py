@@ -43,7 +43,7 @@ def load_teacher(
 
     Args:
         config: DeepSpeed configuration with ZeRO stage 3.
-        dtype: number format; what the family keeps in float32 stays float32.
+        dtype: of the weights; what the family keeps in float32 stays float32.
         ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
             (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
             nodes. With all ranks, or one alone, there is just the one partition over all.
@@ -66,7 +66,7 @@ def load_teacher(
             module.register_parameter(name, own)
             _fill_partition(files, key, own)
     for name, buffer in model.named_buffers():
-        if name in files.keys:  # stored ones come in the number format of parameters, computed ones stay as they are
+        if name in files.keys:  # stored ones come in the dtype of parameters, computed ones stay as they are
             buffer.data = files.tensor(name).to(files.runs_as(name, dtype))
     model.to(get_accelerator().current_device_name())
     # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
@@ -82,7 +82,7 @@ def forget_order(engine: deepspeed.DeepSpeedEngine) -> None:
     """Have the next forwards record anew in which order parameters are fetched.
 
     DeepSpeed fetches ahead along the order it has recorded. After a forward that went further than the next ones will,
-    it would fetch, in each of them, what nobody uses, and leave that gathered behind the forward.
+    it would fetch, in each of them, what nobody uses, and leave that gathered after the forward.
     """
     coordinator = engine.optimizer.get_param_coordinator()
     if not coordinator.is_invalid_trace():

@@ -70,7 +70,7 @@ class StudentsEngine(PipelineEngine):
         students: built on every rank of the world.
         config: the students' DeepSpeed file.
         settings: batch, steps and optimizer.
-        precision: number format of the parameters.
+        precision: dtype of the parameters.
     """
 
     def __init__(self, students: Students, config: dict[str, Any], settings: Training, precision: Precision) -> None:
@@ -128,7 +128,7 @@ class StudentsEngine(PipelineEngine):
         return BFLOAT16
 
     def _configure_bf16_optimizer(self, optimizer: torch.optim.Optimizer) -> UnitOptimizer:
-        with redirect_stdout(StringIO()):  # it prints the memory before and behind every group
+        with redirect_stdout(StringIO()):  # it prints the memory before and after every group
             return self.make_optimizer(
                 optimizer,
                 self.param_names,

@@ -29,7 +29,7 @@ class Rehearsal:
     """What one forward of the teacher showed.
 
     Attributes:
-        model: the teacher on the meta device, in the number formats that it runs in.
+        model: the teacher on the meta device, in the dtypes that it runs in.
         teacher: what it is a copy of.
         capture: every boundary, every block's arguments and what was wanted of its parts, meta tensors.
         text_mask: (B, S) bool.
@@ -67,7 +67,7 @@ def rehearse(
         latents: (C, H, W) of a sample.
         text_tokens: S of its prompt; all of them count.
         batch: B.
-        dtype: number format that the teacher runs in.
+        dtype: that the teacher runs in.
         taps: what is wanted of parts of blocks.
 
     Raises:

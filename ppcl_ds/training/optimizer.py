@@ -19,7 +19,7 @@ _SMALLEST = 1e-6
 class UnitOptimizer(BF16_Optimizer):
     """DeepSpeed's ZeRO-1 optimizer, one parameter group a unit.
 
-    Each unit is one flat vector: parameters in the run's number format and gradients summed up in float32 are whole on
+    Each unit is one flat vector: parameters in the run's dtype and gradients summed up in float32 are whole on
     every data replica, float32 masters and moments are divided over them. Clipping and what is not finite are settled
     unit by unit; the stock class takes one norm over all units of all stages, and skips them all together.
 
@@ -98,8 +98,8 @@ class WholeOptimizer(UnitOptimizer):
     Args:
         stages: the pipe group, whose ranks hold the model between them; they step together.
         copies: parts whose gradients another stage counts, as it holds the same ones.
-        ema: largest decay of a moving average of the masters, 0: none. It starts with those behind the first step;
-            behind step t its decay is at most (1 + t) / (10 + t), as in diffusers' `EMAModel`, so that a short training
+        ema: largest decay of a moving average of the masters, 0: none. It starts with those after the first step;
+            after step t its decay is at most (1 + t) / (10 + t), as in diffusers' `EMAModel`, so that a short training
             leaves its beginning behind. It stands in the optimizer's state, as `ema`.
     """
 

@@ -48,16 +48,16 @@ class Saver:
             for left in self.folder.glob("*.partial"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
-        complaint = _first(self._attempt(partial.mkdir, parents=True, exist_ok=True))
-        complaint = complaint or _first(self._attempt(self._write_own, partial))
+        problem = _first(self._attempt(partial.mkdir, parents=True, exist_ok=True))
+        problem = problem or _first(self._attempt(self._write_own, partial))
         units = self._units_of_all()
-        if dist.get_rank() == 0 and not complaint:
-            complaint = self._attempt(self._publish, partial, Contents(step=step, units=units))
-        complaint = _first(complaint)
+        if dist.get_rank() == 0 and not problem:
+            problem = self._attempt(self._publish, partial, Contents(step=step, units=units))
+        problem = _first(problem)
         self.alive()
         if dist.get_rank() == 0:
-            self._forget(partial if complaint else None, step)
-        return complaint
+            self._forget(partial if problem else None, step)
+        return problem
 
     def _forget(self, failed: Path | None, step: int) -> None:
         """Delete what is no checkpoint, and the oldest ones."""
@@ -164,6 +164,6 @@ class Saver:
                 get_accelerator().set_rng_state(accelerator)
 
 
-def _first(complaint: str) -> str:
-    """The complaint of the first rank that has one, on every rank."""
-    return next(filter(None, launch.all_gather(complaint)), "")
+def _first(problem: str) -> str:
+    """The problem of the first rank that has one, on every rank."""
+    return next(filter(None, launch.all_gather(problem)), "")

@@ -90,7 +90,7 @@ class Training(ABC):
 
     @abstractmethod
     def prepare(self, done: int) -> None:
-        """What the students need before the first step, or behind `done`; none of it counts as a step's time."""
+        """What the students need before the first step, or after `done`; none of it counts as a step's time."""
 
     @abstractmethod
     def step(self, batches: Iterator[NoisyBatch]) -> None:
@@ -152,7 +152,7 @@ class Training(ABC):
         """Train to the recipe's last step, from the newest checkpoint if there is one.
 
         Args:
-            until: stop behind this step already, with a checkpoint.
+            until: stop after this step already, with a checkpoint.
 
         Returns:
             What was last written down.
@@ -229,8 +229,8 @@ class Training(ABC):
 
     def _save(self, step: int, last: bool) -> None:
         with self.timer.phase("checkpoint"):
-            complaint = self.saver.save(step)
-        if complaint and last:
-            raise UserError(f"{complaint}; make room and run the same command: it goes on from the last checkpoint")
-        if complaint and dist.get_rank() == 0:
-            print(f"warning: no checkpoint of step {step}: {complaint}; training goes on", flush=True)
+            problem = self.saver.save(step)
+        if problem and last:
+            raise UserError(f"{problem}; make room and run the same command: it goes on from the last checkpoint")
+        if problem and dist.get_rank() == 0:
+            print(f"warning: no checkpoint of step {step}: {problem}; training goes on", flush=True)

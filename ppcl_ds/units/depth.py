@@ -97,7 +97,7 @@ class DepthKind(Kind):
         return Wanted(frozenset(unit.span[:1]), frozenset(unit.span[1:]))
 
     def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
-        """The teacher's boundaries before and behind the span."""
+        """The teacher's boundaries before and after the span."""
         first, last = (anatomy.blocks[index] for index in unit.span)
         return UnitBatch(
             inputs=capture.streams[first.entering],

@@ -55,7 +55,7 @@ def parameters_saved(unit: UnitPlan, teacher: Teacher) -> int:
 
 
 def boundaries_of(plan: Plan, variant: str) -> dict[int, tuple[int, tuple[Stream, ...]]]:
-    """Where a variant can be compared with its teacher: behind each unit.
+    """Where a variant can be compared with its teacher: after each unit.
 
     Returns:
         Number of the variant's block -> the teacher's block whose leaving streams its own should be, and which streams.

@@ -112,9 +112,9 @@ def load_plan(path: Path, teacher: Teacher) -> Plan:
     Raises:
         UserError: one line that names the file and the unit or variant that is wrong.
     """
-    plan, complaints = check_plan(path, teacher)
-    if plan is None or complaints:
-        raise UserError(f"plan {path}: {complaints[0]}")
+    plan, problems = check_plan(path, teacher)
+    if plan is None or problems:
+        raise UserError(f"plan {path}: {problems[0]}")
     return plan
 
 
@@ -131,21 +131,21 @@ def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
         own = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
         return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {own}"]
-    return plan, list(_complaints(plan, teacher))
+    return plan, list(_problems(plan, teacher))
 
 
-def _complaints(plan: Plan, teacher: Teacher) -> Iterator[str]:
+def _problems(plan: Plan, teacher: Teacher) -> Iterator[str]:
     names = [unit.name for unit in plan.units]
     yield from (f"two units are called '{name}'" for name in sorted({n for n in names if names.count(n) > 1}))
     for unit in plan.units:
-        complaint = _unit_complaint(unit, teacher)
-        if complaint:
-            yield f"unit '{unit.name}': {complaint}"
+        problem = _unit_problem(unit, teacher)
+        if problem:
+            yield f"unit '{unit.name}': {problem}"
     for variant in plan.variants:
-        yield from _variant_complaints(plan, variant)
+        yield from _variant_problems(plan, variant)
 
 
-def _unit_complaint(unit: UnitPlan, teacher: Teacher) -> str:
+def _unit_problem(unit: UnitPlan, teacher: Teacher) -> str:
     first, last = unit.span
     if not 0 <= first <= last < len(teacher.blocks):
         return f"span {list(unit.span)} is not possible; this teacher has blocks 0 to {len(teacher.blocks) - 1}"
@@ -156,7 +156,7 @@ def _unit_complaint(unit: UnitPlan, teacher: Teacher) -> str:
     return unit.behaviour.problem(unit, teacher)
 
 
-def _variant_complaints(plan: Plan, variant: str) -> Iterator[str]:
+def _variant_problems(plan: Plan, variant: str) -> Iterator[str]:
     if "/" in variant or variant in ("", ".", "..", "teacher") or variant.endswith((UNDISTILLED, FINETUNED)):
         yield (
             f"variant '{variant}' needs another name: one that can be a folder, not 'teacher', '...{UNDISTILLED}' or "

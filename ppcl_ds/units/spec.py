@@ -149,9 +149,9 @@ class Kind(ABC):
         return ()
 
     def boundary(self, unit: UnitPlan, blocks: int) -> tuple[Stream, ...]:
-        """The streams behind the unit's span by which a whole variant can be compared with its teacher.
+        """The streams after the unit's span by which a whole variant can be compared with its teacher.
 
-        Attention mixes the streams, so the image is always among them; nobody reads the text behind the last block.
+        Attention mixes the streams, so the image is always among them; nobody reads the text after the last block.
 
         Args:
             blocks: of the teacher.

@@ -1,7 +1,7 @@
 """Text units: the text stream of a group of blocks as linears.
 
 The attention of all but the group's first block reads a linear of that block's modulated text, and the stream jumps by
-one linear from behind the first block to the group's end.
+one linear from the end of the first block to the group's end.
 Shapes: B batch, S tokens, C channels.
 """
 
@@ -29,7 +29,7 @@ class TextUnit(WidthUnit):
 
     Args:
         outputs: what it computes: the text as each block's attention reads it, from that of the group's first block
-            (input `modulated`), and under `text` the stream behind the group, from the stream behind its first block.
+            (input `modulated`), and under `text` the stream after the group, from the stream after its first block.
         channels: C.
     """
 
@@ -68,14 +68,14 @@ def _tap(block: int) -> Tap:
 class TextKind(Kind):
     """Linears for a group's text.
 
-    Its streams are `text`, or nothing where the group ends with the last block, behind which nobody reads it.
+    Its streams are `text`, or nothing where the group ends with the last block, after which nobody reads it.
     """
 
     name = "text"
     one_block = False
 
     def outputs(self, unit: UnitPlan) -> tuple[str, ...]:
-        """The text that each member's attention reads, and the stream behind the group."""
+        """The text that each member's attention reads, and the stream after the group."""
         return (*(modulated(block) for block in unit.members), *unit.streams)
 
     def footprint(self, unit: UnitPlan) -> frozenset[Part]:
@@ -101,13 +101,13 @@ class TextKind(Kind):
         if without := next((block for block in blocks if not block.text_only), None):
             return f"block {without.index} has no text stream of its own that could become linear"
         if unit.span[1] == len(teacher.blocks) - 1:
-            return "streams must be []: nobody reads the text behind the last block" if unit.streams else ""
+            return "streams must be []: nobody reads the text after the last block" if unit.streams else ""
         if unit.streams != ("text",):
-            return f"streams must be [text]: block {unit.span[1] + 1} reads the text behind the group"
+            return f"streams must be [text]: block {unit.span[1] + 1} reads the text after the group"
         return ""
 
     def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
-        """The text at each attention, and the stream behind the first and the last block."""
+        """The text at each attention, and the stream after the first and the last block."""
         parts = frozenset(map(_tap, (unit.span[0], *unit.members)))
         return Wanted(frozenset(), frozenset(unit.span) if unit.streams else frozenset(), parts)
 
@@ -130,7 +130,7 @@ class TextKind(Kind):
         return self.build(unit, teacher, dtype).to("meta")
 
     def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
-        """Attention of the members is handed linears; their text stream passes, and jumps behind the last."""
+        """Attention of the members is handed linears; their text stream passes, and jumps after the last."""
         first, *members = (anatomy.blocks[index] for index in (unit.span[0], *unit.members))
         kept: dict[str, Tensor] = {}
 

@@ -56,7 +56,7 @@ def layout(
 
     Args:
         units: gives a unit's tensors by their name inside the unit.
-        dtype: number format, except where the family insists on float32; None: that of the teacher's files.
+        dtype: of the weights, except where the family insists on float32; None: that of the teacher's files.
 
     Raises:
         UserError: see `laid_out`.
@@ -107,7 +107,7 @@ def laid_out(what: str, config: dict[str, Any], found: Sources) -> Layout:
     """A model of the class that a configuration names, from these tensors.
 
     Args:
-        what: names the model in complaints.
+        what: names the model in messages.
 
     Raises:
         UserError: a tensor of the class is missing, has another shape, or is not of the class.

@@ -52,8 +52,8 @@ def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), 
                 shapes.setdefault(f"1x{height}x2", []).append(own)
                 number += 1
         with path.open("rb") as written:
-            found, complaints = scan(written)
-        assert not complaints
+            found, problems = scan(written)
+        assert not problems
         entries.append(describe(path, found, shapes=shapes))
     Index(shards=entries).write(encoded / "index.json")
     return [encoded / entry.name for entry in entries]

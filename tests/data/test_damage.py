@@ -144,9 +144,9 @@ def test_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
         for name in ("café.png", "café.txt", "li\nne.png"):
             tar.addfile(tarfile.TarInfo(name))
     with path.open("rb") as file:
-        members, complaints = scan(file)
+        members, problems = scan(file)
     assert [member.key for member in members] == ["caf\\udce9"]
-    assert complaints == ["li\\nne: no caption (.txt or .json)"]
+    assert problems == ["li\\nne: no caption (.txt or .json)"]
 
 
 def test_a_read_that_fails_once_costs_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

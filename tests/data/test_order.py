@@ -41,7 +41,7 @@ def test_every_sample_comes_exactly_once_in_an_epoch(
         for start in range(0, len(seen) - count + 1, count):
             assert sorted(seen[start : start + count]) == everything
             whole += 1
-        assert len(seen) > (epochs - 1) * count - micro_batch, "no bucket falls behind"
+        assert len(seen) > (epochs - 1) * count - micro_batch, "no bucket falls after"
     assert whole
 
 

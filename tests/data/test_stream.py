@@ -38,11 +38,11 @@ from tests.data.shards import Read, members, open_stream, read, section, write_s
 def test_a_run_stops_and_goes_on_with_other_ranks(
     counts: list[int], tall: set[int], micro_batch: int, ranks: tuple[int, int], steps: tuple[int, int]
 ) -> None:
-    """No sample is lost or repeated: what the ranks before and behind the stop read is what one rank alone reads."""
+    """No sample is lost or repeated: what the ranks before and after the stop read is what one rank alone reads."""
     with tempfile.TemporaryDirectory() as folder:
         write_shards(Path(folder), counts, sorted(tall))
         data = section(Path(folder))
-        per_step = ranks[0] * ranks[1]  # micro-batches of an optimizer step: a multiple of the ranks, before and behind
+        per_step = ranks[0] * ranks[1]  # micro-batches of an optimizer step: a multiple of the ranks, before and after
         together: Read = {}
         first = 0
         for world, count in zip(ranks, steps, strict=True):

@@ -58,7 +58,7 @@ class Reference:
 
 
 def reference(recipe: Recipe) -> Reference:
-    """The plain loop: float32 masters, units and teacher in the run's number format, gradients summed in float32."""
+    """The plain loop: float32 masters, units and teacher in the run's dtype, gradients summed in float32."""
     found, dtype = Reference(), DTYPES[recipe.teacher.precision]
     teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(recipe.teacher.path, torch_dtype=dtype).eval()
     units = {unit.name: copy.deepcopy(teacher.transformer_blocks[unit.span[0]]) for unit in PLAN.units}

@@ -99,7 +99,7 @@ class StockTeacher:
     @torch.no_grad()
     def _see_one(self, batch: NoisyBatch) -> dict[str, Seen]:
         modulated: dict[int, Tensor] = {}
-        behind: dict[int, Tensor] = {}
+        after: dict[int, Tensor] = {}
         parts: dict[str, tuple[Tensor, Tensor]] = {}
         handles = []
         for number, block in enumerate(self.model.transformer_blocks):
@@ -108,7 +108,7 @@ class StockTeacher:
                 modulated[number] = kwargs["encoder_hidden_states"]
 
             def note_output(module: Any, args: Any, output: Any, number: int = number) -> None:
-                behind[number] = output[0]
+                after[number] = output[0]
 
             handles.append(block.attn.register_forward_pre_hook(note_text, with_kwargs=True))
             handles.append(block.register_forward_hook(note_output))
@@ -129,7 +129,7 @@ class StockTeacher:
             return x[mask] if text and mask is not None else x.flatten(0, 1)
 
         image, text = self.ffn
-        group = {f"modulated_{k}": (modulated[1], modulated[k]) for k in (2, 3)} | {"text": (behind[1], behind[3])}
+        group = {f"modulated_{k}": (modulated[1], modulated[k]) for k in (2, 3)} | {"text": (after[1], after[3])}
         return {
             "group": {name: (tokens(x, True), tokens(y, True)) for name, (x, y) in group.items()},
             "line": {"image": tuple(tokens(each, False) for each in parts[f"2 {image}"])},  # type: ignore[dict-item]

@@ -57,7 +57,7 @@ WIDTH = {"qwen": {1: ("img_mlp.", "txt_mlp.")}, "flux": {}, "sd3": {}}
 
 
 def plan_of(family: str) -> Plan:
-    """Two depth units, nobody reads the text behind the last block; and where `WIDTH` says so, a narrowed block."""
+    """Two depth units, nobody reads the text after the last block; and where `WIDTH` says so, a narrowed block."""
     units = [
         UnitPlan(name=name, span=span, streams=("image",) if span[1] == BLOCKS[family] - 1 else ("image", "text"))
         for name, span in SPANS[family].items()

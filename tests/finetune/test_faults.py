@@ -53,15 +53,15 @@ CHANGES: dict[str, Callable[[Raw], object]] = {
 }
 
 
-@pytest.mark.parametrize("complaint", CHANGES)
-def test_a_fault_is_named_before_anything_starts(new_run: Callable[..., Path], complaint: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("problem", CHANGES)
+def test_a_fault_is_named_before_anything_starts(new_run: Callable[..., Path], problem: str, tmp_path: Path) -> None:
     path, raw = ready(new_run)
-    CHANGES[complaint](raw)
+    CHANGES[problem](raw)
     variant, library = raw.pop("variant", "small"), raw.pop("from_run", None)
     if library:
         (tmp_path / library).mkdir()
     path.write_text(yaml.safe_dump(raw))
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=problem):
         check(load_recipe(path), variant, tmp_path / library if library else None)
 
 

@@ -38,7 +38,7 @@ SETTINGS = {
     "timeout": 20,
 }
 DEATHS = {"1:forward:20": 2, "0:checkpoint:1": 2, "1:exchange:3": 2}
-"""Who dies where and when (see `tests/training/dying.py`) -> the newest whole checkpoint it leaves behind."""
+"""Who dies where and when (see `tests/training/dying.py`) -> the newest whole checkpoint it leaves after."""
 
 
 def new(new_run: Callable[..., Path], **changes: Any) -> Path:

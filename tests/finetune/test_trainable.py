@@ -65,7 +65,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 
 
 def used(recipe: Recipe, variant: str) -> set[str]:
-    """Names of the parameters that the velocity depends on: those of the text behind the last block it does not."""
+    """Names of the parameters that the velocity depends on: those of the text after the last block it does not."""
     model: Any = ppcl_ds.load_model(recipe.pruned(variant), torch.float32).requires_grad_(True)
     stream = NoisyStream(recipe, "train", 4, torch.device("cpu")).take(0, 1)
     _, batch = next(stream)

@@ -99,7 +99,7 @@ def broken(folders: dict[str, Path], tmp_path: Path, layout: str) -> Path:
     return shutil.copytree(folders[layout], tmp_path / "my teacher")
 
 
-def complaint(folder: Path) -> str:
+def problem(folder: Path) -> str:
     with pytest.raises(UserError) as refused:
         ModelFiles(folder)
     message = str(refused.value)
@@ -113,27 +113,27 @@ def test_a_missing_weights_file_is_named(folders: dict[str, Path], tmp_path: Pat
     folder = broken(folders, tmp_path, "sharded")
     gone = sorted(folder.glob("*.safetensors"))[number]
     gone.unlink()
-    assert gone.name in complaint(folder)
+    assert gone.name in problem(folder)
 
 
 @pytest.mark.parametrize("layout", ["single", "sharded"])
 def test_a_folder_without_weights_or_index_is_named(folders: dict[str, Path], tmp_path: Path, layout: str) -> None:
     folder = broken(folders, tmp_path, layout)
     (folder / (SAFE_WEIGHTS_INDEX_NAME if layout == "sharded" else SAFETENSORS_WEIGHTS_NAME)).unlink()
-    assert SAFETENSORS_WEIGHTS_NAME in complaint(folder)
+    assert SAFETENSORS_WEIGHTS_NAME in problem(folder)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}'])
 def test_a_damaged_index_is_a_fault_of_the_folder(folders: dict[str, Path], tmp_path: Path, content: str) -> None:
     folder = broken(folders, tmp_path, "sharded")
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(content)
-    complaint(folder)
+    problem(folder)
 
 
 def test_a_damaged_weights_file_is_a_fault_of_the_folder(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = broken(folders, tmp_path, "single")
     (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
-    complaint(folder)
+    problem(folder)
 
 
 @pytest.mark.parametrize("name", ["NoSuchTransformer", "FlowMatchEulerDiscreteScheduler", ""])
@@ -141,7 +141,7 @@ def test_a_class_that_is_no_diffusers_model_is_named(folders: dict[str, Path], t
     folder = broken(folders, tmp_path, "single")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_class_name": name}))
-    assert f"'{name}'" in complaint(folder)
+    assert f"'{name}'" in problem(folder)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]"])
@@ -152,8 +152,8 @@ def test_a_folder_without_a_readable_configuration_is_named(
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_text(content)
-    assert "config.json" in complaint(folder)
+    assert "config.json" in problem(folder)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    complaint(tmp_path / "nowhere")
+    problem(tmp_path / "nowhere")

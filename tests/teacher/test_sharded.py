@@ -64,7 +64,7 @@ def velocity(family: str, model: nn.Module, dtype: torch.dtype, seed: int) -> Te
 
 
 def be_a_rank(folder: Path) -> None:
-    """Load every teacher in every number format, plug its variants, write down what came out."""
+    """Load every teacher in every dtype, plug its variants, write down what came out."""
     launch.join()
     from ppcl_ds.teacher.sharded import load_teacher
 

@@ -114,12 +114,12 @@ class PlainLoop:
         def before(*_: Any) -> None:
             self.kept = max(self.kept, sum(ref() is not None for ref in outputs))
 
-        def behind(unit: Any, read: Any, found: dict[str, Tensor]) -> None:
+        def after(unit: Any, read: Any, found: dict[str, Tensor]) -> None:
             outputs.extend(map(weakref.ref, found.values()))
 
         for layer in layers:
             layer.unit.register_forward_pre_hook(before)
-            layer.unit.register_forward_hook(behind)
+            layer.unit.register_forward_hook(after)
         history = []
         for step in self.steps(iter(self.fed)):
             step()

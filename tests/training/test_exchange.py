@@ -63,7 +63,7 @@ def batches(rank: int) -> dict[str, UnitBatch]:
 
 
 def be_a_rank(folder: Path) -> None:
-    """Three rounds of exchange, so that one round leaves nothing behind for the next."""
+    """Three rounds of exchange, so that one round leaves nothing after for the next."""
     dist.init_process_group("gloo")
     rank, group = dist.get_rank(), dist.group.WORLD
     assert group is not None

@@ -57,7 +57,7 @@ def test_a_qwen_image_stack_costs_what_its_matrices_cost(
     block = joint_block(image, text, WIDTH)
     entrance = linear(image, 4, WIDTH) + linear(text, 16, WIDTH) + time_embedding(WIDTH)
     assert work.units == {"0-1": block, "2-4": block}
-    assert work.teacher == entrance + 5 * block  # block 5 is behind the last span
+    assert work.teacher == entrance + 5 * block  # block 5 is after the last span
 
 
 def test_width_units_cost_what_their_matrices_cost(configured: Configured) -> None:

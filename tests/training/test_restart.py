@@ -33,7 +33,7 @@ ENVIRONMENT = {
 }
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
 DEATHS = {"0:forward:37": 2, "1:exchange:11": 4, "0:checkpoint:1": 4}
-"""Who dies where and when (see `dying.py`; counted from each start) -> the newest whole checkpoint it leaves behind."""
+"""Who dies where and when (see `dying.py`; counted from each start) -> the newest whole checkpoint it leaves after."""
 
 
 def new(new_run: Callable[..., Path], **changes: object) -> Path:

@@ -123,5 +123,5 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert student.grad is not None
     direction = torch.randn(student.shape, generator=torch.Generator().manual_seed(5))
     step, start = 1e-5, student.detach().double()
-    ahead, behind = (by_hand(start + sign * step * direction, teacher, MASK, 0.7) for sign in (1, -1))
-    assert float((student.grad * direction).sum()) == pytest.approx((ahead - behind) / (2 * step), rel=1e-4)
+    ahead, after = (by_hand(start + sign * step * direction, teacher, MASK, 0.7) for sign in (1, -1))
+    assert float((student.grad * direction).sum()) == pytest.approx((ahead - after) / (2 * step), rel=1e-4)

@@ -1,4 +1,4 @@
-"""The plan file: it comes back as it was saved, lays out a variant's blocks, and every complaint names the culprit."""
+"""The plan file: it comes back as it was saved, lays out a variant's blocks, and every problem names the culprit."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ COMPLAINTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "overlap": ({"variants": {"8B": ["early", "middle"]}}, ["8B", "early", "middle"]),
     "the same unit twice": ({"variants": {"8B": ["early", "early"]}}, ["8B", "early"]),
     "span across lists": ({"units": [{"name": "wide", "span": [3, 4], "streams": ["image"]}]}, ["wide", "[3, 4]"]),
-    "span behind the end": ({"units": [{"name": "far", "span": [7, 9], "streams": ["image"]}]}, ["far", "[7, 9]"]),
+    "span after the end": ({"units": [{"name": "far", "span": [7, 9], "streams": ["image"]}]}, ["far", "[7, 9]"]),
     "span before the start": ({"units": [{"name": "neg", "span": [-1, 2], "streams": ["image"]}]}, ["neg", "[-1, 2]"]),
     "span of one block": ({"units": [{"name": "lone", "span": [1, 1], "streams": ["image"]}]}, ["lone", "[1, 1]"]),
     "span backwards": ({"units": [{"name": "back", "span": [3, 1], "streams": ["image"]}]}, ["back", "[3, 1]"]),
@@ -164,7 +164,7 @@ def test_a_complaint_is_one_line_that_names_file_and_culprit(
     if "units" in changes:
         changes = {"variants": {}} | changes  # so that only the unit is wrong
     path.write_text(yaml.safe_dump(plan.model_dump(mode="json") | changes))
-    message = complaint(path, teachers["flux"])
+    message = problem(path, teachers["flux"])
     assert all(culprit in message for culprit in culprits), message
 
 
@@ -173,10 +173,10 @@ def test_a_file_that_is_no_plan_is_named(teachers: Teachers, tmp_path: Path, con
     path = tmp_path / "my plan.yaml"
     if content is not None:
         path.write_text(content)
-    complaint(path, teachers["flux"])
+    problem(path, teachers["flux"])
 
 
-def complaint(path: Path, teacher: Teacher) -> str:
+def problem(path: Path, teacher: Teacher) -> str:
     with pytest.raises(UserError) as refused:
         load_plan(path, teacher)
     message = str(refused.value)
@@ -214,7 +214,7 @@ def test_units_that_need_the_same_thing_are_refused_with_the_reason(
     if reasons is None:
         assert load_plan(path, teachers["flux"]) == plan
         return
-    message = complaint(path, teachers["flux"])
+    message = problem(path, teachers["flux"])
     assert all(reason in message for reason in reasons), message
 
 
@@ -222,7 +222,7 @@ def test_behind_the_last_block_nobody_reads_the_text(teachers: Teachers, tmp_pat
     group = UnitPlan(name="end", kind="text", span=(4, 5), streams=("text",))
     plan = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=(group,), variants={})
     plan.save(tmp_path / "plan.yaml")
-    assert "nobody reads" in complaint(tmp_path / "plan.yaml", teachers["qwen"])
+    assert "nobody reads" in problem(tmp_path / "plan.yaml", teachers["qwen"])
 
 
 def test_a_span_may_close_a_list_only_where_the_stock_class_can_build_it(teachers: Teachers, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_span_may_close_a_list_only_where_the_stock_class_can_build_it(teacher
     closing = UnitPlan(name="closing", span=(3, 5), streams=("image",))
     plan = Plan(teacher="SD3Transformer2DModel", blocks=6, units=(closing,), variants={"v": ("closing",)})
     plan.save(tmp_path / "sd3.yaml")
-    assert "closing" in complaint(tmp_path / "sd3.yaml", teachers["sd3"])
+    assert "closing" in problem(tmp_path / "sd3.yaml", teachers["sd3"])
     qwen = plan.model_copy(update={"teacher": "QwenImageTransformer2DModel"})
     qwen.save(tmp_path / "qwen.yaml")
     assert load_plan(tmp_path / "qwen.yaml", teachers["qwen"]) == qwen
