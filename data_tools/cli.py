@@ -1,4 +1,4 @@
-"""The `ppcl-data` command: from pictures and captions, wherever they lie, to the shards that `ppcl` reads."""
+"""The `ppcl-data` command: from images and captions, wherever they lie, to the shards that `ppcl` reads."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def verify(
 ) -> None:
     """Look for damage in every byte of the shards; exit code 1 if there is any.
 
-    Decodes every picture, caption and tensor, compares all with the index, and lists each problem. With `--repair`,
+    Decodes every image, caption and tensor, compares all with the index, and lists each problem. With `--repair`,
     copies that hold the good samples only, and their index, go to another folder; the originals stay as they are.
     """
     from data_tools.verify import verify as look

@@ -30,7 +30,7 @@ from data_tools.summary import Summary, check_bad, named, write_log
 from data_tools.work import digest_of, own_part, partial_name, spread, sweep, worker_number, write_shared
 from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
-from ppcl_ds.data import images as pictures
+from ppcl_ds.data import images as images
 from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
 from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
 from ppcl_ds.errors import UserError
@@ -287,8 +287,8 @@ def _device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', worker_number())) % torch.cuda.device_count()}"
 
 
-def _buckets(data: Data) -> pictures.Buckets:
-    return pictures.Buckets(data.images.size, data.images.max_aspect, data.images.step)
+def _buckets(data: Data) -> images.Buckets:
+    return images.Buckets(data.images.size, data.images.max_aspect, data.images.step)
 
 
 @_telling_when_memory_ends()

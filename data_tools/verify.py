@@ -17,7 +17,7 @@ from data_tools.summary import Summary
 from data_tools.work import Journal, digest_of, spread
 from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
-from ppcl_ds.data import images as pictures
+from ppcl_ds.data import images as images
 from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
 from ppcl_ds.errors import UserError, brief
 
@@ -139,7 +139,7 @@ def check_sample(parts: Mapping[str, bytes]) -> None:
     suffix = image_suffix(parts)
     if suffix:
         try:
-            pictures.as_rgb(pictures.decode(parts[suffix]))
+            images.as_rgb(images.decode(parts[suffix]))
         except ValueError as fault:
             raise ValueError(f"the {suffix} image {fault}") from None
     if "safetensors" in parts:

@@ -49,7 +49,7 @@ def probe(
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
-    probe/report.json, report.html and pictures into the run folder. Needs encoded shards and the teacher.
+    probe/report.json, report.html and images into the run folder. Needs encoded shards and the teacher.
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe)
@@ -289,12 +289,12 @@ def sample(
             metavar="MODEL", help="A diffusers pipeline folder, or a transformer folder, such as a variant's."
         ),
     ],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several pictures.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several images.")],
     recipe: Annotated[
         Path | None,
         typer.Option(metavar="RECIPE", help="How prompts are encoded and latents decoded, for a transformer folder."),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the pictures.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the images.")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same for every prompt.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps.", show_default="evaluate.steps, or the pipeline's own")
@@ -312,7 +312,7 @@ def sample(
         typer.Option(min=1, help="Height and width in pixels.", show_default="data.images.size, or the pipeline's own"),
     ] = None,
 ) -> None:
-    """Draw pictures with the teacher or with a variant, one column a prompt.
+    """Draw images with the teacher or with a variant, one column a prompt.
 
     A pipeline folder is drawn with as diffusers does. A transformer folder needs the recipe that it was distilled by.
     A GPU is used if there is one.
@@ -376,7 +376,7 @@ def demo(
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
 ) -> None:
-    """The whole road on 1,797 real handwritten digits, from data and a teacher to pictures and figures.
+    """The whole road on 1,797 real handwritten digits, from data and a teacher to images and figures.
 
     What is already done is not repeated.
     """

@@ -264,7 +264,7 @@ class Training(Section):
     log_every: int = Field(default=10, gt=0)
     """Steps between TensorBoard points."""
     sample_every: int = Field(default=0, ge=0)
-    """Steps between looks at held-out data in TensorBoard, pictures beside the teacher's among them; 0: none."""
+    """Steps between looks at held-out data in TensorBoard, images beside the teacher's among them; 0: none."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)
@@ -301,7 +301,7 @@ class Finetune(Training):
     """Learning rate of whatever is not a unit, as a multiple of `optimizer.lr`."""
     ema: Share = 0.0
     """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. Behind step t it
-    is at most (1 + t) / (10 + t). Held-out losses and pictures are of the weights themselves."""
+    is at most (1 + t) / (10 + t). Held-out losses and images are of the weights themselves."""
     quantiles: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Quantiles of the noise levels that training draws (`noise`) at which losses on held-out data are taken, every
     `sample_every` steps."""
@@ -317,7 +317,7 @@ class Evaluate(Section):
     """Teacher and variants side by side on the same noise."""
 
     samples: int = Field(default=64, gt=0)
-    """Pictures drawn by each model."""
+    """Images drawn by each model."""
     batch_size: int = Field(default=16, gt=0)
     steps: int = Field(default=20, gt=0)
     """Sampling steps."""
@@ -326,7 +326,7 @@ class Evaluate(Section):
     velocity_batches: int = Field(default=8, gt=0)
     """Held-out batches for the velocity error."""
     judge: str = ""
-    """`module:function` that scores pictures: called with images (N, C, H, W) in [-1, 1] and their captions,
+    """`module:function` that scores images: called with images (N, C, H, W) in [-1, 1] and their captions,
     returns `{"accuracy": ..., "frechet": ...}`. Empty: those columns are left out."""
 
 

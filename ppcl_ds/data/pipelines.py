@@ -177,10 +177,10 @@ class VaeEncoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """(B, C, H, W) latents -> (B, 3, height, width) float32 pictures in [-1, 1], on the latents' device."""
+        """(B, C, H, W) latents -> (B, 3, height, width) float32 images in [-1, 1], on the latents' device."""
         means = (latents.to(self.device, torch.float32) / self.scale + self.mean).to(self.vae.dtype)
-        pictures = self.vae.decode(means.unsqueeze(2) if self.is_video else means).sample
-        return (pictures[:, :, 0] if self.is_video else pictures).to(latents.device, torch.float32).clamp(-1, 1)
+        images = self.vae.decode(means.unsqueeze(2) if self.is_video else means).sample
+        return (images[:, :, 0] if self.is_video else images).to(latents.device, torch.float32).clamp(-1, 1)
 
 
 def _class_name(folder: Path) -> str:

@@ -41,14 +41,14 @@ def evaluate(recipe: Recipe) -> None:
     bench = Bench(recipe, teacher.caller, device)
     decode: Callable[[Tensor], Tensor] = image_encoder(recipe.data, device).decode
     rows: list[ModelFigures] = []
-    pictures: dict[str, Tensor] = {}
+    images: dict[str, Tensor] = {}
     models = list(_models(recipe, teacher, plan))
     for name, load in track(models, "evaluate", len(models)):
-        figures, pictures[name] = bench.measure(name, load(), decode)
+        figures, images[name] = bench.measure(name, load(), decode)
         if (recipe.pruned(name).parent / FACTS).exists():
             figures.weights = weights_digest(recipe.pruned(name).parent)
         rows.append(figures)
-    draw_samples(pictures, bench.captions, recipe.run / "samples.png")
+    draw_samples(images, bench.captions, recipe.run / "samples.png")
     scalars = read_scalars(recipe.distillation.board) if recipe.distillation.board.exists() else {}
     prefix = "heldout/velocity_mse/"
     heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
@@ -83,7 +83,7 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device) -> dict[str, 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     return {
         "Teacher": f"{teacher.class_name} from {teacher.files.folder}",
-        "Pictures": f"{settings.samples} a model, {settings.steps} Euler steps, guidance {settings.guidance:g}, "
+        "Images": f"{settings.samples} a model, {settings.steps} Euler steps, guidance {settings.guidance:g}, "
         f"seed {recipe.seed}",
         "Distillation": f"{recipe.distill.steps} steps of "
         f"{recipe.distill.micro_batch * recipe.distill.micro_batches_per_step} samples",

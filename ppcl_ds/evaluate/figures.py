@@ -1,6 +1,6 @@
-"""What one model is worth: size, speed, and how far its velocities and pictures are from the teacher's.
+"""What one model is worth: size, speed, and how far its velocities and images are from the teacher's.
 
-Shapes: N pictures, B batch, C latent channels, H and W latent height and width.
+Shapes: N images, B batch, C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ppcl_ds.teacher.heldout import HeldOut, mean_squared
 from ppcl_ds.teacher.sampling import Sampling, draw, initial_noise
 
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
-"""Scores pictures (N, C, H, W) in [-1, 1] against their captions."""
+"""Scores images (N, C, H, W) in [-1, 1] against their captions."""
 
 
 class ModelFigures(BaseModel):
@@ -37,8 +37,8 @@ class ModelFigures(BaseModel):
         params: parameters of the whole transformer.
         block_params_ratio: parameters in its blocks over those in the teacher's.
         latency_ms: milliseconds of one forward of one sample, the median over a second.
-        accuracy: share of pictures that show what was asked; None where the recipe names no judge.
-        frechet: Frechet distance of the pictures to real ones; None likewise.
+        accuracy: share of images that show what was asked; None where the recipe names no judge.
+        frechet: Frechet distance of the images to real ones; None likewise.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
         sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
         weights: which files were measured (`weights_digest` of the variant's folder); None for other models.
@@ -84,7 +84,7 @@ class Bench:
         self.teacher_blocks = 0
 
     def measure(self, name: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> tuple[ModelFigures, Tensor]:
-        """All figures of one model, and its pictures (N, C, H, W) in [-1, 1].
+        """All figures of one model, and its images (N, C, H, W) in [-1, 1].
 
         Args:
             model: already in the recipe's dtype.
@@ -94,8 +94,8 @@ class Bench:
         blocks = Anatomy(model).block_parameters
         if self.teacher_latents is None:
             self.teacher_velocities, self.teacher_latents, self.teacher_blocks = velocities, latents, blocks
-        pictures = decode(latents)
-        scores = self.judge(pictures, self.captions) if self.judge else {}
+        images = decode(latents)
+        scores = self.judge(images, self.captions) if self.judge else {}
         figures = ModelFigures(
             name=name,
             params=sum(p.numel() for p in model.parameters()),
@@ -106,7 +106,7 @@ class Bench:
             velocity_mse=mean_squared(velocities, self.teacher_velocities),
             sample_mse=float((latents - self.teacher_latents).square().mean()),
         )
-        return figures, pictures
+        return figures, images
 
     def _draw(self, model: nn.Module) -> Tensor:
         settings = self.recipe.evaluate

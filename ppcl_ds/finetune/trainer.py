@@ -138,5 +138,5 @@ class FineTuner(Training):
         return {f"{self.start.variant}/skipped_steps": float(max(counts.values(), default=0))}
 
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Losses by noise level and pictures, the variant beside the teacher."""
+        """Losses by noise level and images, the variant beside the teacher."""
         return look(self.recipe, self.tuning.quantiles, self.teacher.caller, self.sharded, self.engine, self.device)

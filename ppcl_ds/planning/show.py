@@ -123,8 +123,8 @@ def draw(
             axis.plot(line.left, line.error, "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
     axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=forecast.title, yscale="log")
     axis.legend(fontsize=8)
-    picture = as_png(figure)
-    atomic_write(folder / "pareto.png", picture)
+    plot = as_png(figure)
+    atomic_write(folder / "pareto.png", plot)
     page = render(
         "ppcl_ds.planning",
         "report.html.jinja",
@@ -134,7 +134,7 @@ def draw(
         title=forecast.title,
         teacher=teacher,
         budget=budget,
-        picture=inline(picture),
+        plot=inline(plot),
     )
     atomic_write(folder / "report.html", page)
 

@@ -18,44 +18,44 @@ from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.probing.report import MEAN, Matrix, ProbeReport
 
 
-class Picture(NamedTuple):
-    """A picture, and the sentence that explains it."""
+class Plot(NamedTuple):
+    """A plot, and the sentence that explains it."""
 
     name: str
     title: str
     text: str
 
 
-PICTURES = (
-    Picture(
+PLOTS = (
+    Plot(
         "cka",
         "CKA(u, k) against block u",
         "How alike the output of block u stays to itself when linear probes take the place of blocks u+1 to k: linear "
         "CKA over all tokens, the paper's figure and the input of its rule.",
     ),
-    Picture(
+    Plot(
         "cka_true",
         "CKA(u, k) against block k",
         "How alike the chain of probes from block u is to what block k really puts out: linear CKA over all tokens.",
     ),
-    Picture(
+    Plot(
         "cka_unbiased",
         "unbiased CKA(u, k) against block u",
-        "The first picture by the unbiased minibatch estimator, on a sample of tokens: where both differ, the sample "
+        "The first plot by the unbiased minibatch estimator, on a sample of tokens: where both differ, the sample "
         "is small or the tokens are few.",
     ),
-    Picture(
+    Plot(
         "cka_true_unbiased",
         "unbiased CKA(u, k) against block k",
-        "The second picture by the unbiased minibatch estimator.",
+        "The second plot by the unbiased minibatch estimator.",
     ),
-    Picture(
+    Plot(
         "error",
         "log10 error(u, v)",
         "How far the chain of probes from block u is from the true output of block v: squared distance over squared "
         "length, as a power of ten. ppcl plan gives up the spans of least total error.",
     ),
-    Picture(
+    Plot(
         "influence",
         "Block Influence",
         "How much each block turns its stream: 1 - cosine of input and output, mean over tokens; bars that are short "
@@ -66,19 +66,19 @@ PICTURES = (
 
 def save_report(report: ProbeReport, folder: Path) -> None:
     """Write `report.json`, `heatmap.png`, a PNG a figure, `tensorboard/` and `report.html` into `folder`."""
-    pictures = {"heatmap": draw_overview(report)}
-    pictures |= {p.name: _draw(report, p) for p in PICTURES if p.name in report.figures.get(MEAN, {})}
-    for name, png in pictures.items():
+    plots = {"heatmap": draw_overview(report)}
+    plots |= {p.name: _draw(report, p) for p in PLOTS if p.name in report.figures.get(MEAN, {})}
+    for name, png in plots.items():
         atomic_write(folder / f"{name}.png", png)
     with atomic_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
-        for name, png in pictures.items():
+        for name, png in plots.items():
             board.add_image(f"probe/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
     page = render(
         "ppcl_ds.probing",
         "report.html.jinja",
         report=report,
-        shown=[(p, inline(pictures[p.name])) for p in PICTURES if p.name in pictures],
-        overview=inline(pictures["heatmap"]),
+        shown=[(p, inline(plots[p.name])) for p in PLOTS if p.name in plots],
+        overview=inline(plots["heatmap"]),
         difference=_difference(report),
         best=_best(report),
     )
@@ -117,9 +117,9 @@ def draw_overview(report: ProbeReport) -> bytes:
     return as_png(figure)
 
 
-def _draw(report: ProbeReport, picture: Picture) -> bytes:
+def _draw(report: ProbeReport, plot: Plot) -> bytes:
     """One figure: the average over streams, each stream, and the spread of the average."""
-    panels = list(_panels(report, picture))
+    panels = list(_panels(report, plot))
     rows = -(-len(panels) // 2)
     figure, grid = plt.subplots(rows, 2, figsize=(11, 4.5 * rows), constrained_layout=True, squeeze=False)
     for axis, (title, matrix) in zip(grid.flat, panels, strict=False):
@@ -127,18 +127,18 @@ def _draw(report: ProbeReport, picture: Picture) -> bytes:
             axis.bar(range(len(matrix[0])), _array(matrix)[0])
             axis.set(title=title, xlabel="block")
         else:
-            _heatmap(axis, matrix, picture.name, title)
+            _heatmap(axis, matrix, plot.name, title)
     for axis in grid.flat[len(panels) :]:
         axis.axis("off")
     return as_png(figure)
 
 
-def _panels(report: ProbeReport, picture: Picture) -> Iterator[tuple[str, Matrix]]:
-    yield f"{picture.title}, average", report.figures[MEAN][picture.name].value
+def _panels(report: ProbeReport, plot: Plot) -> Iterator[tuple[str, Matrix]]:
+    yield f"{plot.title}, average", report.figures[MEAN][plot.name].value
     for stream, figures in report.figures.items():
         if stream != MEAN:
-            yield f"{picture.title}, {stream}", figures[picture.name].value
-    yield "spread of the average between the halves", report.figures[MEAN][picture.name].spread
+            yield f"{plot.title}, {stream}", figures[plot.name].value
+    yield "spread of the average between the halves", report.figures[MEAN][plot.name].spread
 
 
 def _heatmap(axis: Axes, matrix: Matrix, name: str, title: str) -> None:

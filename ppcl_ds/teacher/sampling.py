@@ -1,4 +1,4 @@
-"""Drawing pictures with any transformer: flow-matching Euler steps by diffusers' own scheduler."""
+"""Drawing images with any transformer: flow-matching Euler steps by diffusers' own scheduler."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def draw(velocity: Velocity, noise: Tensor, prompts: Prompts, empty: Prompts, ho
 
     Args:
         velocity: asks a model; where it is spread over ranks, all of them must call this together.
-        noise: (B, C, H, W); the same noise gives the same picture.
+        noise: (B, C, H, W); the same noise gives the same image.
         prompts: B encoded captions.
         empty: the encoded empty caption, B = 1; read only when `how.guidance` is above 1.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.watch.tensorboard import TensorBoard, mean_over_ranks
 
-_OUTSIDE = ("checkpoint", "pictures")
+_OUTSIDE = ("checkpoint", "preview")
 """Phases that are no part of a step."""
 
 

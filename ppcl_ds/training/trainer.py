@@ -189,10 +189,10 @@ class Training(ABC):
                     if stops:
                         break
                     if due(step, settings.sample_every):
-                        with self.timer.phase("pictures"):
-                            figures, pictures = self.look()
+                        with self.timer.phase("preview"):
+                            figures, images = self.look()
                         log.board.scalars(step, figures)
-                        log.board.images(step, pictures)
+                        log.board.images(step, images)
         if dist.get_rank() == 0 and (bad := int(log.newest.get("data/bad_samples", 0))):
             print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
         return log.newest

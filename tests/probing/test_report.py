@@ -14,7 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.probing.heatmaps import PICTURES, save_report
+from ppcl_ds.probing.heatmaps import PLOTS, save_report
 from ppcl_ds.probing.measure import MATRICES, Measured
 from ppcl_ds.probing.report import Matrix, ProbeReport, load_report, make_report, ppcl_spans
 
@@ -133,8 +133,8 @@ def full_example() -> ProbeReport:
 def test_the_page_explains_every_picture_and_needs_no_other_file(tmp_path: Path) -> None:
     save_report(full_example(), tmp_path)
     page = html.unescape((tmp_path / "report.html").read_text())
-    assert page.count('<img src="data:image/png;base64,') == 1 + len(PICTURES) == page.count("<img")
-    for picture in PICTURES:
+    assert page.count('<img src="data:image/png;base64,') == 1 + len(PLOTS) == page.count("<img")
+    for picture in PLOTS:
         assert picture.text in page
         assert (tmp_path / f"{picture.name}.png").stat().st_size > 1000
     assert "unstable" in page
@@ -147,7 +147,7 @@ def test_tensorboard_shows_the_pictures_of_the_last_report_alone(tmp_path: Path)
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert set(events.Tags()["images"]) == {"probe/heatmap", *(f"probe/{picture.name}" for picture in PICTURES)}
+    assert set(events.Tags()["images"]) == {"probe/heatmap", *(f"probe/{picture.name}" for picture in PLOTS)}
 
 
 def example() -> ProbeReport:

@@ -36,7 +36,7 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     printed = command("distill", path)
 
     scalars = read_scalars(recipe.distillation.board)
-    phases = ["data", "teacher", "exchange", "students", "checkpoint", "pictures"]
+    phases = ["data", "teacher", "exchange", "students", "checkpoint", "preview"]
     names = [f"seconds/{phase}" for phase in phases]
     names += [f"run/{what}" for what in ("loss", "learning_rate", "samples_per_second", "flops_per_second")]
     names += ["data/bad_samples", "run/share_of_peak", "memory_gib/rank_0", "memory_gib/rank_1"]
