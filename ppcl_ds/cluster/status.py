@@ -23,8 +23,8 @@ _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
 START = "==== start "
 """What `slurm/ranks.sh` prints before the ranks: a job that is requeued goes on in the same log."""
-_ENDED = re.compile(r"^srun: error: (\S+): tasks? .*: (Killed|Out Of Memory)$", re.MULTILINE)
-"""Where a launcher has left with an error of its own, srun itself kills the others."""
+_ENDED = re.compile(r"^srun: error: (\S+): tasks? .*: (Killed|Out Of Memory|Exited with .*)$", re.MULTILINE)
+"""What srun says of each launcher; where one has left with an error of its own, srun itself kills the others."""
 _SIGNAL = re.compile(
     r"^ +host +: (\S+)\n +rank +: (\d+) .*\n +exitcode .*\n.*\n +traceback : (Signal (?!15\b).*)$", re.MULTILINE
 )
@@ -133,7 +133,7 @@ def _starts(out: Path) -> list[Path]:
 def _fault(out: Path) -> str:
     """What ended a job's newest start: what was killed without a word comes before what that broke."""
     text = _tail(out).rpartition(START)[2]
-    if ended := _ENDED.search(text):
+    if (ended := _ENDED.search(text)) and not ended[2].startswith("Exited"):
         return f"{ended[1]}: the launcher was killed"
     if died := _SIGNAL.search(text):
         return f"rank {died[2]} on {died[1]}: {died[3]}"
