@@ -60,13 +60,13 @@ class Real:
         self.block: Block = first
         self.module: nn.Module = anatomy.module(model, first)
         targets = capture.streams[last.leaving]
-        self.parcel = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
+        self.batch = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
 
     def loss(self, checkpointing: bool) -> Tensor:
         if checkpointing:
             recompute_parts(self.module)
-        outputs = self.block.call(self.module, self.parcel.inputs, self.parcel.conditioning)
-        losses = [boundary_loss(outputs[name], target, None, 1.0) for name, target in self.parcel.targets.items()]
+        outputs = self.block.call(self.module, self.batch.inputs, self.batch.conditioning)
+        losses = [boundary_loss(outputs[name], target, None, 1.0) for name, target in self.batch.targets.items()]
         return torch.stack(losses).sum()
 
     def train(self) -> None:
@@ -108,12 +108,12 @@ def test_the_peak_of_a_frozen_block_is_what_a_profiler_sees_on_real_tensors(
     configured: Configured, family: str, changes: dict[str, Any], span: tuple[int, int]
 ) -> None:
     real = Real(family, changes, span, torch.float32)
-    call = partial(real.block.call, real.module, real.parcel.inputs, real.parcel.conditioning)
+    call = partial(real.block.call, real.module, real.batch.inputs, real.batch.conditioning)
     with torch.no_grad():
         seen = profiled(lambda: call())
     teacher = configured(family, **changes)
     anatomy = teacher.anatomy
-    meta = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), vars(real.parcel))
+    meta = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), vars(real.batch))
     module = anatomy.module(files.empty_model().to("meta"), real.block)
     measured = block_activations(real.block, module, meta["inputs"], meta["conditioning"])
     assert measured == pytest.approx(seen, rel=0.02)

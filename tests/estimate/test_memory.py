@@ -122,7 +122,7 @@ def boundary(streams: int) -> int:
 
 
 CONDITIONING = BATCH * WIDTH * 2 + BATCH * TEXT + (IMAGE + TEXT) * 8 * 8
-"""Time embedding, text mask (of the block and of the parcel: the same), RoPE tables (8 complex numbers a token)."""
+"""Time embedding, text mask (of the block and of the batch: the same), RoPE tables (8 complex numbers a token)."""
 
 
 def test_boundaries_and_messages_hold_each_tensor_once(run: Measured) -> None:
