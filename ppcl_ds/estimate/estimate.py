@@ -134,7 +134,8 @@ def size(
     step, seconds = least_time(phases, accelerator, utilisation)
     probing = None
     if variant is None:
-        probing = probing_costs(meta_forward(inputs.teacher, inputs.latents, inputs.tokens), recipe.probe)
+        forward = meta_forward(inputs.teacher, inputs.latents, inputs.tokens)
+        probing = probing_costs(inputs.teacher.anatomy, forward.capture, forward.flops_until, recipe.probe)
     return Estimate(
         training="distill" if variant is None else "finetune",
         variant=variant,

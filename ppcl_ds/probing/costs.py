@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ppcl_ds.probing.sums import HALVES, SUMS_BYTES, Lane, block_bytes, lanes_of, ranges, wanted_for
+from ppcl_ds.probing.sums import HALVES, SUMS_BYTES, block_bytes, lanes_of, ranges, wanted_for
 from ppcl_ds.sections import Probe
-from ppcl_ds.training.meta_forward import MetaForward
+from ppcl_ds.teacher.anatomy import Anatomy, Capture
 
 
 @dataclass(frozen=True)
@@ -39,43 +37,37 @@ class ProbingCosts:
     figure_flops: float
 
 
-def probing_costs(forward: MetaForward, section: Probe) -> ProbingCosts:
+def probing_costs(anatomy: Anatomy, capture: Capture, flops_until: Sequence[int], section: Probe) -> ProbingCosts:
     """Count what probing costs.
 
     Args:
-        forward: of one sample.
+        capture: every boundary of one sample's forward; meta tensors will do.
+        flops_until: FLOPs of that forward until each block has ended.
     """
-    lanes, span = lanes_of(forward.teacher.anatomy, forward.capture, []), section.max_span
+    lanes, span = lanes_of(anatomy, capture, []), section.max_span
     passes = ranges(lanes, span, section.blocks_at_once, SUMS_BYTES)
     samples = section.batches * section.batch_size
     wanted = [wanted_for(lanes, blocks, span) for blocks in passes]
     sizes = [sum(block_bytes(lanes, block, span) for block in blocks) for blocks in passes]
-    windows = _windows(lanes, span)
-    # LU and its solution for each probe; five products a step of a chain: one of maps, four of covariances.
-    cubes = sum(HALVES * (8 / 3 + 10 * (window - 1)) * lane.channels**3 for lane, _, window in windows)
+    exits = {
+        (lane, block): capture.streams[anatomy.blocks[block].leaving][lane.stream]
+        for lane in lanes
+        for block in range(lane.start, lane.stop)
+    }  # each (1, S, C)
+    held = [sum(stream.nbytes for (_, block), stream in exits.items() if block in each.exits) for each in wanted]
+    moments = cubes = 0.0
+    for (lane, block), stream in exits.items():
+        window = min(span, lane.stop - block)
+        moments += 2 * lane.channels**2 * window * stream.shape[1]
+        # LU and its solution for each probe; five products a step of a chain: one of maps, four of covariances.
+        cubes += HALVES * (8 / 3 + 10 * (window - 1)) * lane.channels**3
     return ProbingCosts(
         samples=samples,
         passes=len(passes),
         sums=max(sizes),
-        boundaries=section.batch_size * max(_held(forward, lanes, each.exits) for each in wanted),
+        boundaries=section.batch_size * max(held),
         part=sum(sizes),
-        teacher_flops=samples * sum(forward.flops_until[each.last] for each in wanted),
-        moment_flops=samples
-        * sum(2 * lane.channels**2 * window * _exit(forward, lane, block).shape[1] for lane, block, window in windows),
+        teacher_flops=samples * sum(flops_until[each.last] for each in wanted),
+        moment_flops=samples * moments,
         figure_flops=cubes,
-    )
-
-
-def _windows(lanes: Sequence[Lane], span: int) -> list[tuple[Lane, int, int]]:
-    """Lane, block, and exits in the window that begins there."""
-    return [(lane, block, min(span, lane.stop - block)) for lane in lanes for block in range(lane.start, lane.stop)]
-
-
-def _exit(forward: MetaForward, lane: Lane, block: int) -> Tensor:
-    return forward.capture.streams[forward.teacher.blocks[block].leaving][lane.stream]
-
-
-def _held(forward: MetaForward, lanes: Sequence[Lane], exits: frozenset[int]) -> int:
-    return sum(
-        _exit(forward, lane, block).nbytes for lane in lanes for block in exits if lane.start <= block < lane.stop
     )
