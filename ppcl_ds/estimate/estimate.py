@@ -11,14 +11,13 @@ from ppcl_ds.data.index import split_entries
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
 from ppcl_ds.estimate.inputs import growing_clusters, read_inputs
-from ppcl_ds.estimate.measured import distilling, fine_tuning
+from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, add_up, least_time
 from ppcl_ds.estimate.show import show
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.meta_forward import meta_forward
 from ppcl_ds.training.phases import Account
 from ppcl_ds.training.traffic import Cluster
 
@@ -127,15 +126,16 @@ def size(
         UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
     """
     inputs = read_inputs(recipe, nodes, gpus_per_node, variant, latent_size, text_tokens, teacher)
-    account = distilling(inputs) if variant is None else fine_tuning(inputs, variant)
+    forward = run_once(inputs, variant)
+    account = distilling(inputs, forward) if variant is None else fine_tuning(inputs, forward, variant)
     cluster, precision = inputs.cluster, recipe.teacher.precision
     phases = account.phases(cluster)
     memories = [add_up(stage) for stage in phases]
     step, seconds = least_time(phases, accelerator, utilisation)
     probing = None
     if variant is None:
-        forward = meta_forward(inputs.teacher, inputs.latents, inputs.tokens)
-        probing = probing_costs(inputs.teacher.anatomy, forward.capture, forward.flops_until, recipe.probe)
+        anatomy, batch = inputs.teacher.anatomy, recipe.distill.micro_batch
+        probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
     return Estimate(
         training="distill" if variant is None else "finetune",
         variant=variant,

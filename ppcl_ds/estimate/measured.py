@@ -26,17 +26,24 @@ from ppcl_ds.units.unit import UnitBatch, Unit
 from ppcl_ds.units.variant import layout
 
 
-def distilling(inputs: Inputs) -> Distilling:
-    """The account of `ppcl distill`.
+def run_once(inputs: Inputs, variant: str | None) -> MetaForward:
+    """The teacher on one micro-batch of the training that is asked about.
 
     Raises:
         UserError: the plan has no units, or the teacher cannot read samples of this shape.
     """
-    settings, plan, anatomy = inputs.recipe.distill, inputs.plan, inputs.teacher.anatomy
-    if not plan.units:
+    if variant is None and not inputs.plan.units:
         raise UserError(f"plan {inputs.recipe.plan_file}: it has no units, so there is nothing to train")
+    training = inputs.recipe.distill if variant is None else inputs.recipe.tuning
+    taps = taps_of(inputs.plan, inputs.teacher.anatomy).parts if variant is None else ()
+    dtype = DTYPES[inputs.recipe.teacher.precision]
+    return meta_forward(inputs.teacher, inputs.latents, inputs.tokens, training.micro_batch, dtype, taps)
+
+
+def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
+    """The account of `ppcl distill`."""
+    settings, plan, anatomy = inputs.recipe.distill, inputs.plan, inputs.teacher.anatomy
     dtype, taps = DTYPES[inputs.recipe.teacher.precision], taps_of(plan, anatomy)
-    forward = meta_forward(inputs.teacher, inputs.latents, inputs.tokens, settings.micro_batch, dtype, taps.parts)
     work = work_of(forward, plan, settings.micro_batch)
     batches = batches_of(forward.capture, forward.text_mask, plan, anatomy)
     meter = Meter(settings.activation_checkpointing)
@@ -59,14 +66,14 @@ def distilling(inputs: Inputs) -> Distilling:
     return Distilling(teacher, tuple(layers), settings)
 
 
-def fine_tuning(inputs: Inputs, variant: str) -> FineTuning:
+def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTuning:
     """The account of `ppcl finetune --variant VARIANT`.
 
     What width units take away of a block is taken off its parameters and, in proportion, its FLOPs, and not off its
     activations.
 
     Raises:
-        UserError: the plan has no such variant, or the teacher cannot read samples of this shape.
+        UserError: the plan has no such variant, or the teacher's class has no such model.
     """
     settings, teacher, plan = inputs.recipe.tuning, inputs.teacher, inputs.plan
     dtype, micro_batch = DTYPES[inputs.recipe.teacher.precision], inputs.recipe.tuning.micro_batch
@@ -78,7 +85,6 @@ def fine_tuning(inputs: Inputs, variant: str) -> FineTuning:
     trained: dict[int | None, int] = dict.fromkeys([None, *range(len(blocks))], 0)
     for part in parts_of(model, whole.tensors, settings.trainable):
         trained[part.place] += sum(shapes[name] for name in part.parameters)
-    forward = meta_forward(teacher, inputs.latents, inputs.tokens, micro_batch, dtype)
     costs = block_costs(forward.block_flops, teacher.anatomy, model, places)
     stays = joined(whole.config, [block.key for block in blocks])
     boundaries = boundaries_of(plan, variant) if settings.boundary_weight else {}

@@ -37,12 +37,15 @@ class ProbingCosts:
     figure_flops: float
 
 
-def probing_costs(anatomy: Anatomy, capture: Capture, flops_until: Sequence[int], section: Probe) -> ProbingCosts:
+def probing_costs(
+    anatomy: Anatomy, capture: Capture, flops_until: Sequence[int], batch: int, section: Probe
+) -> ProbingCosts:
     """Count what probing costs.
 
     Args:
-        capture: every boundary of one sample's forward; meta tensors will do.
+        capture: every boundary of a forward; meta tensors will do.
         flops_until: FLOPs of that forward until each block has ended.
+        batch: samples of that forward.
     """
     lanes, span = lanes_of(anatomy, capture, []), section.max_span
     passes = ranges(lanes, span, section.blocks_at_once, SUMS_BYTES)
@@ -53,7 +56,7 @@ def probing_costs(anatomy: Anatomy, capture: Capture, flops_until: Sequence[int]
         (lane, block): capture.streams[anatomy.blocks[block].leaving][lane.stream]
         for lane in lanes
         for block in range(lane.start, lane.stop)
-    }  # each (1, S, C)
+    }  # each (batch, S, C)
     held = [sum(stream.nbytes for (_, block), stream in exits.items() if block in each.exits) for each in wanted]
     moments = cubes = 0.0
     for (lane, block), stream in exits.items():
@@ -65,9 +68,9 @@ def probing_costs(anatomy: Anatomy, capture: Capture, flops_until: Sequence[int]
         samples=samples,
         passes=len(passes),
         sums=max(sizes),
-        boundaries=section.batch_size * max(held),
+        boundaries=section.batch_size * max(held) // batch,
         part=sum(sizes),
-        teacher_flops=samples * sum(flops_until[each.last] for each in wanted),
+        teacher_flops=samples / batch * sum(flops_until[each.last] for each in wanted),
         moment_flops=samples * moments,
         figure_flops=cubes,
     )

@@ -13,7 +13,7 @@ import pytest
 
 from ppcl_ds.distill.phases import Distilling, held, message
 from ppcl_ds.estimate.inputs import read_inputs
-from ppcl_ds.estimate.measured import distilling
+from ppcl_ds.estimate.measured import distilling, run_once
 from ppcl_ds.estimate.numbers import Memory, add_up
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher import files
@@ -35,8 +35,8 @@ def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
     recipe = load_recipe(unprepared("qwen", **sections))
     units = tuple(UnitPlan(name=n, span=s, streams=("image", "text")) for n, s in (("a", (0, 1)), ("b", (2, 4))))
     Plan(teacher=TEACHERS["qwen"][0], blocks=6, units=units, variants={}).save(recipe.plan_file)
-    account = distilling(read_inputs(recipe, 1, 2, latent_size=(8, 8), text_tokens=TEXT))
-    return sharded(account)
+    inputs = read_inputs(recipe, 1, 2, latent_size=(8, 8), text_tokens=TEXT)
+    return sharded(distilling(inputs, run_once(inputs, None)))
 
 
 def sharded(account: Distilling, **changes: int) -> Distilling:

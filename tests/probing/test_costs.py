@@ -23,7 +23,7 @@ LATENTS, WORDS = (1, 8, 8), 5  # 16 image tokens
 def costs(teacher: Teacher, latents: tuple[int, int, int] = LATENTS, **probe: int) -> ProbingCosts:
     forward = meta_forward(teacher, latents, WORDS)
     section = Probe(**{"batch_size": 2, "batches": 3} | probe)
-    return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, section)
+    return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, 1, section)
 
 
 def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) -> None:
