@@ -25,7 +25,7 @@ from benchmarks.workload import Span, Workload, prepare, save_teacher
 from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.activations import LiveBytes
-from ppcl_ds.estimate.sizing import size_run
+from ppcl_ds.estimate.estimate import size
 from ppcl_ds.recipe import load_recipe
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def peak_of_steps(recipe: Path) -> tuple[EngineStep, int]:
         torch.cuda.reset_peak_memory_stats()
         _steps(engine)
         return engine, torch.cuda.max_memory_allocated()
-    with LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         engine = EngineStep(recipe)
         live.peak = live.now
         _steps(engine)
@@ -138,9 +138,9 @@ class Runs:
     def against_estimate(self, plain: dict[str, Any]) -> Row:
         """Peak memory of a step over what `ppcl estimate` says of the run."""
         # The accelerator decides whether it fits, not how much it is.
-        numbers = size_run(load_recipe(self.one), 1, 1, accelerator_called("h100"), text_tokens=self.work.words)
-        memory = numbers.fullest.memory
-        note = f"worst moment of the estimate: {memory.worst}; {plain['device']}"
+        estimate = size(load_recipe(self.one), 1, 1, accelerator_called("h100"), text_tokens=self.work.words)
+        memory = estimate.memory
+        note = f"worst phase of the estimate: {memory.worst}; {plain['device']}"
         return row("peak memory, step / estimate", plain["peak"] / GIB, memory.peak / GIB, "GiB", note)
 
     def seconds_of_saving(self, where: str, repeats: int) -> Row:

@@ -135,7 +135,7 @@ def estimate(
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
 ) -> None:
-    """Say what training will need: memory by part, traffic and time of a step, and the smallest cluster.
+    """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
 
     Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
     spans are assumed. A cluster of another size than the topology's keeps its
@@ -177,11 +177,13 @@ def distill(
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.distill.distill import check, distill, rehearse
+    from ppcl_ds.distill.distill import check, distill
 
     teacher, checked = check(loaded)
     if dry_run:
-        rehearse(loaded)
+        from ppcl_ds.estimate.estimate import print_estimate
+
+        print_estimate(loaded, teacher)
         return
     launch.on_ranks(loaded.topology.world)
     distill(loaded, teacher, checked, until)
@@ -208,11 +210,14 @@ def finetune(
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.finetune.finetune import check, finetune, rehearse
+    from ppcl_ds.finetune.finetune import check, finetune, newer_units
 
     checked = check(loaded, variant, from_run)
     if dry_run:
-        rehearse(checked)
+        from ppcl_ds.estimate.estimate import print_estimate
+
+        print(newer_units(checked.folder), end="")
+        print_estimate(loaded, checked.teacher, variant)
         return
     launch.on_ranks(loaded.topology.world)
     finetune(checked, until)

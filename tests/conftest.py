@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ppcl_ds.teacher.teacher import Teacher
 from tests.ranks import run, start_server
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +74,19 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+
+QWEN_IMAGE: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 60,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 3584,
+    "guidance_embeds": False,
+    "axes_dims_rope": [16, 56, 56],
+}
+"""The published Qwen-Image transformer."""
 
 WAN: tuple[str, dict[str, Any]] = (
     "WanTransformer3DModel",
@@ -135,6 +150,24 @@ def make_recipe(family: str, run: Path) -> dict[str, Any]:
         },
         "evaluate": {"samples": 8, "batch_size": 4, "steps": 2, "velocity_batches": 2},
     }
+
+
+def write_config(folder: Path, family: str, **changes: Any) -> Path:
+    """A teacher folder with `config.json` alone."""
+    class_name, config = TEACHERS[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"_class_name": class_name} | config | changes))
+    return folder
+
+
+@pytest.fixture
+def configured(tmp_path: Path) -> Callable[..., Teacher]:
+    """`configured(family, key=value, ...)`: a teacher without weights."""
+
+    def make(family: str, **changes: Any) -> Teacher:
+        return Teacher(write_config(tmp_path / f"{family} {len(list(tmp_path.iterdir()))}", family, **changes), False)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,8 @@ from ppcl_ds.data.stream import check_data
 from ppcl_ds.distill import distill as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
-from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
-from ppcl_ds.estimate.tuning import Tuning, size_tuning
+from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.numbers import Estimate
 from ppcl_ds.finetune import finetune as finetune
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.recipe import Recipe
@@ -81,24 +81,23 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     name = recipe.cluster.accelerator
     accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
     nodes = nodes_of(recipe)
-    numbers = size_run(recipe, nodes, recipe.topology.world // nodes, accelerator)
-    tunings = [
-        size_tuning(recipe, recipe.tuning, variant, nodes, recipe.topology.world // nodes, accelerator)
-        for variant in (recipe.finetune.variants if recipe.finetune else ())
-    ]
+    distilling, *tunings = (
+        size(recipe, nodes, recipe.topology.world // nodes, accelerator, variant=variant, teacher=teacher)
+        for variant in (None, *(recipe.finetune.variants if recipe.finetune else ()))
+    )
     if name:
-        _need_memory(numbers, "distilling", "ppcl estimate")
+        _need_memory(distilling, "distilling", "ppcl estimate")
         for tuning in tunings:
             _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
     variants = len(_variants(recipe, plan)) + len(tunings)
-    require_space(recipe.run, _bytes_to_write(recipe, numbers, tunings, variants))
+    require_space(recipe.run, _bytes_to_write(recipe, distilling, tunings, variants))
 
 
-def _need_memory(numbers: Sized, what: str, command: str) -> None:
+def _need_memory(numbers: Estimate, what: str, command: str) -> None:
     if numbers.fits:
         return
     smallest, accelerator = numbers.smallest, numbers.accelerator
-    needed, there = (size / 2**30 for size in (numbers.fullest.memory.peak, accelerator.usable_bytes))
+    needed, there = (each / 2**30 for each in (numbers.memory.peak, accelerator.usable_bytes))
     advice = f"{smallest.nodes} nodes would do" if smallest else "no cluster of this topology does"
     raise UserError(
         f"{what} needs {needed:.3g} GiB on an {accelerator.name}, which has {there:.3g}; {advice}, "
@@ -128,13 +127,13 @@ def _most_units(recipe: Recipe, teacher: Teacher) -> int:
     return min(len(spans), chosen) + given + len(width_candidates(section, teacher.anatomy))
 
 
-def _bytes_to_write(recipe: Recipe, numbers: Estimate, tunings: Sequence[Tuning], variants: int) -> int:
+def _bytes_to_write(recipe: Recipe, distilling: Estimate, tunings: Sequence[Estimate], variants: int) -> int:
     """At most, of what is large: checkpoints, with the one being written, and the variants, as large as the teacher.
 
     Encoded shards are not counted: how large they are, encoding tells.
     """
-    kept = (recipe.distill.keep_checkpoints + 1) * numbers.unit_parameters * _TRAINING_BYTES
+    kept = (recipe.distill.keep_checkpoints + 1) * distilling.parameters * _TRAINING_BYTES
     if recipe.finetune:
         each = _TRAINING_BYTES + (_AVERAGE_BYTES if recipe.finetune.ema else 0)
         kept += (recipe.finetune.keep_checkpoints + 1) * sum(tuning.parameters for tuning in tunings) * each
-    return kept + variants * numbers.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize
+    return kept + variants * distilling.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize

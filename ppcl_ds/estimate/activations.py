@@ -20,28 +20,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ppcl_ds.teacher.anatomy import Block, Streams
-from ppcl_ds.units.depth import DepthUnit, recompute_parts
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.unit import Unit, UnitBatch
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that are made inside and still alive.
+    """Counts the bytes of a device's tensors that are made inside and still alive.
 
     A tensor that was there before does not count, nor does a view; in `peak` stands the most that was alive at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "meta") -> None:
         super().__init__()
+        self.device = device
         self.now = 0
         self.peak = 0
         self._known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for storage in _storages((args, kwargs)):
+        for storage in self._storages((args, kwargs)):
             self._known[storage] = True
         output = func(*args, **(kwargs or {}))
-        for storage in _storages(output):
+        for storage in self._storages(output):
             if storage not in self._known:
                 self._known[storage] = True
                 self.now += storage.nbytes()
@@ -51,6 +51,10 @@ class LiveBytes(TorchDispatchMode):
 
     def _release(self, size: int) -> None:
         self.now -= size
+
+    def _storages(self, tree: Any) -> list[torch.UntypedStorage]:
+        tensors = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        return [tensor.untyped_storage() for tensor in tensors if tensor.device.type == self.device]
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -65,7 +69,7 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def unit_activations(unit: Unit, parcel: UnitBatch, checkpointing: bool) -> int:
+def unit_activations(unit: Unit, batch: UnitBatch, checkpointing: bool) -> int:
     """Most bytes alive at once in the forward, loss and backward of a unit on the meta device.
 
     Beside parameters, gradients and what the unit reads, which do not count.
@@ -75,19 +79,19 @@ def unit_activations(unit: Unit, parcel: UnitBatch, checkpointing: bool) -> int:
 
     Args:
         unit: is changed.
-        parcel: what the unit reads and is judged by.
+        batch: what the unit reads and is judged by.
         checkpointing: recompute activations in the backward pass.
     """
     for part in unit.core.children():
         part.forward = partial(_with_fused_attention, part.forward)
-    if checkpointing and isinstance(unit, DepthUnit):
-        recompute_parts(unit.core)
+    if checkpointing:
+        unit.recompute()
     unit.requires_grad_(True)
     for parameter in unit.parameters():
         parameter.grad = torch.empty_like(parameter)
     with torch.enable_grad(), LiveBytes() as live:
-        outputs = unit(parcel.inputs, parcel.conditioning)
-        losses = [boundary_loss(outputs[s], target, None, 1.0) for s, target in parcel.targets.items()]
+        outputs = unit(batch.inputs, batch.conditioning)
+        losses = [boundary_loss(outputs[s], target, None, 1.0) for s, target in batch.targets.items()]
         del outputs
         torch.stack(losses).sum().backward()
     return live.peak
@@ -105,7 +109,3 @@ def _with_fused_attention(forward: Any, *args: Any, **kwargs: Any) -> Any:
     """A part's forward; a mode around the whole would not reach what the backward pass computes again."""
     with _FusedAttention():
         return forward(*args, **kwargs)
-
-
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [leaf.untyped_storage() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.data.index import split_entries
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import accelerator_called
-from ppcl_ds.estimate.show import show, show_tuning
-from ppcl_ds.estimate.sizing import Sized, size_run
-from ppcl_ds.estimate.tuning import size_tuning
+from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
+from ppcl_ds.estimate.inputs import growing_clusters, read_inputs
+from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
+from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, add_up, least_time
+from ppcl_ds.estimate.show import show
+from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.sections import Precision
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.training.phases import Account
+from ppcl_ds.training.traffic import Cluster
+
+_NODE = 8
+"""Accelerators of a node that a dry run assumes where they fill whole ones."""
+
+_MOST_NODES = 128
+"""Largest cluster that is searched for one that is large enough."""
 
 
 def estimate(
@@ -44,20 +57,35 @@ def estimate(
         raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
     if text_tokens is not None and text_tokens < 1:
         raise UserError(f"--text-tokens {text_tokens}: a prompt has a token or more")
-    cluster = nodes, recipe.topology.world if gpus_per_node is None else gpus_per_node, accelerator_called(accelerator)
-    size = None if latent_size is None else read_size(latent_size)
-    options: Any = {"utilisation": utilisation, "latent_size": size, "text_tokens": text_tokens}
-    numbers: Sized
-    if variant is None:
-        show(numbers := size_run(recipe, *cluster, **options))
-    else:
-        show_tuning(numbers := size_tuning(recipe, recipe.tuning, variant, *cluster, **options))
+    found = size(
+        recipe,
+        nodes,
+        recipe.topology.world if gpus_per_node is None else gpus_per_node,
+        accelerator_called(accelerator),
+        variant=variant,
+        utilisation=utilisation,
+        latent_size=None if latent_size is None else read_size(latent_size),
+        text_tokens=text_tokens,
+    )
+    show(found)
     if json is not None:
         try:
-            atomic_write(json, numbers.model_dump_json(indent=1) + "\n")
+            atomic_write(json, found.model_dump_json(indent=1) + "\n")
         except OSError as fault:
             raise UserError(f"--json {json}: {fault.strerror}") from None
-    return numbers.fits
+    return found.fits
+
+
+def print_estimate(recipe: Recipe, teacher: Teacher, variant: str | None = None) -> None:
+    """What a dry run says of a training that has been checked: its estimate, and how often it reads its shards."""
+    training, world = recipe.tuning if variant else recipe.distill, recipe.topology.world
+    nodes = 1 if world % _NODE else world // _NODE
+    show(size(recipe, nodes, world // nodes, ACCELERATORS["h100"], variant=variant, teacher=teacher))
+    entries = split_entries(recipe.data, "train")
+    samples = sum(entry.samples for entry in entries)
+    epochs = training.steps * training.micro_batch * training.micro_batches_per_step / samples
+    print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {training.steps} steps")
+    print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -71,3 +99,109 @@ def read_size(text: str) -> tuple[int, int]:
         raise UserError(f"--latent-size {text}: give one number, or height and width such as 96x160")
     height, width = found.groups()
     return int(height), int(width or height)
+
+
+def size(
+    recipe: Recipe,
+    nodes: int,
+    gpus_per_node: int,
+    accelerator: Accelerator,
+    *,
+    variant: str | None = None,
+    utilisation: float = 0.4,
+    latent_size: tuple[int, int] | None = None,
+    text_tokens: int | None = None,
+    teacher: Teacher | None = None,
+) -> Estimate:
+    """Estimate `ppcl distill RECIPE`, or `ppcl finetune RECIPE --variant VARIANT`. Nothing is written.
+
+    Args:
+        accelerator: one in each process.
+        utilisation: share of its peak that matrix products reach.
+        latent_size: H and W of a sample; the recipe's by default.
+        text_tokens: tokens of its prompt; the recipe's by default.
+        teacher: the recipe's, if it is open already.
+
+    Raises:
+        UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
+    """
+    inputs = read_inputs(recipe, nodes, gpus_per_node, variant, latent_size, text_tokens, teacher)
+    forward = run_once(inputs, variant)
+    account = distilling(inputs, forward) if variant is None else fine_tuning(inputs, forward, variant)
+    cluster, precision = inputs.cluster, recipe.teacher.precision
+    phases = account.phases(cluster)
+    memories = [add_up(stage) for stage in phases]
+    step, seconds = least_time(phases, accelerator, utilisation)
+    probing = None
+    if variant is None:
+        anatomy, batch = inputs.teacher.anatomy, recipe.distill.micro_batch
+        probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
+    return Estimate(
+        training="distill" if variant is None else "finetune",
+        variant=variant,
+        teacher=inputs.teacher.class_name,
+        teacher_parameters=sum(elements for elements, _ in account.teacher.parameters),
+        plan=inputs.source,
+        parameters=account.parameters,
+        latents=inputs.latents,
+        text_tokens=inputs.tokens,
+        precision=precision,
+        cluster=cluster,
+        accelerator=accelerator,
+        notes=tuple(_notes(account, cluster, precision)),
+        stages=tuple(_stages(account, cluster, memories)),
+        fits=_fits(memories, accelerator),
+        smallest=_smallest(account, recipe, gpus_per_node, accelerator),
+        micro_batches=account.rounds(cluster) * cluster.world,
+        samples=account.samples(cluster),
+        step_flops=account.step_flops(cluster),
+        utilisation=utilisation,
+        step=step,
+        seconds=seconds,
+        probing=probing,
+        probing_seconds=_probing_seconds(probing, cluster, accelerator, utilisation) if probing else 0.0,
+    )
+
+
+def _stages(account: Account, cluster: Cluster, memories: Sequence[Memory]) -> Iterator[Stage]:
+    parameters, flops = (sum(getattr(layer, what) for layer in account.layers) for what in ("parameters", "flops"))
+    for layers, memory in zip(account.cut(cluster.stages), memories, strict=True):
+        own = sum(layer.parameters for layer in layers)
+        yield Stage(
+            layers=tuple(layer.name for layer in layers),
+            parameters=own,
+            parameter_share=own / parameters,
+            flop_share=sum(layer.flops for layer in layers) / flops,
+            memory=memory,
+        )
+
+
+def _notes(account: Account, cluster: Cluster, precision: Precision) -> Iterator[str]:
+    asked, micro_batches = account.settings.micro_batches_per_step, account.rounds(cluster) * cluster.world
+    if micro_batches != asked:
+        yield (
+            f"{account.section}.micro_batches_per_step is {asked}, not a multiple of {cluster.world} processes: "
+            f"{micro_batches} assumed"
+        )
+    if precision != "bf16":
+        yield "times are those of bf16; memory is that of the recipe's precision"
+
+
+def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
+    return max(memory.peak for memory in memories) <= accelerator.usable_bytes
+
+
+def _smallest(account: Account, recipe: Recipe, gpus_per_node: int, accelerator: Accelerator) -> Cluster | None:
+    cuts = sum(not layer.joined for layer in account.layers)
+    for cluster in growing_clusters(recipe.topology, gpus_per_node, cuts, _MOST_NODES):
+        divides = cluster.world % account.teacher.sharding.ranks_per_copy == 0
+        if divides and _fits([add_up(stage) for stage in account.phases(cluster)], accelerator):
+            return cluster
+    return None
+
+
+def _probing_seconds(probing: ProbingCosts, cluster: Cluster, accelerator: Accelerator, utilisation: float) -> float:
+    teacher = probing.teacher_flops / accelerator.tflops
+    return (teacher + (probing.moment_flops + probing.figure_flops) / accelerator.tflops64) / (
+        cluster.world * utilisation * 1e12
+    )

@@ -1,152 +1,175 @@
-"""Everything about a run that does not depend on the cluster, measured once on the meta device."""
+"""The accounts of both trainings, filled in with what one micro-batch shows on the meta device."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Hashable
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from ppcl_ds.data.noising import DTYPES
+from ppcl_ds.distill.phases import Distilling
+from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.activations import block_activations, unit_activations
+from ppcl_ds.estimate.inputs import Inputs
+from ppcl_ds.finetune.phases import FineTuning
+from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.teacher.anatomy import Anatomy, block_shapes
-from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.flops import Work, work_of
-from ppcl_ds.training.meta_forward import Rehearsal, rehearse
-from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
-from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.unit import Unit, UnitBatch
+from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.training.flops import work_of
+from ppcl_ds.training.meta_forward import MetaForward, meta_forward
+from ppcl_ds.training.phases import LayerCosts, Sharding, TeacherCosts
+from ppcl_ds.units.depth import DepthUnit
+from ppcl_ds.units.kinds import batches_of, blank_unit, boundaries_of, empty_unit, taps_of
+from ppcl_ds.units.unit import UnitBatch, Unit
+from ppcl_ds.units.variant import layout
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A teacher, a plan and a micro-batch.
-
-    Attributes:
-        parameters: elements and bytes of an element, for each parameter of the teacher.
-        used: the same, without the blocks that no unit needs.
-        buffers: bytes of the teacher's buffers.
-        largest_block: elements of its largest block that runs.
-        largest_parameter: elements of the largest parameter of any unit.
-        element: bytes of an element in the number format of the run.
-        unit_parameters: unit -> its parameters.
-        parcels: unit -> what it reads from one teacher forward, meta tensors.
-        activations: unit -> most bytes that its training on one micro-batch takes.
-        teacher_activations: most bytes that the forward of a teacher block takes on one micro-batch, outputs included.
-        work: of one sample.
-        micro_batch: samples in a micro-batch.
-    """
-
-    parameters: tuple[tuple[int, int], ...]
-    used: tuple[tuple[int, int], ...]
-    buffers: int
-    largest_block: int
-    largest_parameter: int
-    element: int
-    unit_parameters: dict[str, int]
-    parcels: dict[str, UnitBatch]
-    activations: dict[str, int]
-    teacher_activations: int
-    work: Work
-    micro_batch: int
-
-    def message(self, units: Iterable[str]) -> int:
-        """Bytes that the exchange sends for these units from one micro-batch: each tensor once."""
-        tensors = {id(tensor): tensor for tensor in self._tensors(units)}
-        return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-
-    def held(self, units: Iterable[str]) -> int:
-        """Bytes of memory behind what these units read from one micro-batch: each storage once."""
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in self._tensors(units)}
-        return sum(storage.nbytes() for storage in storages.values())
-
-    def _tensors(self, units: Iterable[str]) -> list[Tensor]:
-        leaves = pytree.tree_leaves([vars(self.parcels[name]) for name in units])
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def measure(
-    teacher: Teacher,
-    plan: Plan,
-    latents: tuple[int, int, int],
-    text_tokens: int,
-    *,
-    micro_batch: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-) -> Measured:
-    """Rehearse the teacher on one micro-batch, and one unit of every kind.
-
-    Args:
-        latents: (C, H, W) of a sample.
-        text_tokens: tokens of its prompt.
-        micro_batch: samples in a micro-batch.
-        dtype: number format of teacher and units while they run.
-        checkpointing: whether units recompute their activations.
+def run_once(inputs: Inputs, variant: str | None) -> MetaForward:
+    """The teacher on one micro-batch of the training that is asked about.
 
     Raises:
-        UserError: the teacher cannot read samples of this shape.
+        UserError: the plan has no units, or the teacher cannot read samples of this shape.
     """
-    wanted = taps_of(plan, teacher.anatomy)
-    rehearsal = rehearse(teacher, latents, text_tokens, micro_batch, dtype, wanted.parts)
-    last = wanted.last
+    if variant is None and not inputs.plan.units:
+        raise UserError(f"plan {inputs.recipe.plan_file}: it has no units, so there is nothing to train")
+    training = inputs.recipe.distill if variant is None else inputs.recipe.tuning
+    taps = taps_of(inputs.plan, inputs.teacher.anatomy).parts if variant is None else ()
+    dtype = DTYPES[inputs.recipe.teacher.precision]
+    return meta_forward(inputs.teacher, inputs.latents, inputs.tokens, training.micro_batch, dtype, taps)
+
+
+def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
+    """The account of `ppcl distill`."""
+    settings, plan, anatomy = inputs.recipe.distill, inputs.plan, inputs.teacher.anatomy
+    dtype, taps = DTYPES[inputs.recipe.teacher.precision], taps_of(plan, anatomy)
+    work = work_of(forward, plan, settings.micro_batch)
+    batches = batches_of(forward.capture, forward.text_mask, plan, anatomy)
+    meter = Meter(settings.activation_checkpointing)
+    layers = []
+    for unit in plan.units:
+        module, batch = empty_unit(unit, inputs.teacher, dtype), batches[unit.name]
+        sizes = [parameter.numel() for parameter in module.parameters()]
+        layers.append(
+            LayerCosts(
+                name=unit.name,
+                parameters=sum(sizes),
+                trained=sum(sizes),
+                largest=max(sizes),
+                flops=work.units[unit.name],
+                activations=meter(module, batch),
+                batch=batch,
+            )
+        )
+    teacher = teacher_costs(forward, taps.last, dtype, work.teacher, inputs.sharding)
+    return Distilling(teacher, tuple(layers), settings)
+
+
+def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTuning:
+    """The account of `ppcl finetune --variant VARIANT`.
+
+    What width units take away of a block is taken off its parameters and, in proportion, its FLOPs, and not off its
+    activations.
+
+    Raises:
+        UserError: the plan has no such variant, or the teacher's class has no such model.
+    """
+    settings, teacher, plan = inputs.recipe.tuning, inputs.teacher, inputs.plan
+    dtype, micro_batch = DTYPES[inputs.recipe.teacher.precision], inputs.recipe.tuning.micro_batch
+    places = plan.places(variant)
+    whole = layout(teacher, plan, variant, partial(blank_unit, teacher=teacher))
+    model = empty_model(whole.config)
+    blocks = Anatomy(model).blocks
+    shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trained: dict[int | None, int] = dict.fromkeys([None, *range(len(blocks))], 0)
+    for part in parts_of(model, whole.tensors, settings.trainable):
+        trained[part.place] += sum(shapes[name] for name in part.parameters)
+    costs = block_costs(forward.block_flops, teacher.anatomy, model, places)
+    stays = joined(whole.config, [block.key for block in blocks])
+    boundaries = boundaries_of(plan, variant) if settings.boundary_weight else {}
+    streams, meter = forward.capture.streams, Meter(checkpointing=False)
+    layers = []
+    for block, (origin, _) in zip(blocks, places, strict=True):
+        old = teacher.blocks[origin]
+        module, entering = teacher.anatomy.module(forward.model, old), streams[old.entering]
+        image = {"image": streams[old.leaving]["image"]}
+        unit = DepthUnit(old, copy.deepcopy(module))
+        last, judged = boundaries.get(block.index, (origin, ()))
+        targets = {stream: streams[teacher.blocks[last].leaving][stream] for stream in judged}
+        layers.append(
+            LayerCosts(
+                name=block.key,
+                parameters=block.parameters,
+                trained=trained[block.index],
+                largest=max(parameter.numel() for parameter in module.parameters()),
+                flops=costs[block.index] / micro_batch,
+                activations=meter(unit, UnitBatch(entering, forward.capture.conditioning[origin], image, None)),
+                batch=UnitBatch(entering, {}, targets, None),
+                joined=stays[block.index],
+            )
+        )
+    last_block = len(teacher.blocks) - 1
+    flops = forward.flops_until[last_block] / micro_batch
+    costs_of_teacher = teacher_costs(forward, last_block, dtype, flops, inputs.sharding)
+    rest = whole.parameters - sum(block.parameters for block in blocks)
+    return FineTuning(
+        costs_of_teacher,
+        tuple(layers),
+        settings,
+        rest=rest,
+        trained_rest=trained[None],
+        inputs=sum(tensor.nbytes for tensor in forward.read),
+        velocities=forward.velocity.nbytes + forward.velocity.numel() * 4,  # the teacher's, and the data's in float32
+    )
+
+
+def teacher_costs(
+    forward: MetaForward, last: int, dtype: torch.dtype, flops: float, sharding: Sharding
+) -> TeacherCosts:
+    """What the teacher holds, and what its forward takes.
+
+    Args:
+        last: the last block that runs.
+        dtype: of the run.
+        flops: of one sample's forward.
+    """
+    teacher, capture = forward.teacher, forward.capture
+    named = {name: (p.numel(), p.itemsize) for name, p in forward.model.named_parameters()}
     unused = tuple(f"{block.key}." for block in teacher.blocks[last + 1 :])
-    named = {name: (p.numel(), p.itemsize) for name, p in rehearsal.model.named_parameters()}
-    parcels = batches_of(rehearsal.capture, rehearsal.text_mask, plan, teacher.anatomy)
-    units = {unit.name: empty_unit(unit, teacher, dtype) for unit in plan.units}
-    sizes = {name: [parameter.numel() for parameter in unit.parameters()] for name, unit in units.items()}
-    return Measured(
+    activations: dict[Hashable, int] = {}
+    for block in teacher.blocks[: last + 1]:
+        module, streams = teacher.anatomy.module(forward.model, block), capture.streams[block.entering]
+        alike = (block.list_name, *block_shapes(module).items(), *((name, s.shape) for name, s in streams.items()))
+        if alike not in activations:
+            activations[alike] = block_activations(block, module, streams, capture.conditioning[block.index])
+    return TeacherCosts(
         parameters=tuple(named.values()),
         used=tuple(size for name, size in named.items() if not name.startswith(unused)),
-        buffers=sum(buffer.numel() * buffer.itemsize for buffer in rehearsal.model.buffers()),
+        buffers=sum(buffer.nbytes for buffer in forward.model.buffers()),
         largest_block=max(block.parameters for block in teacher.blocks[: last + 1]),
-        largest_parameter=max(map(max, sizes.values())),
         element=dtype.itemsize,
-        unit_parameters={name: sum(each) for name, each in sizes.items()},
-        parcels=parcels,
-        activations=_unit_activations(rehearsal, teacher.anatomy, plan, units, parcels, checkpointing),
-        teacher_activations=_teacher_activations(rehearsal, teacher.anatomy, last),
-        work=work_of(rehearsal, plan, micro_batch),
-        micro_batch=micro_batch,
+        flops=flops,
+        activations=max(activations.values()),
+        sharding=sharding,
     )
 
 
-def _kind(rehearsal: Rehearsal, anatomy: Anatomy, index: int) -> Hashable:
-    """What tells apart blocks that need different memory; one of a kind is measured."""
-    block = anatomy.blocks[index]
-    shapes = block_shapes(anatomy.module(rehearsal.model, block))
-    streams = {name: tensor.shape for name, tensor in rehearsal.capture.streams[block.entering].items()}
-    return block.list_name, frozenset(shapes.items()), frozenset(streams.items())
+class Meter:
+    """Memory of units while they are trained; of units that are alike, one is measured.
 
+    Args:
+        checkpointing: recompute activations in the backward pass.
+    """
 
-def _unit_activations(
-    rehearsal: Rehearsal,
-    anatomy: Anatomy,
-    plan: Plan,
-    units: Mapping[str, Unit],
-    parcels: Mapping[str, UnitBatch],
-    checkpointing: bool,
-) -> dict[str, int]:
-    known: dict[Hashable, int] = {}
-    found = {}
-    for unit in plan.units:
-        kind = (_kind(rehearsal, anatomy, unit.span[0]), unit.kind, unit.streams, unit.keep, len(unit.outputs))
-        if kind not in known:
-            known[kind] = unit_activations(units[unit.name], parcels[unit.name], checkpointing)
-        found[unit.name] = known[kind]
-    return found
+    def __init__(self, checkpointing: bool) -> None:
+        self.checkpointing = checkpointing
+        self._known: dict[Hashable, int] = {}
 
-
-def _teacher_activations(rehearsal: Rehearsal, anatomy: Anatomy, last: int) -> int:
-    kinds = {_kind(rehearsal, anatomy, block.index): block for block in anatomy.blocks[: last + 1]}
-    capture = rehearsal.capture
-    return max(
-        block_activations(
-            block,
-            anatomy.module(rehearsal.model, block),
-            capture.streams[block.entering],
-            capture.conditioning[block.index],
-        )
-        for block in kinds.values()
-    )
+    def __call__(self, unit: Unit, batch: UnitBatch) -> int:
+        """Most bytes that a unit's training on a micro-batch takes, see `unit_activations`."""
+        tensors = *unit.parameters(), *batch.inputs.values(), *batch.targets.values()
+        alike = (type(unit), *(tensor.shape for tensor in tensors))
+        if alike not in self._known:
+            self._known[alike] = unit_activations(unit, batch, self.checkpointing)
+        return self._known[alike]

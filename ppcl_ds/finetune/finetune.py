@@ -8,12 +8,7 @@ import torch.distributed as dist
 
 from ppcl_ds import launch
 from ppcl_ds.data.stream import check_data
-from ppcl_ds.distill.distill import nodes_of, say_epochs
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.estimate.layout import stage_bounds
-from ppcl_ds.estimate.show import show_tuning
-from ppcl_ds.estimate.tuning import size_tuning
 from ppcl_ds.finetune.start import Library, Start, read_origin
 from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
@@ -22,6 +17,7 @@ from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.checks import check_resume, check_students
+from ppcl_ds.training.stages import stage_bounds
 from ppcl_ds.units.plan import load_plan
 
 
@@ -89,12 +85,3 @@ def finetune(start: Start, until: int | None = None) -> None:
         print(newer_units(start.folder), end="", flush=True)
     FineTuner(start).train(until)
     launch.leave()
-
-
-def rehearse(start: Start) -> None:
-    """What can be said before a run that `check` has let pass: its estimate, and how often it reads its shards."""
-    recipe, settings = start.recipe, start.settings
-    print(newer_units(start.folder), end="")
-    nodes, gpus = nodes_of(recipe.topology.world)
-    show_tuning(size_tuning(recipe, settings, start.variant, nodes, gpus, ACCELERATORS["h100"]))
-    say_epochs(recipe, settings)

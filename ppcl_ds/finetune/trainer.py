@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.data.noising import NoisyBatch
-from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
 from ppcl_ds.finetune.preview import look
 from ppcl_ds.finetune.stage import stage_batch, weighted
@@ -20,7 +19,8 @@ from ppcl_ds.teacher.anatomy import Anatomy, Wanted
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
-from ppcl_ds.training.meta_forward import rehearse
+from ppcl_ds.training.meta_forward import meta_forward
+from ppcl_ds.training.stages import stage_bounds
 from ppcl_ds.training.trainer import Training
 from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.unit import UnitBatch
@@ -53,11 +53,11 @@ class FineTuner(Training):
         empty = empty_model(whole.config)
         parts = parts_of(empty, whole.tensors, settings.trainable)
         shape, tokens = self.sample_shape()
-        rehearsal = rehearse(self.teacher, shape, tokens)
-        costs = block_costs(rehearsal.block_flops, self.teacher.anatomy, empty, plan.places(self.start.variant))
+        forward = meta_forward(self.teacher, shape, tokens)
+        costs = block_costs(forward.block_flops, self.teacher.anatomy, empty, plan.places(self.start.variant))
         keys = [block.key for block in Anatomy(empty).blocks]
         self.bounds = stage_bounds(joined(whole.config, keys), costs, recipe.topology.stages)
-        self.flops_of_sample = rehearsal.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
+        self.flops_of_sample = forward.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
         self.boundaries = boundaries_of(plan, self.start.variant) if settings.boundary_weight else {}
         exits = frozenset(block for block, _ in self.boundaries.values())
         self.wanted = Wanted(calls=frozenset(), exits=exits, to_the_end=True)

@@ -121,8 +121,12 @@ class ModelFiles:
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """Names of all stored tensors."""
-        return frozenset(self._file_of)
+        """Names of all stored tensors; where none will be read, of those that the class has."""
+        return frozenset(self._file_of or self._shapes)
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.empty_model().state_dict().items()}
 
     def empty_model(self, config: dict[str, Any] | None = None) -> nn.Module:
         """The stock class with parameters on the meta device and everything else (RoPE tables) real.
@@ -167,7 +171,9 @@ class ModelFiles:
         return module
 
     def source(self, key: str) -> Source:
-        """One stored tensor, looked at but not loaded."""
+        """One stored tensor, looked at but not loaded; where none will be read, its shape alone is right."""
+        if not self._file_of:
+            return Source(self._shapes[key], torch.float32, partial(self.tensor, key))
         with self._open(key) as opened:
             stored = opened.get_slice(key)
             shape = torch.Size(stored.get_shape())

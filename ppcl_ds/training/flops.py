@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.meta_forward import Rehearsal, rehearse
+from ppcl_ds.training.meta_forward import MetaForward, meta_forward
 from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
 from ppcl_ds.units.plan import Plan, UnitPlan
 
@@ -53,25 +53,25 @@ def measure_work(teacher: Teacher, plan: Plan, latents: tuple[int, int, int], te
         UserError: the teacher cannot read samples of this shape.
     """
     taps = taps_of(plan, teacher.anatomy).parts
-    return work_of(rehearse(teacher, latents, text_tokens, taps=taps), plan, batch=1)
+    return work_of(meta_forward(teacher, latents, text_tokens, taps=taps), plan, batch=1)
 
 
-def work_of(rehearsal: Rehearsal, plan: Plan, batch: int) -> Work:
-    """The work of one sample, from a rehearsal with `batch` of them in which the plan's taps were recorded."""
-    last = taps_of(plan, rehearsal.teacher.anatomy).last
+def work_of(forward: MetaForward, plan: Plan, batch: int) -> Work:
+    """The work of one sample, from a forward with `batch` of them in which the plan's taps were recorded."""
+    last = taps_of(plan, forward.teacher.anatomy).last
     return Work(
-        teacher=rehearsal.flops_until[last] / batch,
-        units={unit.name: _unit_flops(unit, rehearsal) / batch for unit in plan.units},
+        teacher=forward.flops_until[last] / batch,
+        units={unit.name: _unit_flops(unit, forward) / batch for unit in plan.units},
     )
 
 
-def _unit_flops(unit: UnitPlan, rehearsal: Rehearsal) -> float:
-    """FLOPs of a unit's forward, all samples of the rehearsal."""
+def _unit_flops(unit: UnitPlan, forward: MetaForward) -> float:
+    """FLOPs of a unit's forward, all samples of the forward."""
     if unit.takes_blocks:
-        return rehearsal.block_flops[unit.span[0]]
-    plan = Plan(teacher="", blocks=len(rehearsal.teacher.blocks), units=(unit,), variants={})
-    [batch] = batches_of(rehearsal.capture, None, plan, rehearsal.teacher.anatomy).values()
-    module = empty_unit(unit, rehearsal.teacher, torch.float32)
+        return forward.block_flops[unit.span[0]]
+    plan = Plan(teacher="", blocks=len(forward.teacher.blocks), units=(unit,), variants={})
+    [batch] = batches_of(forward.capture, None, plan, forward.teacher.anatomy).values()
+    module = empty_unit(unit, forward.teacher, torch.float32)
     inputs = {name: tensor.float() for name, tensor in batch.inputs.items()}
     with FlopCounterMode(display=False) as counter:
         module(inputs, batch.conditioning)

@@ -1,4 +1,4 @@
-"""The teacher rehearsed: one forward on the meta device, which gives shapes and FLOPs but no numbers.
+"""One forward of the teacher on the meta device, which gives shapes and FLOPs but no numbers.
 
 `config.json` is all that it needs, and a model of any size takes seconds and next to no memory.
 Shapes: B batch, C latent channels, H and W latent height and width, S text tokens.
@@ -25,7 +25,7 @@ from ppcl_ds.teacher.teacher import Teacher
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class MetaForward:
     """What one forward of the teacher showed.
 
     Attributes:
@@ -33,6 +33,8 @@ class Rehearsal:
         teacher: what it is a copy of.
         capture: every boundary, every block's arguments and what was wanted of its parts, meta tensors.
         text_mask: (B, S) bool.
+        read: what it was called with: latents, prompts, noise levels; meta tensors.
+        velocity: (B, C, H, W), meta.
         block_flops: FLOPs of each block's forward, all B samples.
         flops_until: FLOPs from the beginning of the forward until each block has ended, all B samples.
     """
@@ -41,6 +43,8 @@ class Rehearsal:
     teacher: Teacher
     capture: Capture
     text_mask: Tensor
+    read: tuple[Tensor, ...]
+    velocity: Tensor
     block_flops: tuple[int, ...]
     flops_until: tuple[int, ...]
 
@@ -53,14 +57,14 @@ def latent_channels(model: nn.Module) -> int:
 
 
 @torch.no_grad()
-def rehearse(
+def meta_forward(
     teacher: Teacher,
     latents: tuple[int, int, int],
     text_tokens: int,
     batch: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     taps: Iterable[Tap] = (),
-) -> Rehearsal:
+) -> MetaForward:
     """Run the whole teacher once on meta tensors.
 
     Args:
@@ -85,6 +89,7 @@ def rehearse(
         pooled=torch.empty(batch, config.get("pooled_projection_dim", 0), device="meta", dtype=dtype),
     )
     noisy = torch.empty(batch, *latents, device="meta", dtype=dtype)
+    sigmas = torch.ones(batch, device="meta")
     began: dict[int, int] = {}
     ended: dict[int, int] = {}
     counter = FlopCounterMode(display=False)
@@ -97,17 +102,20 @@ def rehearse(
         stack.enter_context(teacher.anatomy.tap(model, capture, taps))
         stack.enter_context(counter)
         try:
-            caller(model, noisy, prompts, torch.ones(batch, device="meta"))
+            velocity = caller(model, noisy, prompts, sigmas)
         except (ValueError, RuntimeError, IndexError) as fault:
             reason = str(fault).strip().splitlines()[0]
             raise UserError(f"{teacher.class_name} cannot read latents of {size}: {reason}") from None
     assert prompts.mask is not None
+    assert prompts.pooled is not None
     order = range(len(teacher.blocks))
-    return Rehearsal(
+    return MetaForward(
         model,
         teacher,
         capture,
         prompts.mask,
+        (noisy, prompts.embeds, prompts.mask, prompts.pooled, sigmas),
+        velocity,
         block_flops=tuple(ended[index] - began[index] for index in order),
         flops_until=tuple(ended[index] for index in order),
     )

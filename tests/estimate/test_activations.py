@@ -11,19 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils import _pytree as pytree
 
 from ppcl_ds.data.batch import Prompts
-from ppcl_ds.estimate.activations import LiveBytes, block_activations
-from ppcl_ds.estimate.measured import Measured, measure
+from ppcl_ds.estimate.activations import LiveBytes, block_activations, unit_activations
 from ppcl_ds.teacher.anatomy import Anatomy, Block
 from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.training.meta_forward import meta_forward
 from ppcl_ds.units.depth import recompute_parts
+from ppcl_ds.units.kinds import batches_of, empty_unit
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import UnitBatch
 from tests.conftest import TEACHERS
-from tests.estimate.conftest import Configured
+
+Configured = Callable[..., Teacher]
 
 BATCH, SIDE, TEXT = 2, 32, 24
 LARGER = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": [16, 24, 24]}
@@ -60,13 +62,13 @@ class Real:
         self.block: Block = first
         self.module: nn.Module = anatomy.module(model, first)
         targets = capture.streams[last.leaving]
-        self.parcel = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
+        self.batch = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
 
     def loss(self, checkpointing: bool) -> Tensor:
         if checkpointing:
             recompute_parts(self.module)
-        outputs = self.block.call(self.module, self.parcel.inputs, self.parcel.conditioning)
-        losses = [boundary_loss(outputs[name], target, None, 1.0) for name, target in self.parcel.targets.items()]
+        outputs = self.block.call(self.module, self.batch.inputs, self.batch.conditioning)
+        losses = [boundary_loss(outputs[name], target, None, 1.0) for name, target in self.batch.targets.items()]
         return torch.stack(losses).sum()
 
     def train(self) -> None:
@@ -83,11 +85,16 @@ def estimated(
     dtype: torch.dtype,
     checkpointing: bool = False,
     side: int = SIDE,
-) -> Measured:
+) -> tuple[int, int]:
+    """Activations of a depth unit's training, and of the forward of its first block."""
     teacher = configured(family, **changes)
-    anatomy = teacher.anatomy
-    options: dict[str, Any] = {"micro_batch": BATCH, "dtype": dtype, "checkpointing": checkpointing}
-    return measure(teacher, plan(span), (1, side, side), TEXT, **options)
+    forward = meta_forward(teacher, (1, side, side), TEXT, BATCH, dtype)
+    [unit] = plan(span).units
+    [batch] = batches_of(forward.capture, forward.text_mask, plan(span), teacher.anatomy).values()
+    block = teacher.blocks[span[0]]
+    module = teacher.anatomy.module(forward.model, block)
+    frozen = block_activations(block, module, batch.inputs, batch.conditioning)
+    return unit_activations(empty_unit(unit, teacher, dtype), batch, checkpointing), frozen
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -98,7 +105,7 @@ def test_the_peak_of_a_unit_is_what_a_profiler_sees_on_real_tensors(
     real = Real(family, changes, span, torch.float32)
     real.train()
     seen = profiled(lambda: real.loss(checkpointing).backward())
-    unit = estimated(configured, family, changes, span, torch.float32, checkpointing).activations["it"]
+    unit, _ = estimated(configured, family, changes, span, torch.float32, checkpointing)
     # When exactly what is computed again goes is up to the kernels: a few percent of the much smaller peak.
     assert unit == pytest.approx(seen, rel=0.07 if checkpointing else 0.02)
 
@@ -108,15 +115,11 @@ def test_the_peak_of_a_frozen_block_is_what_a_profiler_sees_on_real_tensors(
     configured: Configured, family: str, changes: dict[str, Any], span: tuple[int, int]
 ) -> None:
     real = Real(family, changes, span, torch.float32)
-    call = partial(real.block.call, real.module, real.parcel.inputs, real.parcel.conditioning)
+    call = partial(real.block.call, real.module, real.batch.inputs, real.batch.conditioning)
     with torch.no_grad():
         seen = profiled(lambda: call())
-    teacher = configured(family, **changes)
-    anatomy = teacher.anatomy
-    meta = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), vars(real.parcel))
-    module = anatomy.module(files.empty_model().to("meta"), real.block)
-    measured = block_activations(real.block, module, meta["inputs"], meta["conditioning"])
-    assert measured == pytest.approx(seen, rel=0.02)
+    _, frozen = estimated(configured, family, changes, span, torch.float32)
+    assert frozen == pytest.approx(seen, rel=0.02)
 
 
 def profiled(function: Callable[[], Any]) -> int:
@@ -133,21 +136,20 @@ def profiled(function: Callable[[], Any]) -> int:
 
 
 def test_checkpointing_takes_less_memory(configured: Configured) -> None:
-    plain = estimated(configured, *FAMILIES[0], torch.bfloat16).activations["it"]
-    checkpointed = estimated(configured, *FAMILIES[0], torch.bfloat16, checkpointing=True).activations["it"]
+    plain, _ = estimated(configured, *FAMILIES[0], torch.bfloat16)
+    checkpointed, _ = estimated(configured, *FAMILIES[0], torch.bfloat16, checkpointing=True)
     assert checkpointed < 0.8 * plain
 
 
 def test_attention_memory_grows_with_the_tokens_and_not_with_their_square(configured: Configured) -> None:
     family, changes, span = FAMILIES[0]
-    sides = {side: estimated(configured, family, changes, span, torch.bfloat16, side=side) for side in (128, 256)}
-    assert sides[256].activations["it"] / sides[128].activations["it"] == pytest.approx(4, rel=0.02)
-    assert sides[256].teacher_activations / sides[128].teacher_activations == pytest.approx(4, rel=0.02)
+    small, large = (estimated(configured, family, changes, span, torch.bfloat16, side=side) for side in (128, 256))
+    assert [more / less for more, less in zip(large, small, strict=True)] == pytest.approx([4, 4], rel=0.02)
 
 
 def test_live_bytes_counts_what_is_made_inside_until_it_is_let_go() -> None:
     before = torch.zeros(1000)
-    with LiveBytes() as live:
+    with LiveBytes("cpu") as live:
         view = before.view(10, 100)
         made = view + 1
         assert live.now == 4000

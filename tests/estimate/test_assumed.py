@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 
 from ppcl_ds.estimate.assumed import assume_plan
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import load_plan
 from tests.conftest import TEACHERS
-from tests.estimate.conftest import Configured
+
+Configured = Callable[..., Teacher]
 
 
 @pytest.mark.parametrize("family", TEACHERS)
 @pytest.mark.parametrize("share", [0.01, 0.25, 0.34, 0.5, 0.66])
 def test_an_assumed_plan_is_a_possible_one(configured: Configured, family: str, share: float) -> None:
     teacher = configured(family)
-    anatomy = teacher.anatomy
     plan = assume_plan({"small": share, "smaller": share / 2}, teacher)
     path = teacher.files.folder / "plan.yaml"
     plan.save(path)

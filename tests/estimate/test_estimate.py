@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.estimate.estimate import estimate, read_size
-from ppcl_ds.estimate.sizing import Estimate, Sized, size_run
-from ppcl_ds.estimate.tuning import Tuning, size_tuning
+from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator
+from ppcl_ds.estimate.estimate import estimate, read_size, size
+from ppcl_ds.estimate.inputs import cluster_for, growing_clusters, sharding_of
+from ppcl_ds.estimate.numbers import Estimate, least_time, seconds_of
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
+from ppcl_ds.training.phases import Phase, Sharding
+from ppcl_ds.training.traffic import Cluster, Traffic
 from ppcl_ds.units.plan import Plan, UnitPlan
-from tests.conftest import TEACHERS, command
-from tests.estimate.conftest import QWEN_IMAGE
+from tests.conftest import QWEN_IMAGE, TEACHERS, command
 
 Unprepared = Callable[..., Path]
 LARGE: dict[str, Any] = {
@@ -40,49 +41,44 @@ def write_plan(recipe: Path, *spans: tuple[int, int]) -> None:
 def test_qwen_image_is_sized_from_its_configuration_alone(unprepared: Unprepared) -> None:
     path = unprepared("qwen", **LARGE)
     began = time.monotonic()
-    numbers = size_run(load_recipe(path), 4, 8, ACCELERATORS["h100"], latent_size=(128, 128), text_tokens=64)
+    numbers = size(load_recipe(path), 4, 8, ACCELERATORS["h100"], latent_size=(128, 128), text_tokens=64)
     assert time.monotonic() - began < 60  # about six seconds on one idle core
     assert numbers.teacher_parameters == pytest.approx(20.43e9, rel=0.01)
-    assert numbers.units == 30
-    assert numbers.unit_parameters == pytest.approx(10.2e9, rel=0.01)
+    assert sum(len(stage.layers) for stage in numbers.stages) == 30
+    assert numbers.parameters == pytest.approx(10.2e9, rel=0.01)
     assert numbers.latents == (16, 128, 128)
-    resident = numbers.fullest.memory.resident
+    resident = numbers.memory.resident
     assert resident["teacher partition"] == pytest.approx(20.43e9 * 2 / 32, rel=0.01)
     assert resident["teacher copy in the node"] == pytest.approx(20.43e9 * 2 / 8, rel=0.01)
     assert resident["units"] == pytest.approx(4 * 0.34e9 * 2, rel=0.01)
     assert numbers.fits
-    assert numbers.step.gathers.inter == 0
+    assert (numbers.step[0].name, numbers.step[0].moved.inter) == ("teacher forward", 0)
     assert sum(stage.parameter_share for stage in numbers.stages) == pytest.approx(1)
 
 
-def distilling(recipe: Recipe, nodes: int, gpu: str) -> Estimate:
-    return size_run(recipe, nodes, 4, ACCELERATORS[gpu], latent_size=(128, 128))
-
-
-def fine_tuning(recipe: Recipe, nodes: int, gpu: str) -> Tuning:
-    return size_tuning(recipe, recipe.tuning, "half", nodes, 4, ACCELERATORS[gpu], latent_size=(128, 128))
-
-
-@pytest.mark.parametrize(("size", "gpu"), [(distilling, "rtx4090"), (fine_tuning, "a100-40")])
+@pytest.mark.parametrize(("variant", "gpu"), [(None, "rtx4090"), ("half", "a100-40")])
 def test_a_larger_cluster_is_found_where_one_is_too_small(
-    unprepared: Unprepared, size: Callable[..., Sized], gpu: str
+    unprepared: Unprepared, variant: str | None, gpu: str
 ) -> None:
+    def sized(recipe: Recipe, nodes: int) -> Estimate:
+        return size(recipe, nodes, 4, ACCELERATORS[gpu], variant=variant, latent_size=(128, 128))
+
     finetune = LARGE["distill"] | {"steps": 1, "activation_checkpointing": True}
     recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}, finetune=finetune))
-    numbers = size(recipe, 1, gpu)
+    numbers = sized(recipe, 1)
     assert not numbers.fits
     assert numbers.smallest is not None
     assert numbers.smallest.nodes > 1
     assert numbers.smallest.stages * numbers.smallest.replicas == numbers.smallest.nodes * 4
     topology = Topology(stages=numbers.smallest.stages, replicas=numbers.smallest.replicas)
     found = recipe.model_copy(update={"topology": topology})
-    assert size(found, numbers.smallest.nodes, gpu).fits
-    assert not size(recipe, numbers.smallest.nodes // 2, gpu).fits
+    assert sized(found, numbers.smallest.nodes).fits
+    assert not sized(recipe, numbers.smallest.nodes // 2).fits
 
 
 @pytest.mark.parametrize("family", TEACHERS)
 def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
-    numbers = size_run(load_recipe(unprepared(family)), 1, 2, ACCELERATORS["h100"])
+    numbers = size(load_recipe(unprepared(family)), 1, 2, ACCELERATORS["h100"])
     assert numbers.fits
     assert numbers.latents == (1, 8, 8)
     assert numbers.text_tokens == (32 if family == "qwen" else 4)
@@ -94,9 +90,9 @@ def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
 def test_the_runs_own_plan_is_used_where_there_is_one(unprepared: Unprepared) -> None:
     path = unprepared("qwen")
     write_plan(path, (0, 1), (2, 4))
-    numbers = size_run(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    numbers = size(load_recipe(path), 1, 2, ACCELERATORS["h100"])
     assert numbers.plan.endswith("plan.yaml")
-    assert [stage.units for stage in numbers.stages] == [("0-1",), ("2-4",)]
+    assert [stage.layers for stage in numbers.stages] == [("0-1",), ("2-4",)]
 
 
 def test_a_plan_that_is_given_is_sized_before_anything_is_planned(unprepared: Unprepared, tmp_path: Path) -> None:
@@ -108,10 +104,10 @@ def test_a_plan_that_is_given_is_sized_before_anything_is_planned(unprepared: Un
         tmp_path / "given.yaml"
     )
     path = unprepared("qwen", plan={"rule": "given", "given": str(tmp_path / "given.yaml"), "variants": {}})
-    numbers = size_run(load_recipe(path), 1, 2, ACCELERATORS["h100"])
-    assert (numbers.plan, numbers.units) == (str(tmp_path / "given.yaml"), 2)
+    numbers = size(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    assert numbers.plan == str(tmp_path / "given.yaml")
     block = 6 * 32 * 32 * 2 + 8 * 32 * 32 + 16 * 32 * 32  # weights; biases and norms aside
-    assert numbers.unit_parameters == pytest.approx(block + 32 * 32, rel=0.05)
+    assert numbers.parameters == pytest.approx(block + 32 * 32, rel=0.05)
 
 
 def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> None:
@@ -120,18 +116,19 @@ def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> No
 
     def sized(**more: Any) -> Estimate:
         path = unprepared("qwen", **options, distill=distill | more)
-        return size_run(load_recipe(path), 1, 1, ACCELERATORS["h100"], latent_size=(64, 64))
+        return size(load_recipe(path), 1, 1, ACCELERATORS["h100"], latent_size=(64, 64))
 
     plain, checkpointed, offloaded = sized(), sized(activation_checkpointing=True), sized(optimizer={"offload": True})
     [before], [after] = plain.stages, checkpointed.stages
     key = "unit training"
-    assert after.memory.moments[key]["activations"] < before.memory.moments[key]["activations"] / 1.5
-    assert checkpointed.step.unit_flops == pytest.approx(plain.step.unit_flops * 4 / 3)
+    assert after.memory.phases[key]["activations"] < before.memory.phases[key]["activations"] / 1.5
+    flops = [next(phase.flops for phase in found.step if phase.name == key) for found in (plain, checkpointed)]
+    assert flops[1] == pytest.approx(flops[0] * 4 / 3)
     assert offloaded.stages[0].memory.resident["optimizer"] == 0
 
 
 def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:
-    numbers = size_run(load_recipe(unprepared("qwen")), 3, 2, ACCELERATORS["h100"])
+    numbers = size(load_recipe(unprepared("qwen")), 3, 2, ACCELERATORS["h100"])
     assert numbers.micro_batches == 6
     assert numbers.samples == 24
     assert any("micro_batches_per_step is 4" in note for note in numbers.notes)
@@ -141,13 +138,13 @@ def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared
     path = unprepared("qwen", config={"num_layers": 12}, plan={"variants": {"half": 0.5}})
     file = tmp_path / "made" / "numbers.json"
     printed = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--latent-size", "4x8", "--json", file)
-    for words in ("assumed", "teacher partition", "teacher copy in the node", "seconds", "stage", "fits: "):
+    for words in ("assumed", "teacher partition", "teacher copy in the node", "seconds", "stage", "fits: ", "at least"):
         assert words in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┃│├┡")
     numbers = Estimate.model_validate_json(file.read_text())
     assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
     assert numbers.latents == (1, 4, 8)
-    assert "Probing" in printed
+    assert printed.index("fits: ") < printed.index("(lower bound: ") < printed.index("Probing")
     assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
 
 
@@ -192,15 +189,83 @@ def test_a_copy_of_the_teacher_on_a_number_of_ranks_that_does_not_divide_them_is
     recipe = load_recipe(unprepared("qwen"))
     recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"ranks_per_copy": 3})})
     with pytest.raises(UserError, match="ranks_per_copy is 3"):
-        size_run(recipe, 1, 4, ACCELERATORS["h100"])
+        size(recipe, 1, 4, ACCELERATORS["h100"])
 
 
-@pytest.mark.parametrize(("text", "size"), [("128", (128, 128)), ("96x160", (96, 160))])
-def test_latent_sizes_are_one_number_or_two(text: str, size: tuple[int, int]) -> None:
-    assert read_size(text) == size
+@pytest.mark.parametrize(("text", "sides"), [("128", (128, 128)), ("96x160", (96, 160))])
+def test_latent_sizes_are_one_number_or_two(text: str, sides: tuple[int, int]) -> None:
+    assert read_size(text) == sides
 
 
 @pytest.mark.parametrize("text", ["", "0", "x", "12x", "x12", "1x2x3", "-4", "1.5"])
 def test_other_latent_sizes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--latent-size"):
         read_size(text)
+
+
+def test_another_number_of_processes_changes_the_replicas() -> None:
+    recipe = Topology(stages=4, replicas=2)
+    assert cluster_for(recipe, 1, 8) == Cluster(1, 8, 4, 2)
+    assert cluster_for(recipe, 4, 8) == Cluster(4, 8, 4, 8)
+
+
+def test_growing_clusters_try_the_recipes_own_stages_first() -> None:
+    clusters = list(growing_clusters(Topology(stages=4, replicas=2), gpus_per_node=8, layers=10, most=4))
+    assert [cluster.nodes for cluster in clusters] == sorted(cluster.nodes for cluster in clusters)
+    first = [next(cluster for cluster in clusters if cluster.nodes == nodes) for nodes in (1, 2, 4)]
+    assert [(cluster.stages, cluster.replicas) for cluster in first] == [(4, 2), (4, 4), (4, 8)]
+    assert all(each.stages * each.replicas == each.world and each.stages <= 10 for each in clusters)
+
+
+def test_a_copy_of_the_teacher_lies_in_a_node_unless_the_users_own_files_say_otherwise(
+    unprepared: Unprepared, tmp_path: Path
+) -> None:
+    sharding = sharding_of(load_recipe(unprepared("qwen")), gpus_per_node=8)
+    assert (sharding.ranks_per_copy, sharding.persistent) == (8, 10_000)
+    keys = {"max_live_parameters": 3e8, "prefetch_bucket_size": 0, "param_persistence_threshold": 7}
+    zero = {"zero_optimization": {f"stage3_{key}": value for key, value in keys.items()}}
+    (tmp_path / "teacher.json").write_text(json.dumps(zero))
+    path = unprepared("qwen", teacher={"ranks_per_copy": 2}, deepspeed={"teacher": str(tmp_path / "teacher.json")})
+    expected = Sharding(ranks_per_copy=2, max_live=300_000_000, prefetch=0, persistent=7)
+    assert sharding_of(load_recipe(path), gpus_per_node=8) == expected
+
+
+MACHINE = Accelerator(name="it", memory_gib=1, tflops=2e-12, tflops64=1, intra_gb=10e-9, inter_gb=1e-9)
+"""At half its peak one FLOP a second, and 10 and 1 bytes."""
+
+
+def test_both_kinds_of_link_work_at_once() -> None:
+    assert seconds_of(Traffic(intra=20, inter=1), MACHINE) == pytest.approx(2)
+    assert seconds_of(Traffic(intra=20, inter=3), MACHINE) == pytest.approx(3)
+
+
+def test_a_step_takes_at_least_the_slower_of_arithmetic_and_traffic_of_the_fullest_stage_in_each_phase() -> None:
+    busy = [
+        Phase("teacher forward", flops=4, moved=Traffic(intra=20)),
+        Phase("exchange", moved=Traffic(inter=3), beside_next=True),
+        Phase("unit training", flops=5),
+        Phase("gradient reduction", moved=Traffic(intra=10)),
+    ]
+    idle = [Phase(phase.name, beside_next=phase.beside_next) for phase in busy]
+    step, seconds = least_time([idle, busy], MACHINE, utilisation=0.5)
+    assert [phase.seconds for phase in step] == pytest.approx([4, 3, 5, 1])
+    assert seconds == pytest.approx(4 + 5 + 1)
+    waiting = Phase("pipeline", flops=6, moved=Traffic(inter=7), waits=0.25)
+    assert least_time([[waiting]], MACHINE, utilisation=0.5)[1] == pytest.approx(8)
+
+
+def test_more_accelerators_probe_faster_and_weak_float64_is_slow(unprepared: Unprepared) -> None:
+    recipe = load_recipe(unprepared("qwen"))
+    two, four, weak = (
+        size(recipe, 1, world, ACCELERATORS[name]).probing_seconds
+        for world, name in ((2, "h100"), (4, "h100"), (2, "l40s"))
+    )
+    assert four == pytest.approx(two / 2)
+    assert weak > 2 * two
+
+
+def test_every_accelerator_is_faster_inside_the_node_than_between_nodes() -> None:
+    for name, accelerator in ACCELERATORS.items():
+        assert accelerator.name == name
+        assert accelerator.intra_gb > accelerator.inter_gb
+        assert 0 < accelerator.usable_bytes < accelerator.memory_gib * 2**30

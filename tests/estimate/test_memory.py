@@ -1,38 +1,51 @@
-"""Bytes by part are those of sums written down by hand."""
+"""Bytes and traffic by part are those of sums written down by hand, on clusters that no test can have."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-import torch
 
-from ppcl_ds.estimate.layout import Layout
-from ppcl_ds.estimate.measured import Measured, measure
-from ppcl_ds.estimate.memory import memory_of, partition_bytes
-from ppcl_ds.estimate.settings import Settings
+from ppcl_ds.distill.phases import Distilling, held, message
+from ppcl_ds.estimate.inputs import read_inputs
+from ppcl_ds.estimate.measured import distilling, run_once
+from ppcl_ds.estimate.numbers import Memory, add_up
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher import files
+from ppcl_ds.training.phases import Sharding, partition_bytes
+from ppcl_ds.training.traffic import Cluster, Traffic
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
-from tests.estimate.conftest import Configured
 
-SETTINGS = Settings(ranks_per_copy=8, max_live=10**9, prefetch=0, persistent=100, offload=False)
-UNITS = [["a"], ["b"]]
+SHARDING = Sharding(ranks_per_copy=8, max_live=10**9, prefetch=0, persistent=100)
 BATCH, IMAGE, TEXT, WIDTH = 3, 16, 5, 32
+ALONE, TWO_STAGES, EIGHT = Cluster(1, 1, 1, 1), Cluster(1, 2, 2, 1), Cluster(1, 8, 2, 4)
+
+Unprepared = Callable[..., Path]
+
+
+def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
+    """Units `a` and `b` of the tiny Qwen-Image, in bf16; nobody needs its last block."""
+    sections = {"teacher": {"precision": "bf16"}, "distill": {"micro_batch": BATCH}} | sections
+    recipe = load_recipe(unprepared("qwen", **sections))
+    units = tuple(UnitPlan(name=n, span=s, streams=("image", "text")) for n, s in (("a", (0, 1)), ("b", (2, 4))))
+    Plan(teacher=TEACHERS["qwen"][0], blocks=6, units=units, variants={}).save(recipe.plan_file)
+    inputs = read_inputs(recipe, 1, 2, latent_size=(8, 8), text_tokens=TEXT)
+    return sharded(distilling(inputs, run_once(inputs, None)))
+
+
+def sharded(account: Distilling, **changes: int) -> Distilling:
+    return replace(account, teacher=replace(account.teacher, sharding=replace(SHARDING, **changes)))
 
 
 @pytest.fixture
-def run(configured: Configured) -> Measured:
-    teacher = configured("qwen")
-    units = tuple(
-        UnitPlan(name=name, span=span, streams=("image", "text")) for name, span in (("a", (0, 1)), ("b", (2, 4)))
-    )
-    plan = Plan(teacher="", blocks=6, units=units, variants={})
-    anatomy = teacher.anatomy
-    options: dict[str, Any] = {"micro_batch": BATCH, "dtype": torch.bfloat16, "checkpointing": False}
-    return measure(teacher, plan, (1, 8, 8), TEXT, **options)
+def account(unprepared: Unprepared) -> Distilling:
+    return account_of(unprepared)
 
 
 @pytest.fixture(scope="module")
@@ -41,67 +54,74 @@ def teacher() -> Any:
     return getattr(diffusers, class_name)(**config)
 
 
-def test_parameters_are_those_of_the_real_model(run: Measured, teacher: Any) -> None:
-    assert sum(elements for elements, _ in run.parameters) == sum(p.numel() for p in teacher.parameters())
-    block = sum(p.numel() for p in teacher.transformer_blocks[0].parameters())
-    assert run.unit_parameters == {"a": block, "b": block}
-    assert run.largest_block == block
-    assert sum(elements for elements, _ in run.used) == sum(p.numel() for p in teacher.parameters()) - block
+def memory(account: Distilling, cluster: Cluster, stage: int = 0) -> Memory:
+    return add_up(account.phases(cluster)[stage])
+
+
+def test_parameters_are_those_of_the_real_model(account: Distilling, teacher: Any) -> None:
+    every, block = (sum(p.numel() for p in m.parameters()) for m in (teacher, teacher.transformer_blocks[0]))
+    assert sum(elements for elements, _ in account.teacher.parameters) == every
+    assert sum(elements for elements, _ in account.teacher.used) == every - block
+    assert [unit.parameters for unit in account.layers] == [block, block]
+    assert account.teacher.largest_block == block
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16])
 def test_a_partition_is_an_equal_share_of_every_parameter(ranks: int, teacher: Any) -> None:
     sizes = [(p.numel(), 2) for p in teacher.parameters()]
-    expected = sum(math.ceil(p.numel() / ranks) for p in teacher.parameters()) * 2
-    assert partition_bytes(sizes, ranks) == expected
-    whole = sum(p.numel() for p in teacher.parameters()) * 2
-    assert whole / ranks <= expected <= whole / ranks + 2 * len(sizes)
+    assert partition_bytes(sizes, ranks) == sum(math.ceil(p.numel() / ranks) for p in teacher.parameters()) * 2
 
 
-def test_families_keep_some_tensors_in_float32(configured: Configured, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = configured("qwen")
-    monkeypatch.setattr(files.model_class, "_keep_in_fp32_modules", ["norm_out"])
-    units = (UnitPlan(name="a", span=(0, 1), streams=("image",)),)
-    plan = Plan(teacher="", blocks=6, units=units, variants={})
-    options: dict[str, Any] = {"micro_batch": 1, "dtype": torch.bfloat16, "checkpointing": False}
-    run = measure(teacher, plan, (1, 8, 8), TEXT, **options)
-    norm_out = WIDTH * 2 * WIDTH + 2 * WIDTH
-    assert sum(elements for elements, size in run.parameters if size == 4) == norm_out
+def test_families_keep_some_tensors_in_float32(unprepared: Unprepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.find_class(TEACHERS["qwen"][0]), "_keep_in_fp32_modules", ["norm_out"])
+    parameters = account_of(unprepared).teacher.parameters
+    assert sum(elements for elements, size in parameters if size == 4) == WIDTH * 2 * WIDTH + 2 * WIDTH
 
 
-def test_one_process_holds_a_whole_teacher_and_gathers_nothing(run: Measured) -> None:
-    memory = memory_of(0, [["a", "b"]], Layout(1, 1, 1, 1), run, SETTINGS)
-    assert memory.resident["teacher partition"] == sum(elements for elements, _ in run.parameters) * 2
-    assert memory.resident["teacher copy in the node"] == memory.resident["teacher small tensors"] == 0
-    assert memory.moments["teacher forward"]["gathered block"] == 0
-    assert "exchange" not in memory.moments
+def test_one_process_holds_a_whole_teacher_and_gathers_nothing(account: Distilling) -> None:
+    alone = memory(account, ALONE)
+    assert alone.resident["teacher partition"] == sum(elements for elements, _ in account.teacher.parameters) * 2
+    assert alone.resident["teacher copy in the node"] == alone.resident["teacher small tensors"] == 0
+    assert alone.phases["teacher forward"]["gathered block"] == 0
+    assert "exchange" not in alone.phases
 
 
-def test_several_nodes_hold_a_second_copy_each(run: Measured) -> None:
-    one = memory_of(0, UNITS, Layout(1, 8, 2, 4), run, SETTINGS).resident
-    four = memory_of(0, UNITS, Layout(4, 8, 2, 16), run, SETTINGS).resident
+def test_several_nodes_hold_a_second_copy_each(account: Distilling) -> None:
+    one, four = (memory(account, cluster).resident for cluster in (EIGHT, Cluster(4, 8, 2, 16)))
     assert one["teacher copy in the node"] == 0
-    assert four["teacher copy in the node"] == one["teacher partition"] == partition_bytes(run.parameters, 8)
-    assert four["teacher partition"] == partition_bytes(run.parameters, 32)
-    single = replace(SETTINGS, ranks_per_copy=32)
-    assert memory_of(0, UNITS, Layout(4, 8, 2, 16), run, single).resident["teacher copy in the node"] == 0
+    assert four["teacher copy in the node"] == one["teacher partition"]
+    assert four["teacher partition"] == partition_bytes(account.teacher.parameters, 32)
+    single = sharded(account, ranks_per_copy=32)
+    assert memory(single, Cluster(4, 8, 2, 16)).resident["teacher copy in the node"] == 0
 
 
-def test_small_parameters_stay_whole_on_every_rank(run: Measured, teacher: Any) -> None:
-    small = sum(p.numel() for p in teacher.parameters() if p.numel() <= SETTINGS.persistent)
-    assert memory_of(0, UNITS, Layout(1, 2, 2, 1), run, SETTINGS).resident["teacher small tensors"] == small * 2
+def test_a_copy_in_every_node_keeps_gathers_off_the_network(account: Distilling) -> None:
+    used = 2 * sum(elements for elements, _ in account.teacher.used if elements > SHARDING.persistent)
+    cluster = Cluster(2, 4, 2, 4)
+    assert sharded(account, ranks_per_copy=4).teacher.gathers(5, cluster) == Traffic(intra=used * 3 / 4)
+    assert account.teacher.gathers(5, cluster).inter == used * 7 / 8 / 4
 
 
-def test_a_unit_costs_six_bytes_a_parameter_and_twelve_divided_over_the_replicas(run: Measured) -> None:
-    block = run.unit_parameters["a"]
-    resident = memory_of(0, UNITS, Layout(1, 8, 2, 4), run, SETTINGS).resident
-    assert resident["units"] == 2 * block
-    assert resident["gradients"] == 4 * block
+def test_small_parameters_stay_whole_on_every_rank(account: Distilling, teacher: Any) -> None:
+    small = sum(p.numel() for p in teacher.parameters() if p.numel() <= SHARDING.persistent)
+    assert memory(account, TWO_STAGES).resident["teacher small tensors"] == small * 2
+
+
+def test_a_unit_costs_six_bytes_a_parameter_and_twelve_divided_over_the_replicas(account: Distilling) -> None:
+    block = account.layers[0].parameters
+    resident = memory(account, EIGHT).resident
+    assert (resident["units"], resident["gradients"]) == (2 * block, 4 * block)
     assert resident["optimizer"] == 12 * math.ceil(block / 4)
-    both = memory_of(0, [["a", "b"]], Layout(1, 8, 1, 8), run, SETTINGS).resident
+    both = memory(account, Cluster(1, 8, 1, 8)).resident
     assert (both["units"], both["optimizer"]) == (4 * block, 12 * math.ceil(2 * block / 8))
-    offloaded = memory_of(0, UNITS, Layout(1, 8, 2, 4), run, replace(SETTINGS, offload=True)).resident
-    assert offloaded["optimizer"] == 0
+    offload = account.settings.optimizer.model_copy(update={"offload": True})
+    settings = account.settings.model_copy(update={"optimizer": offload})
+    assert memory(replace(account, settings=settings), EIGHT).resident["optimizer"] == 0
+
+
+def test_replicas_average_gradients_and_gather_new_parameters(account: Distilling) -> None:
+    *_, update = account.phases(EIGHT)[0]
+    assert update.moved == Traffic(intra=account.layers[0].parameters * (2 * 4 + 2) * 3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -109,47 +129,33 @@ def test_a_unit_costs_six_bytes_a_parameter_and_twelve_divided_over_the_replicas
     [(0, 10**9, 2), (10**9, 10**9, None), (10**9, 0, 2)],
     ids=["nothing ahead", "all that there is", "none allowed"],
 )
-def test_what_is_gathered_ahead_is_bounded(run: Measured, prefetch: int, max_live: int, blocks: int | None) -> None:
-    settings = replace(SETTINGS, prefetch=prefetch, max_live=max_live)
-    gathered = memory_of(0, UNITS, Layout(1, 2, 2, 1), run, settings).moments["teacher forward"]["gathered block"]
-    used = sum(elements for elements, _ in run.used)
-    assert gathered == 2 * (used if blocks is None else blocks * run.largest_block)
+def test_what_is_gathered_ahead_is_bounded(
+    account: Distilling, prefetch: int, max_live: int, blocks: int | None
+) -> None:
+    account = sharded(account, prefetch=prefetch, max_live=max_live)
+    gathered = memory(account, TWO_STAGES).phases["teacher forward"]["gathered block"]
+    used = sum(elements for elements, _ in account.teacher.used)
+    assert gathered == 2 * (used if blocks is None else blocks * account.teacher.largest_block)
 
 
-def boundary(streams: int) -> int:
-    """Bytes of image and text at `streams` boundaries."""
-    return streams * BATCH * (IMAGE + TEXT) * WIDTH * 2
+def test_each_tensor_travels_and_lies_in_memory_once(account: Distilling) -> None:
+    def boundary(streams: int) -> int:
+        return streams * BATCH * (IMAGE + TEXT) * WIDTH * 2
 
-
-CONDITIONING = BATCH * WIDTH * 2 + BATCH * TEXT + (IMAGE + TEXT) * 8 * 8
-"""Time embedding, text mask (of the block and of the parcel: the same), RoPE tables (8 complex numbers a token)."""
-
-
-def test_boundaries_and_messages_hold_each_tensor_once(run: Measured) -> None:
+    # Time embedding, text mask (of the block and of the batch: the same), RoPE tables (8 complex numbers a token).
+    conditioning = BATCH * WIDTH * 2 + BATCH * TEXT + (IMAGE + TEXT) * 8 * 8
     # Unit a reads boundary 0 and is judged by 2, where unit b begins; b is judged by 5.
-    assert run.message(["a"]) == boundary(2) + CONDITIONING
-    assert run.message(["a", "b"]) == boundary(3) + CONDITIONING
-    assert run.held(["a", "b"]) >= run.message(["a", "b"])
+    a, b = account.layers
+    assert message([a]) == boundary(2) + conditioning
+    assert message([a, b]) == boundary(3) + conditioning
+    phases = memory(account, TWO_STAGES).phases
+    assert phases["exchange"]["outgoing"] == phases["unit training"]["outgoing"] == message([b])
+    assert phases["exchange"]["incoming"] == message([a])
+    assert phases["unit training"]["batches"] == held([a]) + message([a])
 
 
-def test_a_round_brings_the_parcels_of_every_stages_micro_batch(run: Measured) -> None:
-    moments = memory_of(0, UNITS, Layout(1, 2, 2, 1), run, SETTINGS).moments
-    assert moments["exchange"]["outgoing"] == run.message(["b"])
-    assert moments["exchange"]["incoming"] == run.message(["a"])
-    assert moments["unit training"]["parcels"] == run.held(["a"]) + run.message(["a"])
-    assert moments["unit training"]["outgoing"] == run.message(["b"])
-
-
-def test_of_a_stages_units_one_at_a_time_has_activations(run: Measured) -> None:
-    alone = memory_of(0, UNITS, Layout(1, 2, 2, 1), run, SETTINGS).moments["unit training"]["activations"]
-    together = memory_of(0, [["a", "b"]], Layout(1, 2, 1, 2), run, SETTINGS).moments["unit training"]["activations"]
-    assert alone == run.activations["a"]
-    assert together == max(run.activations.values())
-
-
-def test_the_peak_is_what_is_always_there_and_the_worst_moment(run: Measured) -> None:
-    memory = memory_of(1, UNITS, Layout(1, 2, 2, 1), run, SETTINGS)
-    worst = max(sum(parts.values()) for parts in memory.moments.values())
-    assert memory.stage == 1
-    assert memory.peak == sum(memory.resident.values()) + worst
-    assert sum(memory.moments[memory.worst].values()) == worst
+def test_the_peak_is_what_is_always_there_and_the_worst_phase(account: Distilling) -> None:
+    found = memory(account, TWO_STAGES, stage=1)
+    worst = max(sum(parts.values()) for parts in found.phases.values())
+    assert found.peak == sum(found.resident.values()) + worst
+    assert sum(found.phases[found.worst].values()) == worst

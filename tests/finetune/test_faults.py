@@ -11,7 +11,7 @@ import yaml
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.estimate.tuning import size_tuning
+from ppcl_ds.estimate.estimate import size
 from ppcl_ds.finetune.finetune import check, newer_units
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.files import empty_model
@@ -104,7 +104,7 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     begin = check(recipe, "small", None)
     whole = begin.layout()
     model = empty_model(whole.config)
-    tuning = size_tuning(recipe, begin.settings, "small", 1, 3, ACCELERATORS["h100"])
+    tuning = size(recipe, 1, 3, ACCELERATORS["h100"], variant="small")
     assert tuning.parameters == whole.parameters
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer_blocks]  # type: ignore[union-attr]
     rest = whole.parameters - sum(blocks)
@@ -112,24 +112,25 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     for stage, own in zip(tuning.stages, blocks, strict=True):
         assert stage.memory.resident["gradients"] == 4 * (own + rest)
         assert stage.memory.resident["optimizer"] == 12 * (own + rest)
-    assert (tuning.micro_batches, tuning.idle) == (6, pytest.approx(2 / 8))
+    step = {phase.name: phase for phase in tuning.step}
+    assert (tuning.micro_batches, step["pipeline"].waits) == (6, pytest.approx(2 / 8))
     # 1F1B: the first stage holds the activations of three micro-batches, the last one's of one.
-    flights = [stage.memory.moments["pipeline"]["activations in flight"] for stage in tuning.stages]
+    flights = [stage.memory.phases["pipeline"]["activations in flight"] for stage in tuning.stages]
     assert flights == [3 * flights[-1], 2 * flights[-1], flights[-1]]
-    # The second stage sends streams on and gradients back, for six micro-batches; and two inputs to either other stage.
+    # The second stage sends streams on and gradients back, for six micro-batches.
     _, height, width = tuning.latents
     streams = 2 * (tuning.text_tokens + height // 2 * width // 2) * 32 * 4
-    assert (tuning.step.exchange.intra, tuning.step.exchange.inter) == ((6 * 2 + 2 * 2) * streams, 0)
+    assert (step["pipeline"].moved.intra, step["pipeline"].moved.inter) == (6 * 2 * streams, 0)
     assert tuning.fits
     assert tuning.smallest == tuning.cluster
     # The first two of the variant's three blocks are units.
     for trainable, trained in (("units", [*blocks[:2], 0]), ("neighbours", blocks)):
-        fewer = begin.settings.model_copy(update={"trainable": trainable})
-        stages = size_tuning(recipe, fewer, "small", 1, 3, ACCELERATORS["h100"]).stages
+        fewer = recipe.model_copy(update={"finetune": begin.settings.model_copy(update={"trainable": trainable})})
+        stages = size(fewer, 1, 3, ACCELERATORS["h100"], variant="small").stages
         assert [stage.memory.resident["gradients"] for stage in stages] == [4 * own for own in trained]
     recipe.plan_file.rename(recipe.run / "kept.yaml")  # before there is a plan, one is assumed
     for variant, share in (("small", 0.5), ("medium", 0.34)):
-        early = size_tuning(recipe, begin.settings, variant, 1, 3, ACCELERATORS["h100"])
+        early = size(recipe, 1, 3, ACCELERATORS["h100"], variant=variant)
         assert early.parameters - rest == pytest.approx((1 - share) * 6 * blocks[0], abs=blocks[0] / 2)
     (recipe.run / "kept.yaml").rename(recipe.plan_file)
     printed = command("finetune", path, "--variant", "small", "--dry-run")

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import ppcl_ds
 from ppcl_ds.data.noising import NoisyStream
-from ppcl_ds.estimate.layout import stage_bounds
 from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.training.stages import stage_bounds
 from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.flops import Work, measure_work
 from ppcl_ds.units.plan import Plan, UnitPlan
-from tests.estimate.conftest import QWEN_IMAGE, Configured
+from tests.conftest import QWEN_IMAGE
+
+Configured = Callable[..., Teacher]
 
 WIDTH = 32
 """Channels inside every tiny teacher."""
@@ -61,7 +65,7 @@ def test_a_qwen_image_stack_costs_what_its_matrices_cost(
 
 
 def test_width_units_cost_what_their_matrices_cost(configured: Configured) -> None:
-    files, image, text = configured("qwen"), 16, 5
+    teacher, image, text = configured("qwen"), 16, 5
     units = (
         UnitPlan(name="group", kind="text", span=(1, 3), streams=("text",)),
         UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",)),
@@ -104,7 +108,6 @@ def test_a_step_counts_the_backward_twice_and_recomputation_once() -> None:
 
 def test_the_work_of_twenty_billion_parameters_is_counted_in_seconds(configured: Configured) -> None:
     teacher = configured("qwen", **QWEN_IMAGE)
-    anatomy = teacher.anatomy
     began = time.monotonic()
     work = measure_work(teacher, plan((57, 58)), (16, 128, 128), 64)
     assert time.monotonic() - began < 30  # about three seconds on one idle core

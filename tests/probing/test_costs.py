@@ -8,34 +8,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.estimate.probing import Probing, probing_of
+from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.probing.measure import measure
 from ppcl_ds.probing.sums import BlockSums, Lane, zero_sums
 from ppcl_ds.sections import Probe
-from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
-from tests.estimate.conftest import QWEN_IMAGE
+from ppcl_ds.training.meta_forward import meta_forward
+from tests.conftest import QWEN_IMAGE
 
 Configured = Callable[..., Teacher]
 LATENTS, WORDS = (1, 8, 8), 5  # 16 image tokens
 
 
-def estimated(files: Teacher, world: int = 1, accelerator: str = "h100", **probe: int) -> Probing:
-    return probing_of(
-        files,
-        Anatomy(files.empty_model()),
-        Probe(**{"batch_size": 2, "batches": 3} | probe),
-        LATENTS,
-        WORDS,
-        world=world,
-        accelerator=ACCELERATORS[accelerator],
-        utilisation=0.5,
-    )
+def costs(teacher: Teacher, latents: tuple[int, int, int] = LATENTS, **probe: int) -> ProbingCosts:
+    forward = meta_forward(teacher, latents, WORDS)
+    section = Probe(**{"batch_size": 2, "batches": 3} | probe)
+    return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, 1, section)
 
 
 def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) -> None:
-    found = estimated(configured("qwen"), max_span=4)
+    found = costs(configured("qwen"), max_span=4)
     lanes = [Lane("image", 0, 6, 32), Lane("text", 0, 6, 32)]
     sums = zero_sums(lanes, range(6), 4, torch.device("cpu"))
     assert found.passes == 1
@@ -56,23 +48,16 @@ def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) 
 
 def test_ranges_cost_passes_and_save_memory(configured: Configured) -> None:
     teacher = configured("flux")
-    whole, ranged = estimated(files), estimated(files, blocks_at_once=3)
+    whole, ranged = costs(teacher), costs(teacher, blocks_at_once=3)
     assert (whole.passes, ranged.passes) == (1, 3)
     assert ranged.sums < 0.5 * whole.sums
     assert (ranged.part, ranged.moment_flops) == (whole.part, whole.moment_flops)
     assert whole.teacher_flops < ranged.teacher_flops < 3 * whole.teacher_flops
 
 
-def test_more_accelerators_are_faster_and_weak_float64_is_slow(configured: Configured) -> None:
-    teacher = configured("qwen")
-    assert estimated(files, world=4).seconds == pytest.approx(estimated(files).seconds / 4)
-    assert estimated(files, accelerator="l40s").seconds > 2 * estimated(files).seconds
-
-
 def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None:
     teacher = configured("qwen", **QWEN_IMAGE)
-    section, wide = Probe(batch_size=1, batches=2), ACCELERATORS["h100"]
-    found = probing_of(teacher, section, (16, 8, 8), 5, world=8, accelerator=wide, utilisation=0.4)
+    found = costs(teacher, (16, 8, 8), batch_size=1, batches=2)
     assert found.passes == 5
     assert 2**34 < found.sums <= 2**35
     lane = Lane("image", 0, 60, 3072)
@@ -81,4 +66,4 @@ def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None
 
 
 def test_every_number_is_said(configured: Configured) -> None:
-    assert {field for field, value in estimated(configured("sd3")).model_dump().items() if not value} == set()
+    assert {field for field, value in vars(costs(configured("sd3"))).items() if not value} == set()

@@ -1,0 +1,82 @@
+"""What a step of distilling costs: the account of `trainer.py`, changed whenever that changes; for `ppcl estimate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ppcl_ds.training.phases import Account, LayerCosts, Phase
+from ppcl_ds.training.traffic import Cluster, exchanged, most
+
+
+@dataclass(frozen=True)
+class Distilling(Account):
+    """The layers are the units of the plan.
+
+    - Teacher forward: what was recorded for the units of all stages is there, too.
+    - Exchange (more than one stage): that; the message to other stages; and what arrives from them. Most of it arrives
+      while the units train on the first micro-batches.
+    - Unit training: what the stage's units read, of every micro-batch of the round, with the message that may still be
+      under way; the activations of one unit, as each unit's backward follows its forward; and, in float32, the gradient
+      of one parameter that is being added to its sum. Units and the float32 sums of their gradients are whole on each
+      replica.
+    """
+
+    section = "distill"
+    what = "the plan's {} units"
+
+    def phases(self, cluster: Cluster) -> list[list[Phase]]:
+        """See `Account.phases`."""
+        spread = self.cut(cluster.stages)
+        messages, recorded = [message(units) for units in spread], held(self.layers)
+        return [self._stage(stage, units, messages, recorded, cluster) for stage, units in enumerate(spread)]
+
+    def _stage(
+        self, stage: int, units: Sequence[LayerCosts], messages: Sequence[int], recorded: int, cluster: Cluster
+    ) -> list[Phase]:
+        ranks, rounds = cluster.ranks_of(stage), self.rounds(cluster)
+        parameters = sum(unit.parameters for unit in units)
+        boundaries = {"boundaries for units": recorded}
+        outgoing, incoming = sum(messages) - messages[stage], (cluster.stages - 1) * messages[stage]
+        under_way = {"outgoing": outgoing, "incoming": incoming}
+        return [
+            self.teacher_forward(cluster, ranks, boundaries),
+            Phase(
+                "exchange",
+                moved=most(exchanged(rank, messages, cluster) for rank in ranks).times(rounds),
+                transient=boundaries | under_way if cluster.stages > 1 else {},
+                beside_next=True,
+            ),
+            Phase(
+                "unit training",
+                flops=rounds * cluster.stages * self.settings.micro_batch * self.training_flops(units),
+                resident={"units": parameters * self.teacher.element, "gradients": parameters * 4},
+                transient={
+                    "batches": held(units) + incoming,
+                    "outgoing": outgoing,
+                    "activations": max(unit.activations for unit in units),
+                    "gradient on its way to its sum": self.summed_gradient(units),
+                },
+            ),
+            self.update(cluster, ranks, parameters),
+        ]
+
+
+def message(units: Iterable[LayerCosts]) -> int:
+    """Bytes that the exchange sends for these units from one micro-batch: each tensor once."""
+    tensors = {id(tensor): tensor for tensor in _tensors(units)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def held(units: Iterable[LayerCosts]) -> int:
+    """Bytes of memory behind what these units read from one micro-batch: each storage once."""
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in _tensors(units)}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def _tensors(units: Iterable[LayerCosts]) -> list[Tensor]:
+    leaves = pytree.tree_leaves([vars(unit.batch) for unit in units])
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]

@@ -1,0 +1,177 @@
+"""The numbers of an estimate, added up from a training's phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_ds.estimate.accelerators import Accelerator
+from ppcl_ds.probing.costs import ProbingCosts
+from ppcl_ds.training.phases import Parts, Phase
+from ppcl_ds.training.traffic import Cluster, Traffic, most
+
+
+class Numbers(BaseModel):
+    """Base of the parts of an estimate."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Memory(Numbers):
+    """Memory of a process, in bytes.
+
+    Attributes:
+        resident: parts that are there all the time.
+        phases: phase of a step -> parts on top.
+        worst: the phase that takes most.
+        peak: resident parts and those of the worst phase.
+    """
+
+    resident: Parts
+    phases: dict[str, Parts]
+    worst: str
+    peak: int
+
+
+class Stage(Numbers):
+    """One pipeline stage.
+
+    Attributes:
+        layers: names of its units, or of its blocks.
+        parameters: of those.
+        parameter_share, flop_share: its part of all stages' parameters and work.
+        memory: of one of its processes.
+    """
+
+    layers: tuple[str, ...]
+    parameters: int
+    parameter_share: float
+    flop_share: float
+    memory: Memory
+
+
+class Bound(Numbers):
+    """What a phase of a step takes at least.
+
+    Attributes:
+        name: of the phase.
+        flops: the most that any process computes.
+        moved: bytes, the most that any process moves over either kind of link.
+        waits: share of its time in which the process with most work waits for other stages.
+        seconds: the slower of both at the accelerator's rates.
+    """
+
+    name: str
+    flops: float
+    moved: Traffic
+    waits: float
+    seconds: float
+
+
+class Estimate(Numbers):
+    """What a training needs on a cluster, and whether the cluster has it.
+
+    Attributes:
+        training: which one.
+        variant: that is fine-tuned.
+        teacher: its class name.
+        teacher_parameters: how many it has.
+        plan: where the units come from, in words.
+        parameters: of all units together, or of the variant.
+        latents: (C, H, W) of a sample.
+        text_tokens: tokens of its prompt.
+        precision: dtype of teacher and students while they run.
+        cluster: the one asked about.
+        accelerator: the one in it.
+        notes: where the estimate departs from the recipe.
+        stages: in order.
+        fits: whether the fullest stage fits.
+        smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
+        micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
+        samples: in a step.
+        step_flops: FLOPs of a step, over all processes.
+        utilisation: share of the accelerator's peak that matrix products are taken to reach.
+        step: phase by phase.
+        seconds: of a step, at least.
+        probing: what `ppcl probe` needs; None for fine-tuning.
+        probing_seconds: of it on this cluster, at least; communication is left out.
+    """
+
+    training: Literal["distill", "finetune"]
+    variant: str | None
+    teacher: str
+    teacher_parameters: int
+    plan: str
+    parameters: int
+    latents: tuple[int, int, int]
+    text_tokens: int
+    precision: str
+    cluster: Cluster
+    accelerator: Accelerator
+    notes: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    fits: bool
+    smallest: Cluster | None
+    micro_batches: int
+    samples: int
+    step_flops: float
+    utilisation: float
+    step: tuple[Bound, ...]
+    seconds: float
+    probing: ProbingCosts | None
+    probing_seconds: float
+
+    @property
+    def fullest(self) -> int:
+        """The stage whose processes need most memory."""
+        return max(range(len(self.stages)), key=lambda stage: self.stages[stage].memory.peak)
+
+    @property
+    def memory(self) -> Memory:
+        """Of a process of that stage."""
+        return self.stages[self.fullest].memory
+
+
+def add_up(phases: Sequence[Phase]) -> Memory:
+    """The memory of a process: what any phase keeps, and the phase that takes most on top."""
+    resident = {part: size for phase in phases for part, size in phase.resident.items()}
+    on_top = {phase.name: phase.transient for phase in phases if phase.transient}
+    worst = max(on_top, key=lambda name: sum(on_top[name].values()))
+    peak = sum(resident.values()) + sum(on_top[worst].values())
+    return Memory(resident=resident, phases=on_top, worst=worst, peak=peak)
+
+
+def least_time(
+    stages: Sequence[Sequence[Phase]], accelerator: Accelerator, utilisation: float
+) -> tuple[tuple[Bound, ...], float]:
+    """A lower bound of a step's time: arithmetic and traffic at the accelerator's rates, and nothing else.
+
+    Left out are latencies and the speed of small messages, gathers that start too late, norms and other element by
+    element work, the optimizer's own step, reading data, and what happens only now and then (checkpoints, previews).
+
+    Args:
+        stages: for each stage, its phases; the same ones on all.
+        utilisation: share of the accelerator's peak that matrix products reach.
+
+    Returns:
+        The phases, and the seconds of a step.
+    """
+    bounds, total, beside = [], 0.0, 0.0
+    for phase in zip(*stages, strict=True):
+        fullest = max(phase, key=lambda own: own.flops)
+        moved = most(own.moved for own in phase)
+        computing = fullest.flops / (accelerator.tflops * 1e12 * utilisation) / (1 - fullest.waits)
+        seconds = max(computing, seconds_of(moved, accelerator))
+        bounds.append(Bound(name=fullest.name, flops=fullest.flops, moved=moved, waits=fullest.waits, seconds=seconds))
+        if fullest.beside_next:
+            beside = seconds
+        else:
+            total, beside = total + max(seconds, beside), 0.0
+    return tuple(bounds), total
+
+
+def seconds_of(moved: Traffic, accelerator: Accelerator) -> float:
+    """Time at the links' full bandwidth; both kinds of link work at once."""
+    return max(moved.intra / accelerator.intra_gb, moved.inter / accelerator.inter_gb) / 1e9

@@ -1,0 +1,257 @@
+"""What a step of training costs, as each training states it: the shape of the account, and what both have in common.
+
+Every byte is of a tensor. The driver's context, NCCL's buffers, what kernels allocate inside and the gaps between
+allocations are not seen. FLOPs are those of matrix products, convolutions and attention.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+from ppcl_ds.sections import Training
+from ppcl_ds.training.flops import unit_passes
+from ppcl_ds.training.stages import stage_bounds
+from ppcl_ds.training.traffic import Cluster, Traffic, most, ring
+from ppcl_ds.units.unit import UnitBatch
+
+Parts = dict[str, int]
+"""Part of the memory -> bytes."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of an optimizer step, on a process of one stage.
+
+    Attributes:
+        name: such as `teacher forward`.
+        flops: that it computes in a step.
+        moved: bytes that it moves in a step, by link.
+        resident: memory that this phase needs and that stays from step to step.
+        transient: memory that is there in this phase alone, at its worst.
+        beside_next: whether it runs beside the phase after it, so that the slower of both counts.
+        waits: share of its time in which the process waits for other stages.
+    """
+
+    name: str
+    flops: float = 0.0
+    moved: Traffic = field(default_factory=Traffic)
+    resident: Parts = field(default_factory=dict)
+    transient: Parts = field(default_factory=dict)
+    beside_next: bool = False
+    waits: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the teacher is divided over the ranks (ZeRO-3), from the recipe and the teacher's DeepSpeed file.
+
+    Attributes:
+        ranks_per_copy: ranks that hold a copy of the teacher between them (ZeRO++ hpZ).
+        max_live: elements gathered at most (`stage3_max_live_parameters`).
+        prefetch: elements gathered ahead at most (`stage3_prefetch_bucket_size`).
+        persistent: parameters up to this many elements stay whole (`stage3_param_persistence_threshold`).
+    """
+
+    ranks_per_copy: int
+    max_live: int
+    prefetch: int
+    persistent: int
+
+    def secondary(self, cluster: Cluster) -> bool:
+        """Whether there is a second partition, over `ranks_per_copy` ranks, beside the one over all."""
+        return 1 < self.ranks_per_copy < cluster.world
+
+    def gather_group(self, rank: int, cluster: Cluster) -> range:
+        """The ranks that a rank gathers the teacher's blocks from."""
+        if not self.secondary(cluster):
+            return range(cluster.world)
+        first = rank // self.ranks_per_copy * self.ranks_per_copy
+        return range(first, first + self.ranks_per_copy)
+
+
+@dataclass(frozen=True)
+class TeacherCosts:
+    """The frozen teacher, and its forward on one micro-batch up to the last block that is needed.
+
+    Attributes:
+        parameters: elements and bytes of an element, for each parameter.
+        used: the same, without the blocks that do not run.
+        buffers: bytes of its buffers.
+        largest_block: elements of the largest block that runs.
+        element: bytes of an element in the dtype of the run.
+        flops: of one sample's forward.
+        activations: most bytes that a block's forward takes, outputs included.
+    """
+
+    parameters: tuple[tuple[int, int], ...]
+    used: tuple[tuple[int, int], ...]
+    buffers: int
+    largest_block: int
+    element: int
+    flops: float
+    activations: int
+    sharding: Sharding
+
+    def resident(self, cluster: Cluster) -> Parts:
+        """The partition over all ranks; the one inside the node, if any; and what every rank has whole."""
+        sharding = self.sharding
+        small = sum(n * size for n, size in self.parameters if n <= sharding.persistent) if cluster.world > 1 else 0
+        copy = partition_bytes(self.parameters, sharding.ranks_per_copy) if sharding.secondary(cluster) else 0
+        return {
+            "teacher partition": partition_bytes(self.parameters, cluster.world),
+            "teacher copy in the node": copy,
+            "teacher small tensors": small + self.buffers,
+        }
+
+    def gathered(self, cluster: Cluster) -> int:
+        """Bytes of parameters that are whole for a moment: those of the largest block, and with them either the buffer
+        that they arrived in or what was fetched ahead."""
+        if cluster.world == 1:
+            return 0
+        behind_it = sum(elements for elements, _ in self.used) - self.largest_block
+        ahead = max(0, min(self.sharding.prefetch, self.sharding.max_live - self.largest_block, behind_it))
+        return (self.largest_block + max(self.largest_block, ahead)) * self.element
+
+    def gathers(self, rank: int, cluster: Cluster) -> Traffic:
+        """One forward: all parameters that are used, but those that are always whole."""
+        size = sum(elements * size for elements, size in self.used if elements > self.sharding.persistent)
+        return ring(size, rank, self.sharding.gather_group(rank, cluster), cluster)
+
+
+def partition_bytes(parameters: Iterable[tuple[int, int]], ranks: int) -> int:
+    """One rank's part of a model under ZeRO-3: every parameter is cut into equal parts, the last one padded.
+
+    Args:
+        parameters: elements and bytes of an element, for each parameter.
+    """
+    return sum(-(-elements // ranks) * size for elements, size in parameters)
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """What is laid over the stages, one of many: a unit of a library, or a block of a variant.
+
+    Attributes:
+        name: such as `blocks_03_04`.
+        parameters: how many it has.
+        trained: how many of them are trained.
+        largest: elements of its largest parameter.
+        flops: of one sample's forward.
+        activations: most bytes that training it on one micro-batch takes, beside parameters, gradients and batch.
+        batch: meta tensors of one micro-batch: the streams that enter it, and the teacher's that it is judged by.
+        joined: whether it has to be on the stage of the one before.
+    """
+
+    name: str
+    parameters: int
+    trained: int
+    largest: int
+    flops: float
+    activations: int
+    batch: UnitBatch
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Account(ABC):
+    """What a training costs on any cluster.
+
+    Attributes:
+        teacher: its forward.
+        layers: what is laid over the stages, in order.
+        settings: the recipe's section.
+        section: its name.
+        what: the layers in words, with a place for their number.
+    """
+
+    section: ClassVar[str]
+    what: ClassVar[str]
+
+    teacher: TeacherCosts
+    layers: Sequence[LayerCosts]
+    settings: Training
+
+    @abstractmethod
+    def phases(self, cluster: Cluster) -> list[list[Phase]]:
+        """For each stage, the phases of a step on the process that has most of each.
+
+        Raises:
+            UserError: there are more stages than can be cut.
+        """
+
+    @property
+    def parameters(self) -> int:
+        """Of all layers together."""
+        return sum(layer.parameters for layer in self.layers)
+
+    def cut(self, stages: int) -> list[Sequence[LayerCosts]]:
+        """The layers of each stage.
+
+        Raises:
+            UserError: there are more stages than can be cut.
+        """
+        joined, costs = [layer.joined for layer in self.layers], [layer.flops for layer in self.layers]
+        return [self.layers[a:b] for a, b in pairwise(stage_bounds(joined, costs, stages, self.what))]
+
+    def rounds(self, cluster: Cluster) -> int:
+        """Teacher forwards of each process in a step; rounded up where the micro-batches do not fill the cluster."""
+        return -(-self.settings.micro_batches_per_step // cluster.world)
+
+    def samples(self, cluster: Cluster) -> int:
+        """Samples in a step, over all processes."""
+        return self.rounds(cluster) * cluster.world * self.settings.micro_batch
+
+    def step_flops(self, cluster: Cluster) -> float:
+        """FLOPs of a step, over all processes."""
+        return self.samples(cluster) * (self.teacher.flops + self.training_flops(self.layers))
+
+    def training_flops(self, layers: Iterable[LayerCosts]) -> float:
+        """FLOPs of training layers on one sample."""
+        return sum(layer.flops for layer in layers) * unit_passes(self.settings.activation_checkpointing)
+
+    def teacher_forward(self, cluster: Cluster, ranks: range, held: Parts) -> Phase:
+        """The teacher on each process's own micro-batches: the block at work, gathered parameters, what is recorded.
+
+        Args:
+            ranks: of the stage.
+            held: what else is there meanwhile.
+        """
+        rounds = self.rounds(cluster)
+        return Phase(
+            "teacher forward",
+            flops=rounds * self.settings.micro_batch * self.teacher.flops,
+            moved=most(self.teacher.gathers(rank, cluster) for rank in ranks).times(rounds),
+            resident=self.teacher.resident(cluster),
+            transient={"gathered block": self.teacher.gathered(cluster), "activations": self.teacher.activations}
+            | held,
+        )
+
+    def update(self, cluster: Cluster, ranks: range, trained: int, shared: int = 0, moments: int = 2) -> Phase:
+        """The end of a step: gradients are averaged over the replicas in float32 (reduce-scatter and all-gather), each
+        replica steps its share, and the new parameters are gathered. A float32 master and its moments are divided over
+        the replicas.
+
+        Args:
+            ranks: of the stage.
+            trained: parameters.
+            shared: those of them that every stage has, whose gradients are summed over the stages, too.
+            moments: float32 numbers that the optimizer keeps of each parameter beside the master.
+        """
+        size, everywhere = trained * (2 * 4 + self.teacher.element), shared * 2 * 4
+        each = 0 if self.settings.optimizer.offload else 4 * (1 + moments)
+        return Phase(
+            "gradient reduction",
+            moved=most(
+                ring(size, rank, ranks, cluster) + ring(everywhere, rank, cluster.pipe_group(rank), cluster)
+                for rank in ranks
+            ),
+            resident={"optimizer": -(-trained // cluster.replicas) * each},
+        )
+
+    def summed_gradient(self, layers: Iterable[LayerCosts]) -> int:
+        """Bytes of one parameter's float32 gradient on its way to its sum; it is the sum where the run is float32."""
+        return max(layer.largest for layer in layers) * 4 if self.teacher.element < 4 else 0
