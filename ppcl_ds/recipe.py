@@ -55,7 +55,6 @@ class TrainingFolder:
 
     @property
     def path(self) -> Path:
-        """The folder."""
         return self.run / self.kind / self.variant
 
     @property
@@ -75,12 +74,10 @@ class TrainingFolder:
 
     @property
     def board(self) -> Path:
-        """TensorBoard."""
         return self.path / "tensorboard"
 
     @property
     def progress(self) -> Path:
-        """How the training is doing, see `reporting.Report`."""
         return self.path / "progress.json"
 
     @property
@@ -119,7 +116,6 @@ class Recipe(Section):
 
     @property
     def plan_file(self) -> Path:
-        """What `ppcl plan` chose."""
         return self.run / "plan.yaml"
 
     @property
@@ -149,7 +145,6 @@ class Recipe(Section):
 
     @property
     def distilled(self) -> bool:
-        """Whether `ppcl distill` has come to its last step."""
         return self.distillation.finished(self.distill.steps)
 
     @property
@@ -176,6 +171,8 @@ class Recipe(Section):
         unknown = [name for name in tuned if name not in self.plan.variants]
         if unknown and self.plan.rule != "given":  # whose variants stand in another file
             raise ValueError(f"finetune.variants names '{unknown[0]}', which is not in plan.variants")
+        if self.finetune and not self.finetune.flow_weight + self.finetune.velocity_weight:
+            raise ValueError("finetune.flow_weight and finetune.velocity_weight are both 0; give one of them a weight")
         return self
 
     @model_validator(mode="after")

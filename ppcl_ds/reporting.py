@@ -55,7 +55,6 @@ class Reporter:
         self.report = Report(job=os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", ""))
 
     def update(self, **changes: Any) -> None:
-        """Change attributes of the report, and write it."""
         self.report = self.report.model_copy(update=changes)
         if self.path is not None:
             with suppress(OSError):  # a full disk does not end a run that could go on

@@ -7,16 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-Precision = Literal["fp32", "bf16"]
+from ppcl_ds import shipped
 
+Precision = Literal["fp32", "bf16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 """A part of a whole, 0 included, 1 excluded."""
-
-
-def shipped(name: str) -> Path:
-    """A recipe or DeepSpeed file that ships with the package: inside it when installed, beside it in a checkout."""
-    package = Path(__file__).parent
-    return package / name if (package / name).exists() else package.parent / name
 
 
 class Section(BaseModel):
@@ -223,7 +218,6 @@ class Topology(Section):
 
     @property
     def world(self) -> int:
-        """Number of processes."""
         return self.stages * self.replicas
 
 
@@ -300,17 +294,11 @@ class Finetune(Training):
     kept_lr: float = Field(default=1.0, gt=0)
     """Learning rate of whatever is not a unit, as a multiple of `optimizer.lr`."""
     ema: Share = 0.0
-    """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. Behind step t it
+    """Largest decay of a moving average of the weights, which is then what is consolidated; 0: none. After step t it
     is at most (1 + t) / (10 + t). Held-out losses and images are of the weights themselves."""
     quantiles: tuple[Annotated[float, Field(gt=0, le=1)], ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     """Quantiles of the noise levels that training draws (`noise`) at which losses on held-out data are taken, every
     `sample_every` steps."""
-
-    @model_validator(mode="after")
-    def _has_a_loss(self) -> Finetune:
-        if not self.flow_weight + self.velocity_weight:
-            raise ValueError("flow_weight and velocity_weight are both 0; give one of them a weight")
-        return self
 
 
 class Evaluate(Section):

@@ -48,7 +48,6 @@ class Job:
 
     @property
     def over(self) -> bool:
-        """Whether it will not run again."""
         return self.state in _OVER
 
 

@@ -49,7 +49,6 @@ class Jobs:
 
     @property
     def step(self) -> tuple[int, int]:
-        """How far they are, and how far they go."""
         return sum(report.step for report in self.reports), sum(report.total for report in self.reports)
 
     @property
@@ -61,7 +60,6 @@ class Jobs:
 
     @property
     def cells(self) -> tuple[str, ...]:
-        """Their line of the table."""
         done, total = self.step
         rates = [report.samples_per_second for report in self.reports if report.samples_per_second]
         left = [report.seconds_left for report in self.reports if report.seconds_left is not None]

@@ -50,7 +50,6 @@ class Prompts:
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Prompts:
-        """The same prompts on `device`, floats as `dtype`."""
         return Prompts(
             self.embeds.to(device, dtype),
             None if self.mask is None else self.mask.to(device),
@@ -86,7 +85,6 @@ class Batch:
         )
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        """The same batch on `device`, floats as `dtype`."""
         return replace(self, latents=self.latents.to(device, dtype), prompts=self.prompts.to(device, dtype))
 
     def drop_captions(self, empty: Prompts, share: float, generator: torch.Generator) -> Batch:

@@ -66,7 +66,6 @@ class Index(BaseModel):
 
     @property
     def samples(self) -> int:
-        """Samples in all shards together."""
         return sum(entry.samples for entry in self.shards)
 
     @staticmethod

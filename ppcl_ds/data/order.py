@@ -62,11 +62,9 @@ class Order:
         return np.array([self._epoch(place // count, bucket)[place % count] for place in places])
 
     def _first(self, epoch: int) -> int:
-        """Number of the first micro-batch that is full in `epoch`."""
         return sum(epoch * count // self.micro_batch for count in self.counts)
 
     def _epoch_of(self, number: int) -> int:
-        """The epoch in which micro-batch `number` is full."""
         # At most one micro-batch a bucket more than whole samples would give.
         guess = number * self.micro_batch // len(self.buckets)
         last = (number + len(self.counts) + 1) * self.micro_batch // len(self.buckets) + 1

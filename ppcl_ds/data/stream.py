@@ -88,7 +88,6 @@ class MicroBatchStream:
         self.news: list[str] = []
 
     def __len__(self) -> int:
-        """Samples in an epoch."""
         return len(self.decoder.shards)
 
     def take(self, start: int, stride: int) -> Iterator[tuple[int, Batch]]:

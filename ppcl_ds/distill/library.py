@@ -42,7 +42,6 @@ class UnitLayer(nn.Module):
 
     @property
     def name(self) -> str:
-        """The unit's, in the plan."""
         return self.plan.name
 
     def loss(self, batch: UnitBatch) -> Tensor:
@@ -90,12 +89,10 @@ class Library(Students):
 
     @property
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The parameters of this stage's units."""
         return {layer.name: dict(layer.unit.core.named_parameters()) for layer in self.layers}
 
     @property
     def layers(self) -> list[UnitLayer]:
-        """This stage's units."""
         return list(self.forward_funcs)
 
     def drain(self) -> dict[str, float]:

@@ -29,7 +29,6 @@ class Distilling(Account):
     what = "the plan's {} units"
 
     def phases(self, cluster: Cluster) -> list[list[Phase]]:
-        """See `Account.phases`."""
         spread = self.cut(cluster.stages)
         messages, recorded = [message(units) for units in spread], held(self.layers)
         return [self._stage(stage, units, messages, recorded, cluster) for stage, units in enumerate(spread)]

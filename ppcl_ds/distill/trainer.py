@@ -34,7 +34,6 @@ class Trainer(Training):
         super().__init__(recipe, recipe.distill, recipe.distillation, plan, teacher, "distill")
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
-        """The library."""
         recipe, settings = self.recipe, self.recipe.distill
         self.wanted = taps_of(self.plan, self.teacher.anatomy)
         self.work = measure_work(self.teacher, self.plan, *self.sample_shape())
@@ -57,7 +56,6 @@ class Trainer(Training):
         return batches_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
 
     def step(self, batches: Iterator[NoisyBatch]) -> None:
-        """One optimizer step of every unit."""
         with self.timer.phase("students"):
             for arrived in self.arrivals(batches):
                 for layer in self.library.layers:  # backward follows forward: one unit's activations in memory
@@ -93,7 +91,6 @@ class Trainer(Training):
         self.engine.optimizer.refresh_fp32_params()
 
     def flops(self, samples: int) -> float:
-        """Teacher and units."""
         return self.work.per_step(samples, self.settings.activation_checkpointing)
 
     def measured(self) -> dict[str, float]:
@@ -102,11 +99,9 @@ class Trainer(Training):
         return self.library.drain() | {f"{name}/gradient_norm": norm for name, norm in norms.items()}
 
     def skipped(self) -> dict[str, float]:
-        """Unit by unit."""
         return {f"{name}/skipped_steps": float(count) for name, count in self.engine.optimizer.skipped.items()}
 
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Every variant, plugged into the sharded teacher."""
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.name: layer.unit for layer in self.library.layers}
         return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device)

@@ -35,7 +35,6 @@ class Accelerator(BaseModel):
 
     @property
     def usable_bytes(self) -> int:
-        """What a run may fill."""
         return int(self.memory_gib * (1 - RESERVED) * 2**30)
 
 

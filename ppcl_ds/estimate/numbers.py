@@ -130,7 +130,6 @@ class Estimate(Numbers):
 
     @property
     def memory(self) -> Memory:
-        """Of a process of that stage."""
         return self.stages[self.fullest].memory
 
 

@@ -146,7 +146,6 @@ class Export:
 
     @cached_property
     def trained(self) -> Plan:
-        """The plan that training began with."""
         return load_plan(self.recipe.distillation.plan, self.teacher)
 
     @property

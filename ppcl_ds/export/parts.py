@@ -57,7 +57,6 @@ class Parts:
         return fits[max(fits)] if fits else None
 
     def _names(self) -> Iterator[tuple[str, str]]:
-        """Every name of every part, with underscores, and the part."""
         for part in {*self.ffn.values(), *self.text_only}:
             for name in (part, *_OTHER_NAMES.get(part, ())):
                 yield name.replace(".", "_"), part

@@ -24,7 +24,6 @@ class Tuned:
 
     @property
     def words(self) -> str:
-        """What was trained, for how long, and against what."""
         settings = self.settings
         losses = {
             "the teacher's velocity": settings.velocity_weight,

@@ -37,11 +37,9 @@ class FineTuning(Account):
 
     @property
     def parameters(self) -> int:
-        """Of the variant."""
         return super().parameters + self.rest
 
     def phases(self, cluster: Cluster) -> list[list[Phase]]:
-        """See `Account.phases`."""
         spread = self.cut(cluster.stages)
         return [self._stage(stage, spread, cluster) for stage in range(cluster.stages)]
 

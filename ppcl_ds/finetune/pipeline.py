@@ -44,13 +44,11 @@ class Variant(Students):
 
     @property
     def stage(self) -> Stage:
-        """The stage of this rank."""
         [stage] = self.forward_funcs
         return stage
 
     @property
     def trained(self) -> dict[str, dict[str, nn.Parameter]]:
-        """What is trained on this stage."""
         return self.stage.parts
 
     @property
@@ -77,7 +75,6 @@ class VariantEngine(StudentsEngine):
         super().__init__(variant, config, settings, precision)
 
     def make_optimizer(self, *arguments: Any, **options: Any) -> WholeOptimizer:
-        """The optimizer of the whole variant."""
         stages = self.mpu.get_pipe_parallel_group()
         return WholeOptimizer(*arguments, stages=stages, copies=self.module.copies, ema=self.ema, **options)
 

@@ -50,7 +50,6 @@ class Start:
 
     @property
     def folder(self) -> TrainingFolder:
-        """What the fine-tuning writes."""
         return self.recipe.finetuning(self.variant)
 
     def units(self, unit: UnitPlan) -> Sources:
@@ -60,7 +59,6 @@ class Start:
         return unit_sources(self.library.checkpoint, self.library.trained, unit)
 
     def layout(self, dtype: torch.dtype | None = None) -> Layout:
-        """The variant as it starts."""
         return layout(self.teacher, self.plan, self.variant, self.units, dtype)
 
 
@@ -76,7 +74,6 @@ class Origin(BaseModel):
     step: int
 
     def write(self, folder: TrainingFolder) -> None:
-        """Write it down; one rank alone."""
         atomic_write(_file(folder), self.model_dump_json(indent=1) + "\n")
 
 

@@ -47,7 +47,6 @@ class FineTuner(Training):
         self.pipeline.stage.register_forward_pre_hook(lambda *_: self.watchdog.alive())
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
-        """The variant, over the stages."""
         recipe, settings, plan = self.recipe, self.tuning, self.plan
         whole = self.start.layout(self.dtype)
         empty = empty_model(whole.config)
@@ -120,15 +119,12 @@ class FineTuner(Training):
             self.engine.train_step()
 
     def total_loss(self, values: Mapping[str, float]) -> float:
-        """The weighted sum."""
         return float(weighted(values, self.weights))
 
     def flops(self, samples: int) -> float:
-        """Teacher and variant."""
         return samples * self.flops_of_sample
 
     def measured(self) -> dict[str, float]:
-        """Losses, and gradient norms of this stage's parts."""
         norms = self.engine.optimizer.norms
         return self.pipeline.stage.means.drain() | {f"{name}/gradient_norm": norm for name, norm in norms.items()}
 

@@ -36,7 +36,6 @@ class Budget:
 
     @property
     def total(self) -> float:
-        """What all blocks weigh together."""
         return float(self.blocks.sum())
 
     @property

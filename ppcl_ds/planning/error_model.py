@@ -50,7 +50,6 @@ class ErrorModel:
         return float(self.alone[chosen].sum() + self.pairs[np.ix_(chosen, chosen)].sum() / 2)
 
     def candidates(self, budget: Budget) -> Candidates:
-        """The units as the integer programme takes them."""
         return Candidates(
             footprints=[unit.footprint for unit in self.units],
             saved=np.array([budget.saved([unit]) for unit in self.units]),

@@ -36,7 +36,6 @@ class Affine(NamedTuple):
     bias: Tensor
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(..., C) -> (..., D)."""
         return tokens.to(self.weight) @ self.weight + self.bias
 
     def then(self, other: Affine) -> Affine:

@@ -56,7 +56,6 @@ class Part:
 
     @property
     def file(self) -> str:
-        """Name of its file."""
         return f"part-{self.index:03d}-of-{self.count:03d}.safetensors"
 
 

@@ -95,7 +95,6 @@ class BlockSums:
 
     @staticmethod
     def shapes(lane: Lane, block: int, max_span: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape."""
         window, channels = min(max_span, lane.stop - block), lane.channels
         return {
             "moments": (HALVES, window, channels, channels),
@@ -108,12 +107,10 @@ class BlockSums:
 
     @classmethod
     def zero(cls, lane: Lane, block: int, max_span: int, device: torch.device) -> BlockSums:
-        """Sums of nothing."""
         shapes = cls.shapes(lane, block, max_span)
         return cls({name: torch.zeros(s, dtype=torch.float64, device=device) for name, s in shapes.items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
         return {name: getattr(self, name) for name in self.NAMES}
 
     def add(self, number: int, before: Tensor, exits: Sequence[Tensor]) -> None:

@@ -94,7 +94,6 @@ class Block:
         return self.read_output(module(**inputs, **conditioning))
 
     def read_output(self, output: Any) -> Streams:
-        """The streams in what the block returned."""
         if isinstance(output, Tensor):
             return {"image": output}
         return {s: output[place] for s, place in self.returns.items() if output[place] is not None}
@@ -156,11 +155,9 @@ class Wanted:
 
     @property
     def last(self) -> int:
-        """The last block that has to run."""
         return max(self.calls | self.exits | {tap.block for tap in self.parts})
 
     def union(self, other: Wanted) -> Wanted:
-        """What either is run for."""
         to_the_end = self.to_the_end or other.to_the_end
         return Wanted(self.calls | other.calls, self.exits | other.exits, self.parts | other.parts, to_the_end)
 
@@ -223,11 +220,9 @@ class Anatomy:
 
     @property
     def block_parameters(self) -> int:
-        """Number of parameters in all blocks together."""
         return sum(block.parameters for block in self.blocks)
 
     def module(self, model: nn.Module, block: Block) -> nn.Module:
-        """The block's module in `model`."""
         return getattr(model, block.list_name)[block.position]
 
     @contextmanager

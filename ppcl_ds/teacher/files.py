@@ -39,7 +39,6 @@ class Source:
 
     @property
     def bytes(self) -> int:
-        """Size of the loaded tensor."""
         return self.shape.numel() * self.dtype.itemsize
 
     def to(self, dtype: torch.dtype) -> Source:
@@ -156,7 +155,6 @@ class ModelFiles:
             raise UserError(f"teacher {self.folder}: {file.name} cannot be read ({fault}); copy it again") from None
 
     def tensor(self, key: str) -> Tensor:
-        """One stored tensor, whole, on the CPU."""
         with self._open(key) as opened:
             return opened.get_tensor(key)
 

@@ -38,7 +38,6 @@ class ResidualLinear(nn.Linear):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
         return x + super().forward(x)
 
 

@@ -32,7 +32,6 @@ class Sampling:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Sampling:
-        """As the recipe says it."""
         return cls(recipe.evaluate.steps, recipe.noise.shift, recipe.evaluate.guidance)
 
 

@@ -40,12 +40,10 @@ class Teacher:
 
     @property
     def class_name(self) -> str:
-        """Of its transformer, as `config.json` says it."""
         return self.files.class_name
 
     @property
     def blocks(self) -> Sequence[Block]:
-        """All blocks, in execution order."""
         return self.anatomy.blocks
 
     @property
@@ -64,7 +62,6 @@ class Teacher:
         return self.files.empty_model()
 
     def module(self, block: Block) -> nn.Module:
-        """A block of the empty model."""
         return self.anatomy.module(self.empty, block)
 
     def filled(self, key: str) -> nn.Module:

@@ -141,5 +141,4 @@ class StudentsEngine(PipelineEngine):
             )
 
     def make_optimizer(self, *arguments: Any, **options: Any) -> UnitOptimizer:
-        """The optimizer around torch's."""
         return UnitOptimizer(*arguments, **options)

@@ -26,13 +26,11 @@ class Means:
         self._count = 0
 
     def add(self, measured: Mapping[str, Tensor]) -> None:
-        """Add scalars of one micro-batch, the same names every time."""
         for name, value in measured.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach()
         self._count += 1
 
     def drain(self) -> dict[str, float]:
-        """The means since the last call."""
         means = {name: float(total) / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         return means

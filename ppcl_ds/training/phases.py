@@ -185,7 +185,6 @@ class Account(ABC):
 
     @property
     def parameters(self) -> int:
-        """Of all layers together."""
         return sum(layer.parameters for layer in self.layers)
 
     def cut(self, stages: int) -> list[Sequence[LayerCosts]]:
@@ -202,11 +201,9 @@ class Account(ABC):
         return -(-self.settings.micro_batches_per_step // cluster.world)
 
     def samples(self, cluster: Cluster) -> int:
-        """Samples in a step, over all processes."""
         return self.rounds(cluster) * cluster.world * self.settings.micro_batch
 
     def step_flops(self, cluster: Cluster) -> float:
-        """FLOPs of a step, over all processes."""
         return self.samples(cluster) * (self.teacher.flops + self.training_flops(self.layers))
 
     def training_flops(self, layers: Iterable[LayerCosts]) -> float:

@@ -87,12 +87,10 @@ class Saver:
             yield name, master, min(start, whole), min(start + master.numel(), whole)
 
     def _own_shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
-        """Those that this rank writes."""
         copies = self.engine.module.copies
         return (share for share in self._shares() if share[0] not in copies)
 
     def _write_own(self, folder: Path) -> None:
-        """Write this rank's file."""
         optimizer = self.engine.optimizer
         tensors = {"random": torch.get_rng_state()}
         if torch.cuda.is_available():

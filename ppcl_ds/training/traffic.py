@@ -25,15 +25,12 @@ class Cluster:
 
     @property
     def world(self) -> int:
-        """Number of processes."""
         return self.nodes * self.gpus_per_node
 
     def stage_of(self, rank: int) -> int:
-        """The stage that a rank trains."""
         return rank // self.replicas
 
     def ranks_of(self, stage: int) -> range:
-        """The replicas of a stage."""
         return range(stage * self.replicas, (stage + 1) * self.replicas)
 
     def pipe_group(self, rank: int) -> range:
@@ -41,11 +38,9 @@ class Cluster:
         return range(rank % self.replicas, self.world, self.replicas)
 
     def node_of(self, rank: int) -> int:
-        """The node that a rank runs on."""
         return rank // self.gpus_per_node
 
     def ranks_near(self, rank: int) -> range:
-        """The ranks of a rank's node."""
         first = self.node_of(rank) * self.gpus_per_node
         return range(first, first + self.gpus_per_node)
 
@@ -63,7 +58,6 @@ class Traffic:
     inter: float = 0.0
 
     def times(self, factor: float) -> Traffic:
-        """The same, `factor` times."""
         return Traffic(self.intra * factor, self.inter * factor)
 
     def __add__(self, other: Traffic) -> Traffic:

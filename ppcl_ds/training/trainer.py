@@ -205,7 +205,6 @@ class Training(ABC):
         return 0
 
     def begin(self) -> None:
-        """Write down what training starts with; one rank alone."""
         write_start(self.recipe, self.folder, self.plan)
 
     def _log(self) -> Log:

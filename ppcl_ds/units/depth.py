@@ -34,11 +34,9 @@ class DepthUnit(Unit):
         self.shape, self.core = shape, module
 
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
-        """Streams entering the span -> streams leaving it."""
         return self.shape.call(self.core, inputs, conditioning)
 
     def recompute(self) -> None:
-        """See `recompute_parts`."""
         recompute_parts(self.core)
 
 
@@ -71,12 +69,10 @@ class DepthKind(Kind):
     one_block = False
 
     def footprint(self, unit: UnitPlan) -> frozenset[Part]:
-        """All of its blocks."""
         first, last = unit.span
         return frozenset((block, part) for block in range(first, last + 1) for part in PARTS)
 
     def boundary(self, unit: UnitPlan, blocks: int) -> tuple[Stream, ...]:
-        """What it is trained on."""
         return unit.streams
 
     def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
@@ -93,11 +89,9 @@ class DepthKind(Kind):
         return "" if set(unit.streams) <= set(last.returns) else f"block {last.index} returns only {list(last.returns)}"
 
     def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
-        """The call of its first block, and what leaves its last."""
         return Wanted(frozenset(unit.span[:1]), frozenset(unit.span[1:]))
 
     def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
-        """The teacher's boundaries before and after the span."""
         first, last = (anatomy.blocks[index] for index in unit.span)
         return UnitBatch(
             inputs=capture.streams[first.entering],
@@ -107,11 +101,9 @@ class DepthKind(Kind):
         )
 
     def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """The span's first block."""
         return depth_unit(teacher, unit.span[0], dtype)
 
     def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """The span's first block, without weights."""
         block = teacher.blocks[unit.span[0]]
         return DepthUnit(block, copy.deepcopy(teacher.module(block)).to("meta", dtype))
 
@@ -124,7 +116,6 @@ class DepthKind(Kind):
             replace_forward(module, partial(_pass_through, block, module), stack)
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
-        """It is as large as its first block."""
         return sum(teacher.blocks[block].parameters for block in unit.members)
 
     def export(self, unit: UnitPlan, own: Sources, anatomy: Anatomy, model: Export) -> None:
@@ -134,11 +125,9 @@ class DepthKind(Kind):
         """It is shaped like its first block."""
 
     def label(self, unit: UnitPlan) -> str:
-        """Its span."""
         return f"[{unit.span[0]},{unit.span[1]}]"
 
     def facts(self, unit: UnitPlan) -> tuple[str, str]:
-        """A span, by a block."""
         return f"blocks {unit.span[0]} to {unit.span[1]}", "one block"
 
 

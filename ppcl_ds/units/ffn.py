@@ -45,7 +45,6 @@ class FFNUnit(WidthUnit):
             self.choose(stream, torch.arange(hidden[stream]))
 
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
-        """What the feed-forwards read -> what they return."""
         return {stream: self.compute(stream, inputs[stream]) for stream in self.parts}
 
     def free_calibration(self) -> None:
@@ -117,7 +116,6 @@ class FFNKind(Kind):
     narrows = True
 
     def footprint(self, unit: UnitPlan) -> frozenset[Part]:
-        """The feed-forward of each stream."""
         return frozenset((unit.span[0], f"{stream} ffn") for stream in unit.streams)
 
     def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
@@ -135,7 +133,6 @@ class FFNKind(Kind):
         return ""
 
     def taps(self, unit: UnitPlan, anatomy: Anatomy) -> Wanted:
-        """What each feed-forward reads and returns."""
         return Wanted(frozenset(), frozenset(), frozenset(self._taps(unit, anatomy).values()))
 
     def _taps(self, unit: UnitPlan, anatomy: Anatomy) -> dict[str, Tap]:
@@ -143,7 +140,6 @@ class FFNKind(Kind):
         return {stream: Tap(block.index, block.ffn[stream], read_and_returned) for stream in unit.streams}
 
     def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
-        """What each feed-forward read and returned."""
         parts = {stream: capture.parts[tap] for stream, tap in self._taps(unit, anatomy).items()}
         return UnitBatch(
             inputs={stream: read for stream, (read, _) in parts.items()},
@@ -153,37 +149,31 @@ class FFNKind(Kind):
         )
 
     def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """A linear of zeros, or the first hidden channels."""
         block = teacher.blocks[unit.span[0]]
         parts: dict[str, Any] = {stream: teacher.filled(f"{block.key}.{block.ffn[stream]}") for stream in unit.streams}
         return FFNUnit(parts, unit.keep, dtype)
 
     def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """The same without weights."""
         return FFNUnit(self._stock(unit, teacher), unit.keep, dtype)
 
     def _stock(self, unit: UnitPlan, teacher: Teacher) -> dict[str, Any]:
-        """Copies of the teacher's own feed-forwards, empty."""
         block = teacher.blocks[unit.span[0]]
         module = teacher.module(block)
         return {stream: copy.deepcopy(module.get_submodule(block.ffn[stream])) for stream in unit.streams}
 
     def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
-        """The feed-forwards run the unit's."""
         block = anatomy.blocks[unit.span[0]]
         for stream in unit.streams:
             part = anatomy.module(model, block).get_submodule(block.ffn[stream])
             replace_forward(part, partial(plug.compute, stream), stack)
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
-        """The feed-forwards, less what is left of them."""
         stock = self._stock(unit, teacher)
         whole = sum(map(count_parameters, stock.values()))
         left = [narrow_ffn(part, hidden_channels(part, unit.keep)) for part in stock.values()]
         return whole - sum(map(count_parameters, left))
 
     def export(self, unit: UnitPlan, own: Sources, anatomy: Anatomy, model: Export) -> None:
-        """The key `narrow_ffn`."""
         block = anatomy.blocks[unit.span[0]]
         for stream in unit.streams:
             part = f"{model.keys[block.index]}.{block.ffn[stream]}"
@@ -195,7 +185,6 @@ class FFNKind(Kind):
             model.tensors |= {f"{part}.{name}": source.to(like.dtype) for name, source in new.items()}
 
     def shrink(self, unit: UnitPlan, module: Any, block: Block, streams: Streams) -> None:
-        """Narrowed in place."""
         for stream in unit.streams:
             part = module.get_submodule(block.ffn[stream])
             module.set_submodule(block.ffn[stream], narrow_ffn(part, hidden_channels(part, unit.keep)))
@@ -205,11 +194,9 @@ class FFNKind(Kind):
         return frozenset(ffn[stream] for stream in unit.streams) if set(unit.streams) <= set(ffn) else frozenset()
 
     def label(self, unit: UnitPlan) -> str:
-        """Its block, and what is kept."""
         kept = f" at {unit.keep:.0%}" if unit.keep else ""
         return f"{'+'.join(unit.streams)} ffn[{unit.span[0]}]{kept}"
 
     def facts(self, unit: UnitPlan) -> tuple[str, str]:
-        """A feed-forward, by less of one."""
         by = f"{unit.keep:.0%} of the hidden channels" if unit.keep else "a linear"
         return f"{' and '.join(unit.streams)} feed-forward of block {unit.span[0]}", by

@@ -62,7 +62,6 @@ class Plan(BaseModel):
     variants: dict[str, tuple[str, ...]]
 
     def unit(self, name: str) -> UnitPlan:
-        """The unit called `name`."""
         return next(unit for unit in self.units if unit.name == name)
 
     def units_of(self, variant: str) -> list[UnitPlan]:

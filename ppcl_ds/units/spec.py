@@ -61,12 +61,10 @@ class UnitPlan(BaseModel):
 
     @property
     def behaviour(self) -> Kind:
-        """What is done differently for units of its kind."""
         return KINDS[self.kind]
 
     @property
     def takes_blocks(self) -> bool:
-        """Whether one block stands in the place of the whole span (depth); else the blocks stay (width)."""
         return self.behaviour.takes_blocks
 
     @property
@@ -76,12 +74,10 @@ class UnitPlan(BaseModel):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what the unit computes and is judged by."""
         return self.behaviour.outputs(self)
 
     @property
     def footprint(self) -> frozenset[Part]:
-        """The parts of the teacher that the unit takes the place of, or that it needs left as they are."""
         return self.behaviour.footprint(self)
 
     @property
@@ -91,12 +87,10 @@ class UnitPlan(BaseModel):
 
     @property
     def changed(self) -> Sequence[int]:
-        """The teacher's blocks in whose place the unit is, or in parts of which."""
         return self.behaviour.changed(self)
 
     @property
     def joined(self) -> Sequence[int]:
-        """Blocks that have to stay on the pipeline stage of the block before."""
         return self.behaviour.joined(self)
 
 

@@ -41,7 +41,6 @@ class TextUnit(WidthUnit):
         return {name: self.compute(name, inputs[_input_of(name)]) for name in self.parts}
 
     def regressions(self, inputs: Streams, targets: Streams) -> Iterator[Regression]:
-        """Each linear's own change."""
         for name, linear in self.parts.items():
             x = inputs[_input_of(name)]
             yield Regression(name, x, targets[name].float() - x.float(), linear)
@@ -86,15 +85,12 @@ class TextKind(Kind):
         )
 
     def changed(self, unit: UnitPlan) -> Sequence[int]:
-        """All but the first."""
         return unit.members
 
     def joined(self, unit: UnitPlan) -> Sequence[int]:
-        """They read what the first block left behind."""
         return unit.members
 
     def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
-        """Its blocks need a text stream of their own."""
         blocks = teacher.blocks[unit.span[0] : unit.span[1] + 1]
         if len(blocks) < 2 or blocks[0].list_name != blocks[-1].list_name:
             return f"span {list(unit.span)} is not possible; a text group holds at least two blocks of one list"
@@ -112,7 +108,6 @@ class TextKind(Kind):
         return Wanted(frozenset(), frozenset(unit.span) if unit.streams else frozenset(), parts)
 
     def batch(self, unit: UnitPlan, capture: Capture, text_mask: Tensor | None, anatomy: Anatomy) -> UnitBatch:
-        """The first block's text is read, the others' are what should come of it."""
         first, last = (anatomy.blocks[index] for index in unit.span)
         inputs = {"modulated": capture.parts[_tap(first.index)][0]}
         targets = {modulated(block): capture.parts[_tap(block)][0] for block in unit.members}
@@ -122,11 +117,9 @@ class TextKind(Kind):
         return UnitBatch(inputs=inputs, conditioning={}, targets=targets, text_mask=text_mask)
 
     def build(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """Linears that change nothing yet."""
         return TextUnit(unit.outputs, teacher.blocks[unit.span[0]].text_channels, dtype)
 
     def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
-        """The same without memory."""
         return self.build(unit, teacher, dtype).to("meta")
 
     def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
@@ -156,7 +149,6 @@ class TextKind(Kind):
             stack.callback(module.register_forward_hook(partial(text_passes, block), with_kwargs=True).remove)
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
-        """The members' text parts, less the linears."""
         gone = [
             teacher.module(teacher.blocks[block]).get_submodule(part)
             for block in unit.members
@@ -166,7 +158,6 @@ class TextKind(Kind):
         return sum(map(count_parameters, gone)) - len(unit.outputs) * count_parameters(linear)
 
     def export(self, unit: UnitPlan, own: Sources, anatomy: Anatomy, model: Export) -> None:
-        """The keys `linear_text` and `text_jumps`."""
         for member in unit.members:
             key = model.keys[member]
             model.config["linear_text"].append(key)
@@ -187,15 +178,12 @@ class TextKind(Kind):
         make_text_linear(module, source, jump="text" in unit.streams and block.index == unit.span[1])
 
     def parts(self, unit: UnitPlan, ffn: Mapping[str, str], text_only: frozenset[str]) -> frozenset[str]:
-        """What serves the text alone."""
         return text_only
 
     def label(self, unit: UnitPlan) -> str:
-        """Its span."""
         return f"text[{unit.span[0]},{unit.span[1]}]"
 
     def facts(self, unit: UnitPlan) -> tuple[str, str]:
-        """A stream, by linears."""
         first, last = unit.span
         blocks = f"block {last}" if last == first + 1 else f"blocks {first + 1} to {last}"
         return f"the text stream of {blocks}", f"linears of block {first}'s"

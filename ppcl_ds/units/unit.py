@@ -55,7 +55,6 @@ class Unit(nn.Module):
         """Compute activations again in the backward pass, where that saves memory."""
 
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
-        """A batch's inputs -> an output for each of its targets."""
         raise NotImplementedError
 
 
@@ -87,7 +86,6 @@ class WidthUnit(Unit):
 
     @property
     def parts(self) -> dict[str, Any]:
-        """Output -> what computes it."""
         return dict(self.core.named_children())
 
     def compute(self, output: str, x: Tensor) -> Tensor:

@@ -37,7 +37,6 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Size of all tensors."""
         return sum(source.bytes for source in self.tensors.values())
 
 

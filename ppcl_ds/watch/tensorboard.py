@@ -23,7 +23,6 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder)) if dist.get_rank() == 0 else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write scalars; only rank 0's are used."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

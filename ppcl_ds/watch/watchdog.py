@@ -44,7 +44,6 @@ class Watchdog:
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def on_phase(self, phase: str) -> None:
-        """This rank enters a phase."""
         self.phase = phase
         self.alive()
 
