@@ -15,12 +15,12 @@ import torch
 import yaml
 from torch import nn
 
-from ppcl_ds import shipped
 from ppcl_ds.data.encoders import image_encoder
 from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.heldout import mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint

@@ -76,8 +76,8 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     from ppcl_ds import launch
 
     launch.join()
-    from ppcl_ds import shipped
     from ppcl_ds.recipe import read_deepspeed_file
+    from ppcl_ds.shipped import shipped
     from ppcl_ds.teacher.sharded import load_teacher
 
     teacher = Teacher(Path(folder))

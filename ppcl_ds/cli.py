@@ -48,7 +48,7 @@ def probe(
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
-    probe/report.json, report.html and images into the run folder. Needs encoded shards and the teacher.
+    probe/report.json, report.html and plots into the run folder. Needs encoded shards and the teacher.
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe)
@@ -136,10 +136,8 @@ def estimate(
 ) -> None:
     """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
 
-    Needs no GPU, and of the teacher only its config.json. Without a plan.yaml,
-    spans are assumed. A cluster of another size than the topology's keeps its
-    stages and changes its replicas.
-
+    Needs no GPU, and of the teacher only its config.json. Without a plan.yaml, spans are assumed.
+    A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe)
@@ -335,7 +333,6 @@ def demo(
     ] = False,
 ) -> None:
     """The whole road on 1,797 real handwritten digits, from data and a teacher to images and figures.
-
     What is already done is not repeated.
     """
     loaded = load_recipe(recipe)

@@ -7,11 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
-from ppcl_ds import shipped
+from ppcl_ds.shipped import shipped
 
 Precision = Literal["fp32", "bf16"]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-"""A part of a whole, 0 included, 1 excluded."""
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part of a whole, 0 included, 1 excluded
 
 
 class Section(BaseModel):
@@ -41,7 +40,6 @@ class ImageEncoding(Section):
 
     @property
     def latent_size(self) -> int:
-        """Height and width of the square bucket's latents."""
         return self.size // (8 if self.encoder == "vae" else 1)
 
     @model_validator(mode="before")
@@ -74,7 +72,6 @@ class CaptionEncoding(Section):
 
     @property
     def masked(self) -> bool:
-        """Whether captions keep their own length and come with a mask."""
         return self.max_tokens == 0
 
 
@@ -271,8 +268,7 @@ class Distill(Training):
     """The local phase: every unit against the teacher's boundaries."""
 
     calibration_steps: int = Field(default=8, gt=0)
-    """Width units start from least squares on the samples of so many steps; there should be several times more tokens
-    than a linear has inputs."""
+    """Width units start from least squares on so many steps: several times more tokens than a linear has inputs."""
     magnitude_weight: float = Field(default=1.0, ge=0)
     """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
 
@@ -338,8 +334,7 @@ class Cluster(Section):
     probe_parts: int = Field(default=8, gt=0)
     """Jobs that share the probe's batches, each on all processes of the topology."""
     options: tuple[str, ...] = ()
-    """More options of sbatch, for every job: `--partition=gpu`, `--account=vision`, `--mem=0`. They override those
-    above. What one step alone needs goes into its script."""
+    """More options of sbatch for every job, such as `--partition=gpu`; they override those above."""
     scripts: Path = shipped("slurm")
     """Folder of the scripts and of `site.env`; name your own copy here once you edit them."""
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ppcl_ds import shipped
+from ppcl_ds.shipped import shipped
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 

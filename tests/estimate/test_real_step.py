@@ -12,10 +12,10 @@ import pytest
 import torch
 import yaml
 
-from ppcl_ds import shipped
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.estimate import size
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.shipped import shipped
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
 from tests.estimate.real_step import HELD

@@ -13,12 +13,12 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 
-from ppcl_ds import shipped
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.choose import make_plan, width_candidates
 from ppcl_ds.planning.error_model import ErrorModel
 from ppcl_ds.planning.show import lines_of
 from ppcl_ds.sections import Plan
+from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.modeling_pruned import PrunedQwenImageTransformer2DModel
 from ppcl_ds.teacher.teacher import Teacher

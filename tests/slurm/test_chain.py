@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ppcl_ds import shipped
+from ppcl_ds.shipped import shipped
 from ppcl_ds.steps import STEPS
 from tests.slurm.conftest import CLUSTER, SITE, Account
 from tests.slurm.daemons import Daemons
