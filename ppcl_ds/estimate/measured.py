@@ -15,14 +15,14 @@ from ppcl_ds.estimate.activations import block_activations, unit_activations
 from ppcl_ds.estimate.inputs import Inputs
 from ppcl_ds.finetune.phases import FineTuning
 from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
-from ppcl_ds.teacher.anatomy import Anatomy, block_shapes
+from ppcl_ds.teacher.anatomy import Anatomy, Streams, block_shapes
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.flops import work_of
 from ppcl_ds.training.meta_forward import MetaForward, meta_forward
 from ppcl_ds.training.phases import LayerCosts, Sharding, TeacherCosts
 from ppcl_ds.units.depth import DepthUnit
 from ppcl_ds.units.kinds import batches_of, blank_unit, boundaries_of, empty_unit, taps_of
-from ppcl_ds.units.unit import UnitBatch, Unit
+from ppcl_ds.units.unit import Unit, UnitBatch
 from ppcl_ds.units.variant import layout
 
 
@@ -93,10 +93,10 @@ def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTunin
     for block, (origin, _) in zip(blocks, places, strict=True):
         old = teacher.blocks[origin]
         module, entering = teacher.anatomy.module(forward.model, old), streams[old.entering]
-        image = {"image": streams[old.leaving]["image"]}
         unit = DepthUnit(old, copy.deepcopy(module))
+        image: Streams = {"image": streams[old.leaving]["image"]}
         last, judged = boundaries.get(block.index, (origin, ()))
-        targets = {stream: streams[teacher.blocks[last].leaving][stream] for stream in judged}
+        targets: Streams = {stream: streams[teacher.blocks[last].leaving][stream] for stream in judged}
         layers.append(
             LayerCosts(
                 name=block.key,

@@ -89,10 +89,6 @@ class TextKind(Kind):
         """All but the first."""
         return unit.members
 
-    def joined(self, unit: UnitPlan) -> Sequence[int]:
-        """They read what the first block left behind."""
-        return unit.members
-
     def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
         """Its blocks need a text stream of their own."""
         blocks = teacher.blocks[unit.span[0] : unit.span[1] + 1]

@@ -39,7 +39,7 @@ class Watched:
         self._watch(p2p, "send", "passed_on", lambda tensor, *_: tensor.nbytes * tensor.is_floating_point())
         with LiveBytes("cpu") as self.live:
             training = make()
-            self.step, training.step = training.step, self._step  # type: ignore[method-assign]
+            self.step, training.step = training.step, self._step  # type: ignore[method-assign, assignment]
             training.train()
 
     def _step(self, *arguments: Any) -> None:
