@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from ppcl_ds import console, launch, shipped
+from ppcl_ds import console, launch
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
@@ -18,6 +18,7 @@ from ppcl_ds.export import SHARD_SIZE
 from ppcl_ds.export.cli import ShardSize
 from ppcl_ds.export.cli import app as export_app
 from ppcl_ds.recipe import load_recipe, open_run
+from ppcl_ds.shipped import shipped
 
 app = typer.Typer(
     help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "

@@ -93,8 +93,8 @@ def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTunin
     for block, (origin, _) in zip(blocks, places, strict=True):
         old = teacher.blocks[origin]
         module, entering = teacher.anatomy.module(forward.model, old), streams[old.entering]
-        image = {"image": streams[old.leaving]["image"]}
         unit = DepthUnit(old, copy.deepcopy(module))
+        image: Streams = {"image": streams[old.leaving]["image"]}
         last, judged = boundaries.get(block.index, (origin, ()))
         targets: Streams = {stream: streams[teacher.blocks[last].leaving][stream] for stream in judged}
         layers.append(

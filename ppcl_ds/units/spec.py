@@ -89,10 +89,6 @@ class UnitPlan(BaseModel):
     def changed(self) -> Sequence[int]:
         return self.behaviour.changed(self)
 
-    @property
-    def joined(self) -> Sequence[int]:
-        return self.behaviour.joined(self)
-
 
 @dataclass
 class Export:
@@ -137,10 +133,6 @@ class Kind(ABC):
     def changed(self, unit: UnitPlan) -> Sequence[int]:
         """The teacher's blocks in whose place the unit is, or in parts of which."""
         return unit.span[:1]
-
-    def joined(self, unit: UnitPlan) -> Sequence[int]:
-        """Blocks that have to stay on the pipeline stage of the block before."""
-        return ()
 
     def boundary(self, unit: UnitPlan, blocks: int) -> tuple[Stream, ...]:
         """The streams after the unit's span by which a whole variant can be compared with its teacher.

@@ -87,9 +87,6 @@ class TextKind(Kind):
     def changed(self, unit: UnitPlan) -> Sequence[int]:
         return unit.members
 
-    def joined(self, unit: UnitPlan) -> Sequence[int]:
-        return unit.members
-
     def problem(self, unit: UnitPlan, teacher: Teacher) -> str:
         blocks = teacher.blocks[unit.span[0] : unit.span[1] + 1]
         if len(blocks) < 2 or blocks[0].list_name != blocks[-1].list_name:

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppcl_ds import launch, shipped
+from ppcl_ds import launch
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.recipe import read_deepspeed_file
+from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit

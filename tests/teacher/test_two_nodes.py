@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ppcl_ds import launch, shipped
+from ppcl_ds import launch
 from ppcl_ds.data.batch import Prompts
 from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.recipe import read_deepspeed_file
+from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.anatomy import Capture, Wanted
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
