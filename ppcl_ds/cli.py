@@ -333,9 +333,7 @@ def demo(
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
 ) -> None:
-    """The whole road on 1,797 real handwritten digits, from data and a teacher to images and figures.
-    What is already done is not repeated.
-    """
+    """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
     loaded = load_recipe(recipe)
     from ppcl_ds.demo.demo import demo
 
