@@ -1,4 +1,4 @@
-"""Make the archive of a release for `tests/test_old_runs.py`: `python -m tests.old_runs.make VERSION`, with its code."""
+"""Make the archive of a release for `test_old_runs.py`: `python -m tests.old_runs.make VERSION`, with its code."""
 
 from __future__ import annotations
 
