@@ -39,12 +39,12 @@ class TrainingFolder:
     """What a training writes: the folder of `ppcl distill`, or of one variant's `ppcl finetune`.
 
     Attributes:
-        kind: the command, and the recipe's section of it.
+        command: the command, and the recipe's section of it.
         variant: of a fine-tuning.
     """
 
     run: Path
-    kind: Literal["distill", "finetune"]
+    command: Literal["distill", "finetune"]
     variant: str = ""
 
     @classmethod
@@ -55,7 +55,7 @@ class TrainingFolder:
 
     @property
     def path(self) -> Path:
-        return self.run / self.kind / self.variant
+        return self.run / self.command / self.variant
 
     @property
     def checkpoints(self) -> Path:

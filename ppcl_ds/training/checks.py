@@ -18,7 +18,7 @@ from ppcl_ds.units.plan import Plan, UnitPlan
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
-_FIXED_BY_KIND = {
+_FIXED_BY_COMMAND = {
     "distill": ("micro_batch", "micro_batches_per_step"),
     "finetune": (
         "micro_batch",
@@ -53,7 +53,7 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
         if place.get(key):
             raise UserError(
                 f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
-                f"recipe key {folder.kind}.optimizer.{own} says it"
+                f"recipe key {folder.command}.optimizer.{own} says it"
             )
 
 
@@ -93,9 +93,14 @@ def check_resume(
     except (OSError, ValidationError) as fault:
         name = getattr(fault, "filename", None) or folder.recipe
         raise UserError(f"{name} is missing or damaged; {anew}") from None
-    kind = folder.kind
-    optimizer = [f"{kind}.optimizer.{key}" for key in _FIXED_OF_OPTIMIZER]
-    for key in (*FIXED, "distill.magnitude_weight", *(f"{kind}.{key}" for key in _FIXED_BY_KIND[kind]), *optimizer):
+    command = folder.command
+    optimizer = [f"{command}.optimizer.{key}" for key in _FIXED_OF_OPTIMIZER]
+    for key in (
+        *FIXED,
+        "distill.magnitude_weight",
+        *(f"{command}.{key}" for key in _FIXED_BY_COMMAND[command]),
+        *optimizer,
+    ):
         old, new = (attrgetter(key)(version) for version in (before, recipe))
         if old != new:
             raise UserError(f"recipe key '{key}' is not what {folder.path} was trained with ({old}); {anew}")
