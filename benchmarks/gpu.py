@@ -26,6 +26,7 @@ from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.activations import LiveBytes
 from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.recipe import load_recipe
 
 GIB = 2**30
@@ -138,7 +139,8 @@ class Runs:
     def against_estimate(self, plain: dict[str, Any]) -> Row:
         """Peak memory of a step over what `ppcl estimate` says of the run."""
         # The accelerator decides whether it fits, not how much it is.
-        estimate = size(load_recipe(self.one), 1, 1, accelerator_called("h100"), text_tokens=self.work.words)
+        inputs = read_inputs(load_recipe(self.one), 1, 1, text_tokens=self.work.words)
+        estimate = size(inputs, accelerator_called("h100"))
         memory = estimate.memory
         note = f"worst phase of the estimate: {memory.worst}; {plain['device']}"
         return row("peak memory, step / estimate", plain["peak"] / GIB, memory.peak / GIB, "GiB", note)

@@ -12,6 +12,7 @@ from ppcl_ds.distill import distill as distill
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
 from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.estimate.numbers import Estimate
 from ppcl_ds.finetune import finetune as finetune
 from ppcl_ds.planning.choose import width_candidates
@@ -82,7 +83,7 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
     nodes = nodes_of(recipe)
     distilling, *tunings = (
-        size(recipe, nodes, recipe.topology.world // nodes, accelerator, variant=variant, teacher=teacher)
+        size(read_inputs(recipe, nodes, recipe.topology.world // nodes, variant, teacher=teacher), accelerator)
         for variant in (None, *(recipe.finetune.variants if recipe.finetune else ()))
     )
     if name:

@@ -10,13 +10,13 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
-from ppcl_ds.estimate.inputs import growing_clusters, read_inputs
+from ppcl_ds.estimate.inputs import Inputs, growing_clusters, read_inputs
 from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, add_up, least_time
 from ppcl_ds.estimate.show import show
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.sections import Precision
+from ppcl_ds.sections import Precision, Topology
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.phases import Account
 from ppcl_ds.training.traffic import Cluster
@@ -57,16 +57,9 @@ def estimate(
         raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
     if text_tokens is not None and text_tokens < 1:
         raise UserError(f"--text-tokens {text_tokens}: a prompt has a token or more")
-    found = size(
-        recipe,
-        nodes,
-        recipe.topology.world if gpus_per_node is None else gpus_per_node,
-        accelerator_called(accelerator),
-        variant=variant,
-        utilisation=utilisation,
-        latent_size=None if latent_size is None else read_size(latent_size),
-        text_tokens=text_tokens,
-    )
+    machine, sides = accelerator_called(accelerator), None if latent_size is None else read_size(latent_size)
+    gpus_per_node = recipe.topology.world if gpus_per_node is None else gpus_per_node
+    found = size(read_inputs(recipe, nodes, gpus_per_node, variant, sides, text_tokens), machine, utilisation)
     show(found)
     if json is not None:
         try:
@@ -78,9 +71,11 @@ def estimate(
 
 def print_estimate(recipe: Recipe, teacher: Teacher, variant: str | None = None) -> None:
     """What a dry run says of a training that has been checked: its estimate, and how often it reads its shards."""
-    training, world = recipe.tuning if variant else recipe.distill, recipe.topology.world
+    world = recipe.topology.world
     nodes = 1 if world % _NODE else world // _NODE
-    show(size(recipe, nodes, world // nodes, ACCELERATORS["h100"], variant=variant, teacher=teacher))
+    inputs = read_inputs(recipe, nodes, world // nodes, variant, teacher=teacher)
+    show(size(inputs, ACCELERATORS["h100"]))
+    training = inputs.training
     entries = split_entries(recipe.data, "train")
     samples = sum(entry.samples for entry in entries)
     epochs = training.steps * training.micro_batch * training.micro_batches_per_step / samples
@@ -101,44 +96,30 @@ def read_size(text: str) -> tuple[int, int]:
     return int(height), int(width or height)
 
 
-def size(
-    recipe: Recipe,
-    nodes: int,
-    gpus_per_node: int,
-    accelerator: Accelerator,
-    *,
-    variant: str | None = None,
-    utilisation: float = 0.4,
-    latent_size: tuple[int, int] | None = None,
-    text_tokens: int | None = None,
-    teacher: Teacher | None = None,
-) -> Estimate:
-    """Estimate `ppcl distill RECIPE`, or `ppcl finetune RECIPE --variant VARIANT`. Nothing is written.
+def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> Estimate:
+    """Estimate a training. Nothing is written, and no weights are read.
 
     Args:
         accelerator: one in each process.
         utilisation: share of its peak that matrix products reach.
-        latent_size: H and W of a sample; the recipe's by default.
-        text_tokens: tokens of its prompt; the recipe's by default.
-        teacher: the recipe's, if it is open already.
 
     Raises:
-        UserError: recipe, plan, teacher, cluster and sample do not go together; the message says which.
+        UserError: plan, teacher, stages and sample do not go together; the message says which.
     """
-    inputs = read_inputs(recipe, nodes, gpus_per_node, variant, latent_size, text_tokens, teacher)
-    forward = run_once(inputs, variant)
-    account = distilling(inputs, forward) if variant is None else fine_tuning(inputs, forward, variant)
+    forward = run_once(inputs)
+    account = fine_tuning(inputs, forward) if inputs.variant else distilling(inputs, forward)
+    recipe = inputs.recipe
     cluster, precision = inputs.cluster, recipe.teacher.precision
     phases = account.phases(cluster)
     memories = [add_up(stage) for stage in phases]
     step, seconds = least_time(phases, accelerator, utilisation)
     probing = None
-    if variant is None:
-        anatomy, batch = inputs.teacher.anatomy, recipe.distill.micro_batch
+    if inputs.variant is None:
+        anatomy, batch = inputs.teacher.anatomy, inputs.training.micro_batch
         probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
     return Estimate(
-        training="distill" if variant is None else "finetune",
-        variant=variant,
+        training="finetune" if inputs.variant else "distill",
+        variant=inputs.variant,
         teacher=inputs.teacher.class_name,
         teacher_parameters=sum(elements for elements, _ in account.teacher.parameters),
         plan=inputs.source,
@@ -151,7 +132,7 @@ def size(
         notes=tuple(_notes(account, cluster, precision)),
         stages=tuple(_stages(account, cluster, memories)),
         fits=_fits(memories, accelerator),
-        smallest=_smallest(account, recipe, gpus_per_node, accelerator),
+        smallest=_smallest(account, recipe.topology, cluster.gpus_per_node, accelerator),
         micro_batches=account.rounds(cluster) * cluster.world,
         samples=account.samples(cluster),
         step_flops=account.step_flops(cluster),
@@ -191,9 +172,9 @@ def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
     return max(memory.peak for memory in memories) <= accelerator.usable_bytes
 
 
-def _smallest(account: Account, recipe: Recipe, gpus_per_node: int, accelerator: Accelerator) -> Cluster | None:
+def _smallest(account: Account, topology: Topology, gpus_per_node: int, accelerator: Accelerator) -> Cluster | None:
     cuts = sum(not layer.joined for layer in account.layers)
-    for cluster in growing_clusters(recipe.topology, gpus_per_node, cuts, _MOST_NODES):
+    for cluster in growing_clusters(topology, gpus_per_node, cuts, _MOST_NODES):
         divides = cluster.world % account.teacher.sharding.ranks_per_copy == 0
         if divides and _fits([add_up(stage) for stage in account.phases(cluster)], accelerator):
             return cluster

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.sections import Topology
+from ppcl_ds.sections import Topology, Training
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import latent_channels
 from ppcl_ds.training.phases import Sharding
@@ -24,6 +27,7 @@ class Inputs:
     """A recipe on a cluster.
 
     Attributes:
+        variant: that is fine-tuned; None: the library is distilled.
         teacher: weights are not needed.
         plan: the run's, or what stands in for it.
         source: where the plan comes from, in words.
@@ -32,6 +36,7 @@ class Inputs:
     """
 
     recipe: Recipe
+    variant: str | None
     cluster: Cluster
     teacher: Teacher
     plan: Plan
@@ -39,6 +44,16 @@ class Inputs:
     latents: tuple[int, int, int]
     tokens: int
     sharding: Sharding
+
+    @property
+    def training(self) -> Training:
+        """The recipe's section of the training that is asked about."""
+        return self.recipe.tuning if self.variant else self.recipe.distill
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of teacher and students while they run."""
+        return DTYPES[self.recipe.teacher.precision]
 
 
 def read_inputs(
@@ -53,7 +68,7 @@ def read_inputs(
     """Everything that an estimate needs.
 
     Args:
-        variant: that is asked about; the whole library by default.
+        variant: that is to be fine-tuned; None: the library is to be distilled.
         latent_size: H and W of a sample; the recipe's by default.
         text_tokens: tokens of its prompt; the recipe's by default.
         teacher: the recipe's, if it is open already.
@@ -80,7 +95,7 @@ def read_inputs(
     side = recipe.data.images.latent_size
     latents = (latent_channels(teacher.empty), *(latent_size or (side, side)))
     tokens = text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS
-    return Inputs(recipe, cluster, teacher, plan, source, latents, tokens, sharding)
+    return Inputs(recipe, variant, cluster, teacher, plan, source, latents, tokens, sharding)
 
 
 def cluster_for(topology: Topology, nodes: int, gpus_per_node: int) -> Cluster:

@@ -6,9 +6,6 @@ import copy
 from collections.abc import Hashable
 from functools import partial
 
-import torch
-
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.activations import block_activations, unit_activations
@@ -19,37 +16,35 @@ from ppcl_ds.teacher.anatomy import Anatomy, Streams, block_shapes
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.training.flops import work_of
 from ppcl_ds.training.meta_forward import MetaForward, meta_forward
-from ppcl_ds.training.phases import LayerCosts, Sharding, TeacherCosts
+from ppcl_ds.training.phases import LayerCosts, TeacherCosts
 from ppcl_ds.units.depth import DepthUnit
 from ppcl_ds.units.kinds import batches_of, blank_unit, boundaries_of, empty_unit, taps_of
 from ppcl_ds.units.unit import Unit, UnitBatch
 from ppcl_ds.units.variant import layout
 
 
-def run_once(inputs: Inputs, variant: str | None) -> MetaForward:
+def run_once(inputs: Inputs) -> MetaForward:
     """The teacher on one micro-batch of the training that is asked about.
 
     Raises:
         UserError: the plan has no units, or the teacher cannot read samples of this shape.
     """
-    if variant is None and not inputs.plan.units:
+    if not inputs.plan.units:
         raise UserError(f"plan {inputs.recipe.plan_file}: it has no units, so there is nothing to train")
-    training = inputs.recipe.distill if variant is None else inputs.recipe.tuning
-    taps = taps_of(inputs.plan, inputs.teacher.anatomy).parts if variant is None else ()
-    dtype = DTYPES[inputs.recipe.teacher.precision]
-    return meta_forward(inputs.teacher, inputs.latents, inputs.tokens, training.micro_batch, dtype, taps)
+    taps = () if inputs.variant else taps_of(inputs.plan, inputs.teacher.anatomy).parts
+    batch = inputs.training.micro_batch
+    return meta_forward(inputs.teacher, inputs.latents, inputs.tokens, batch, inputs.dtype, taps)
 
 
 def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
     """The account of `ppcl distill`."""
     settings, plan, anatomy = inputs.recipe.distill, inputs.plan, inputs.teacher.anatomy
-    dtype, taps = DTYPES[inputs.recipe.teacher.precision], taps_of(plan, anatomy)
     work = work_of(forward, plan, settings.micro_batch)
     batches = batches_of(forward.capture, forward.text_mask, plan, anatomy)
     meter = Meter(settings.activation_checkpointing)
     layers = []
     for unit in plan.units:
-        module, batch = empty_unit(unit, inputs.teacher, dtype), batches[unit.name]
+        module, batch = empty_unit(unit, inputs.teacher, inputs.dtype), batches[unit.name]
         sizes = [parameter.numel() for parameter in module.parameters()]
         layers.append(
             LayerCosts(
@@ -62,12 +57,12 @@ def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
                 batch=batch,
             )
         )
-    teacher = teacher_costs(forward, taps.last, dtype, work.teacher, inputs.sharding)
+    teacher = teacher_costs(inputs, forward, taps_of(plan, anatomy).last)
     return Distilling(teacher, tuple(layers), settings)
 
 
-def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTuning:
-    """The account of `ppcl finetune --variant VARIANT`.
+def fine_tuning(inputs: Inputs, forward: MetaForward) -> FineTuning:
+    """The account of `ppcl finetune`.
 
     What width units take away of a block is taken off its parameters and, in proportion, its FLOPs, and not off its
     activations.
@@ -75,8 +70,8 @@ def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTunin
     Raises:
         UserError: the plan has no such variant, or the teacher's class has no such model.
     """
-    settings, teacher, plan = inputs.recipe.tuning, inputs.teacher, inputs.plan
-    dtype, micro_batch = DTYPES[inputs.recipe.teacher.precision], inputs.recipe.tuning.micro_batch
+    assert inputs.variant is not None
+    settings, teacher, plan, variant = inputs.recipe.tuning, inputs.teacher, inputs.plan, inputs.variant
     places = plan.places(variant)
     whole = layout(teacher, plan, variant, partial(blank_unit, teacher=teacher))
     model = empty_model(whole.config)
@@ -103,37 +98,25 @@ def fine_tuning(inputs: Inputs, forward: MetaForward, variant: str) -> FineTunin
                 parameters=block.parameters,
                 trained=trained[block.index],
                 largest=max(parameter.numel() for parameter in module.parameters()),
-                flops=costs[block.index] / micro_batch,
+                flops=costs[block.index] / settings.micro_batch,
                 activations=meter(unit, UnitBatch(entering, forward.capture.conditioning[origin], image, None)),
                 batch=UnitBatch(entering, {}, targets, None),
                 joined=stays[block.index],
             )
         )
-    last_block = len(teacher.blocks) - 1
-    flops = forward.flops_until[last_block] / micro_batch
-    costs_of_teacher = teacher_costs(forward, last_block, dtype, flops, inputs.sharding)
-    rest = whole.parameters - sum(block.parameters for block in blocks)
     return FineTuning(
-        costs_of_teacher,
+        teacher_costs(inputs, forward, len(teacher.blocks) - 1),
         tuple(layers),
         settings,
-        rest=rest,
+        rest=whole.parameters - sum(block.parameters for block in blocks),
         trained_rest=trained[None],
         inputs=sum(tensor.nbytes for tensor in forward.read),
         velocities=forward.velocity.nbytes + forward.velocity.numel() * 4,  # the teacher's, and the data's in float32
     )
 
 
-def teacher_costs(
-    forward: MetaForward, last: int, dtype: torch.dtype, flops: float, sharding: Sharding
-) -> TeacherCosts:
-    """What the teacher holds, and what its forward takes.
-
-    Args:
-        last: the last block that runs.
-        dtype: of the run.
-        flops: of one sample's forward.
-    """
+def teacher_costs(inputs: Inputs, forward: MetaForward, last: int) -> TeacherCosts:
+    """What the teacher holds, and what its forward up to block `last` takes."""
     teacher, capture = forward.teacher, forward.capture
     named = {name: (p.numel(), p.itemsize) for name, p in forward.model.named_parameters()}
     unused = tuple(f"{block.key}." for block in teacher.blocks[last + 1 :])
@@ -148,10 +131,10 @@ def teacher_costs(
         used=tuple(size for name, size in named.items() if not name.startswith(unused)),
         buffers=sum(buffer.nbytes for buffer in forward.model.buffers()),
         largest_block=max(block.parameters for block in teacher.blocks[: last + 1]),
-        element=dtype.itemsize,
-        flops=flops,
+        element=inputs.dtype.itemsize,
+        flops=forward.flops_until[last] / inputs.training.micro_batch,
         activations=max(activations.values()),
-        sharding=sharding,
+        sharding=inputs.sharding,
     )
 
 

@@ -88,7 +88,7 @@ def _verdict(e: Estimate) -> Iterator[str]:
 
 def _step(e: Estimate) -> Table:
     table = Table(
-        "", "computed", "in the node", "between nodes", "seconds, at least", title="A step of the busiest process"
+        "", "computed", "in the node", "between nodes", "least seconds", title="A step of the busiest process"
     )
     for phase in e.step:
         if phase.flops or phase.seconds:

@@ -13,7 +13,7 @@ import pytest
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator
 from ppcl_ds.estimate.estimate import estimate, read_size, size
-from ppcl_ds.estimate.inputs import cluster_for, growing_clusters, sharding_of
+from ppcl_ds.estimate.inputs import cluster_for, growing_clusters, read_inputs, sharding_of
 from ppcl_ds.estimate.numbers import Estimate, least_time, seconds_of
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
@@ -41,7 +41,7 @@ def write_plan(recipe: Path, *spans: tuple[int, int]) -> None:
 def test_qwen_image_is_sized_from_its_configuration_alone(unprepared: Unprepared) -> None:
     path = unprepared("qwen", **LARGE)
     began = time.monotonic()
-    numbers = size(load_recipe(path), 4, 8, ACCELERATORS["h100"], latent_size=(128, 128), text_tokens=64)
+    numbers = size(read_inputs(load_recipe(path), 4, 8, latent_size=(128, 128), text_tokens=64), ACCELERATORS["h100"])
     assert time.monotonic() - began < 60  # about six seconds on one idle core
     assert numbers.teacher_parameters == pytest.approx(20.43e9, rel=0.01)
     assert sum(len(stage.layers) for stage in numbers.stages) == 30
@@ -61,7 +61,7 @@ def test_a_larger_cluster_is_found_where_one_is_too_small(
     unprepared: Unprepared, variant: str | None, gpu: str
 ) -> None:
     def sized(recipe: Recipe, nodes: int) -> Estimate:
-        return size(recipe, nodes, 4, ACCELERATORS[gpu], variant=variant, latent_size=(128, 128))
+        return size(read_inputs(recipe, nodes, 4, variant=variant, latent_size=(128, 128)), ACCELERATORS[gpu])
 
     finetune = LARGE["distill"] | {"steps": 1, "activation_checkpointing": True}
     recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}, finetune=finetune))
@@ -78,7 +78,7 @@ def test_a_larger_cluster_is_found_where_one_is_too_small(
 
 @pytest.mark.parametrize("family", TEACHERS)
 def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
-    numbers = size(load_recipe(unprepared(family)), 1, 2, ACCELERATORS["h100"])
+    numbers = size(read_inputs(load_recipe(unprepared(family)), 1, 2), ACCELERATORS["h100"])
     assert numbers.fits
     assert numbers.latents == (1, 8, 8)
     assert numbers.text_tokens == (32 if family == "qwen" else 4)
@@ -90,7 +90,7 @@ def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
 def test_the_runs_own_plan_is_used_where_there_is_one(unprepared: Unprepared) -> None:
     path = unprepared("qwen")
     write_plan(path, (0, 1), (2, 4))
-    numbers = size(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    numbers = size(read_inputs(load_recipe(path), 1, 2), ACCELERATORS["h100"])
     assert numbers.plan.endswith("plan.yaml")
     assert [stage.layers for stage in numbers.stages] == [("0-1",), ("2-4",)]
 
@@ -104,7 +104,7 @@ def test_a_plan_that_is_given_is_sized_before_anything_is_planned(unprepared: Un
         tmp_path / "given.yaml"
     )
     path = unprepared("qwen", plan={"rule": "given", "given": str(tmp_path / "given.yaml"), "variants": {}})
-    numbers = size(load_recipe(path), 1, 2, ACCELERATORS["h100"])
+    numbers = size(read_inputs(load_recipe(path), 1, 2), ACCELERATORS["h100"])
     assert numbers.plan == str(tmp_path / "given.yaml")
     block = 6 * 32 * 32 * 2 + 8 * 32 * 32 + 16 * 32 * 32  # weights; biases and norms aside
     assert numbers.parameters == pytest.approx(block + 32 * 32, rel=0.05)
@@ -116,7 +116,7 @@ def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> No
 
     def sized(**more: Any) -> Estimate:
         path = unprepared("qwen", **options, distill=distill | more)
-        return size(load_recipe(path), 1, 1, ACCELERATORS["h100"], latent_size=(64, 64))
+        return size(read_inputs(load_recipe(path), 1, 1, latent_size=(64, 64)), ACCELERATORS["h100"])
 
     plain, checkpointed, offloaded = sized(), sized(activation_checkpointing=True), sized(optimizer={"offload": True})
     [before], [after] = plain.stages, checkpointed.stages
@@ -128,7 +128,7 @@ def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> No
 
 
 def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:
-    numbers = size(load_recipe(unprepared("qwen")), 3, 2, ACCELERATORS["h100"])
+    numbers = size(read_inputs(load_recipe(unprepared("qwen")), 3, 2), ACCELERATORS["h100"])
     assert numbers.micro_batches == 6
     assert numbers.samples == 24
     assert any("micro_batches_per_step is 4" in note for note in numbers.notes)
@@ -189,7 +189,7 @@ def test_a_copy_of_the_teacher_on_a_number_of_ranks_that_does_not_divide_them_is
     recipe = load_recipe(unprepared("qwen"))
     recipe = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"ranks_per_copy": 3})})
     with pytest.raises(UserError, match="ranks_per_copy is 3"):
-        size(recipe, 1, 4, ACCELERATORS["h100"])
+        size(read_inputs(recipe, 1, 4), ACCELERATORS["h100"])
 
 
 @pytest.mark.parametrize(("text", "sides"), [("128", (128, 128)), ("96x160", (96, 160))])
@@ -257,7 +257,7 @@ def test_a_step_takes_at_least_the_slower_of_arithmetic_and_traffic_of_the_fulle
 def test_more_accelerators_probe_faster_and_weak_float64_is_slow(unprepared: Unprepared) -> None:
     recipe = load_recipe(unprepared("qwen"))
     two, four, weak = (
-        size(recipe, 1, world, ACCELERATORS[name]).probing_seconds
+        size(read_inputs(recipe, 1, world), ACCELERATORS[name]).probing_seconds
         for world, name in ((2, "h100"), (4, "h100"), (2, "l40s"))
     )
     assert four == pytest.approx(two / 2)

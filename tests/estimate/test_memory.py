@@ -36,7 +36,7 @@ def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
     units = tuple(UnitPlan(name=n, span=s, streams=("image", "text")) for n, s in (("a", (0, 1)), ("b", (2, 4))))
     Plan(teacher=TEACHERS["qwen"][0], blocks=6, units=units, variants={}).save(recipe.plan_file)
     inputs = read_inputs(recipe, 1, 2, latent_size=(8, 8), text_tokens=TEXT)
-    return sharded(distilling(inputs, run_once(inputs, None)))
+    return sharded(distilling(inputs, run_once(inputs)))
 
 
 def sharded(account: Distilling, **changes: int) -> Distilling:

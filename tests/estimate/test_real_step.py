@@ -14,6 +14,7 @@ import yaml
 
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.shipped import shipped
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -69,7 +70,7 @@ def test_a_real_step_is_what_the_estimate_says(
     run_ranks("tests.estimate.real_step", path, variant, tmp_path, world=STAGES)
     real = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(STAGES)]
 
-    estimate = size(load_recipe(path), 1, STAGES, ACCELERATORS["h100"], variant=variant or None)
+    estimate = size(read_inputs(load_recipe(path), 1, STAGES, variant=variant or None), ACCELERATORS["h100"])
     moved = {phase.name: phase.moved.intra for phase in estimate.step}
     # A first layer's input needs no gradient; the teacher has a head.
     assert sum(rank["flops"] for rank in real) == pytest.approx(estimate.step_flops, rel=0.01)

@@ -12,6 +12,7 @@ import yaml
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.finetune.finetune import check, newer_units
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.files import empty_model
@@ -104,7 +105,7 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     begin = check(recipe, "small", None)
     whole = begin.layout()
     model = empty_model(whole.config)
-    tuning = size(recipe, 1, 3, ACCELERATORS["h100"], variant="small")
+    tuning = size(read_inputs(recipe, 1, 3, variant="small"), ACCELERATORS["h100"])
     assert tuning.parameters == whole.parameters
     blocks = [sum(p.numel() for p in block.parameters()) for block in model.transformer_blocks]  # type: ignore[union-attr]
     rest = whole.parameters - sum(blocks)
@@ -126,11 +127,11 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     # The first two of the variant's three blocks are units.
     for trainable, trained in (("units", [*blocks[:2], 0]), ("neighbours", blocks)):
         fewer = recipe.model_copy(update={"finetune": begin.settings.model_copy(update={"trainable": trainable})})
-        stages = size(fewer, 1, 3, ACCELERATORS["h100"], variant="small").stages
+        stages = size(read_inputs(fewer, 1, 3, variant="small"), ACCELERATORS["h100"]).stages
         assert [stage.memory.resident["gradients"] for stage in stages] == [4 * own for own in trained]
     recipe.plan_file.rename(recipe.run / "kept.yaml")  # before there is a plan, one is assumed
     for variant, share in (("small", 0.5), ("medium", 0.34)):
-        early = size(recipe, 1, 3, ACCELERATORS["h100"], variant=variant)
+        early = size(read_inputs(recipe, 1, 3, variant=variant), ACCELERATORS["h100"])
         assert early.parameters - rest == pytest.approx((1 - share) * 6 * blocks[0], abs=blocks[0] / 2)
     (recipe.run / "kept.yaml").rename(recipe.plan_file)
     printed = command("finetune", path, "--variant", "small", "--dry-run")
