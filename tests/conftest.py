@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import shutil
@@ -24,6 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)  # the machine may be busy with other test files
 hypothesis.settings.load_profile("no deadline")
+
+SLOW_SECONDS = 30
+"""More than this on an idle machine needs the marker `slow`."""
 
 WORDS = ["zero", "one", "two", "three"]
 
@@ -109,6 +114,24 @@ def pytest_configure(config: pytest.Config) -> None:
     """One server for all workers, whose environment they inherit."""
     if not config.option.collectonly:
         start_server()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there before the first test stays: a collection of garbage need not look at it every time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Name the tests that take long and are not marked `slow`; a busy machine makes them no failures."""
+    seconds: dict[str, float] = {}
+    for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
+        if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+            seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+    if long := {test: took for test, took in seconds.items() if took > SLOW_SECONDS}:
+        terminalreporter.section(f"over {SLOW_SECONDS} s and not marked slow", sep="=")
+        for test, took in sorted(long.items(), key=lambda each: -each[1]):
+            terminalreporter.line(f"{took:.0f}s {test}")
 
 
 def make_teacher(family: str, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Processes and ranks for tests, forked from a server that has everything imported: milliseconds each, not seconds.
 
 `run` is `python -m MODULE ARGUMENTS`; `run_ranks` is torchrun of it on this machine. A command that would become
-torchrun (`launch.on_ranks`) has its ranks forked instead. Where torchrun itself is the promise, tests start it.
+torchrun (`launch.on_ranks`) has its ranks forked instead. Where torchrun itself is the promise, `afresh` and
+`torchrun` start what a user starts; such tests are marked `launcher`.
 
 The server is one process for all of pytest, which it ends with. It imports, and nothing else: each request is answered
 by a fork of it, the manager, which forks the processes asked for, waits, ends all when one fails, and replies.
@@ -10,6 +11,7 @@ by a fork of it, the manager, which forks the processes asked for, waits, ends a
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import logging
@@ -32,15 +34,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ADDRESS = "PPCL_TEST_SERVER"
 """Environment variable with the server's socket, for the workers of pytest-xdist."""
 ROOT = Path(__file__).parents[1]
-CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 IMPORTED = (
     "data_tools.cli",
     "data_tools.encode",
     "data_tools.shard",
     "deepspeed.pipe",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and with it torch's compiler
     "diffusers.models.transformers.transformer_flux",
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.models.transformers.transformer_sd3",
@@ -60,6 +65,8 @@ IMPORTED = (
     "ppcl_ds.probing.probe",
     "torch.utils.flop_counter",
 )
+TIME_IS_UP = 124
+"""The exit code of a process that a test has waited for too long, as `timeout` has it."""
 _GRACE = 10.0
 """Seconds that ranks have to end after one of them has failed, as under torchrun."""
 
@@ -74,24 +81,75 @@ class Done:
 
 
 def run(module: str, *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
-    """`python -m MODULE ARGUMENTS` in the current folder, and its ranks if it starts some."""
-    return _ask(module, arguments, 0, os.environ if env is None else env, timeout)
+    """`python -m MODULE ARGUMENTS` in the current folder, and its ranks if it starts some.
+
+    Args:
+        env: on top of this process's environment.
+        timeout: seconds.
+    """
+    return _ask(module, arguments, 0, env, timeout)
 
 
 def run_ranks(module: str, *arguments: str | Path, world: int = 2, timeout: float = 240) -> None:
     """`python -m MODULE ARGUMENTS` as ranks on the CPU; all of them must end well."""
-    done = _ask(module, arguments, world, os.environ, timeout)
+    done = _ask(module, arguments, world, None, timeout)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def _ask(module: str, arguments: Sequence[str | Path], world: int, env: Mapping[str, str], timeout: float) -> Done:
+def afresh(module: str, *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
+    """`run` in an interpreter of its own, which becomes torchrun if it starts ranks."""
+    return _spawn(fresh(module, *arguments), env, timeout)
+
+
+def torchrun(
+    module: str, *arguments: str | Path, world: int = 2, env: Mapping[str, str] | None = None, timeout: float = 240
+) -> Done:
+    """`torchrun -m MODULE ARGUMENTS` on this machine, as a user starts it."""
+    launcher = fresh("torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", module)
+    return _spawn([*launcher, *map(str, arguments)], env, timeout)
+
+
+def fresh(module: str, *arguments: str | Path) -> list[str]:
+    """The command line of `python -m MODULE ARGUMENTS`."""
+    return [sys.executable, "-m", module, *map(str, arguments)]
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, as one has it that is no rank and knows no accelerator; and what is changed."""
+    own = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    return own | CPU | dict(changes or {})
+
+
+def ranks_of(path: Path) -> list[int]:
+    """Processes whose command line names this file, the launcher left out."""
+    processes = psutil.process_iter(["cmdline"])
+    found = [process for process in processes if str(path) in (process.info["cmdline"] or [])]
+    return [process.pid for process in found if "torch.distributed.run" not in process.info["cmdline"]]
+
+
+def _spawn(command: Sequence[str], env: Mapping[str, str] | None, timeout: float) -> Done:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment(env)
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+            return Done(process.returncode, out, err)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its ranks
+            out, err = process.communicate(timeout=60)
+            return Done(TIME_IS_UP, out, f"{err}\nthe test's time is up\n")
+
+
+def _ask(
+    module: str, arguments: Sequence[str | Path], world: int, env: Mapping[str, str] | None, timeout: float
+) -> Done:
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as connection:
         connection.connect(start_server())
         request = {
             "module": module,
             "arguments": [str(each) for each in arguments],
             "world": world,
-            "env": {key: value for key, value in env.items() if key not in ("RANK", "WORLD_SIZE")},
+            "env": environment(env),
             "cwd": str(Path.cwd()),
             "folder": folder,
             "timeout": timeout,
@@ -116,7 +174,7 @@ def start_server() -> str:
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | CPU,
+            env=environment({"PYTHONWARNINGS": "ignore"}),
         )
         assert process.stdout is not None
         if process.stdout.readline() != b"ready\n":
@@ -137,6 +195,8 @@ def serve(address: str) -> None:
         importlib.import_module(name)
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"a fork would lose {len(threads) - 1} threads that imports have started"
+    gc.collect()
+    gc.freeze()  # else a fork that collects garbage, as DeepSpeed asks it to, would look at a million objects more
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen(64)
@@ -172,16 +232,16 @@ def _manage(connection: socket.socket) -> int:
             (folder / name).touch()
         code, world = 0, request["world"]
         if not world:
-            code = _wait([_fork(request, {})], end, folder)
+            code = _wait([_fork(request, {})], end, folder, connection)
             asked = folder / "world"
             world = int(asked.read_text()) if asked.exists() else 0
         if world:
-            code = _launch(request, world, end)
+            code = _launch(request, world, end, connection)
         channel.write(f"{code}\n")
     return 0
 
 
-def _launch(request: dict[str, Any], world: int, end: float) -> int:
+def _launch(request: dict[str, Any], world: int, end: float, connection: socket.socket) -> int:
     """What torchrun does on one node: a rendezvous store, and the ranks."""
     port = socket.socket()
     port.bind(("127.0.0.1", 0))
@@ -194,21 +254,25 @@ def _launch(request: dict[str, Any], world: int, end: float) -> int:
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_USE_AGENT_STORE": True,
     }
-    environments = [CPU | {k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(world)]
-    ranks = [_fork(request, environment, closes=port) for environment in environments]
+    ranks_own = [{k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(world)]
+    ranks = [_fork(request, own, closes=port) for own in ranks_own]
     import torch.distributed as dist
 
     # After the forks, as it has threads.
     store = dist.TCPStore(
         "127.0.0.1", port.getsockname()[1], is_master=True, wait_for_workers=False, master_listen_fd=port.detach()
     )
-    code = _wait(ranks, end, Path(request["folder"]))
+    code = _wait(ranks, end, Path(request["folder"]), connection)
     del store
     return 1 if code else 0
 
 
-def _wait(processes: Sequence[int], end: float, folder: Path) -> int:
-    """Wait for all; when one fails, or time is up, end the others. The exit code of the first that failed."""
+def _wait(processes: Sequence[int], end: float, folder: Path, connection: socket.socket) -> int:
+    """Wait for all; when one fails, time is up or nobody waits for the answer, end the others.
+
+    Returns:
+        The exit code of the first that failed.
+    """
     alive, failed = set(processes), 0
     while alive:
         for process in list(alive):
@@ -221,13 +285,14 @@ def _wait(processes: Sequence[int], end: float, folder: Path) -> int:
                     _signal(alive, signal.SIGTERM)
                     end = min(end, time.monotonic() + _GRACE)
         if alive and time.monotonic() > end:
-            if not failed:
+            if not failed and folder.exists():
                 with (folder / "stderr").open("a") as err:
                     err.write("\nthe test's time is up\n")
-            failed = failed or 124
+            failed = failed or TIME_IS_UP
             _signal(alive, signal.SIGKILL)
             end = float("inf")
-        time.sleep(0.005)
+        if select.select([connection], [], [], 0.005)[0]:  # pytest has been killed
+            _signal(alive, signal.SIGKILL)
     return failed
 
 
@@ -236,16 +301,17 @@ def _signal(processes: set[int], number: int) -> None:
         os.killpg(process, number)
 
 
-def _fork(request: dict[str, Any], environment: Mapping[str, str], closes: socket.socket | None = None) -> int:
+def _fork(request: dict[str, Any], own: Mapping[str, str], closes: socket.socket | None = None) -> int:
     """Fork a process that runs the module; its number."""
     process = os.fork()
     if process:
+        os.setpgid(process, process)  # with whatever it starts; it has not become another program yet
         return process
     try:
-        os.setpgid(0, 0)  # with whatever it starts
+        os.setpgid(0, 0)
         if closes is not None:
             closes.close()
-        _become(request, environment)
+        _become(request, own)
         code = _run(request["module"])
     except BaseException:
         traceback.print_exc()
@@ -257,7 +323,7 @@ def _fork(request: dict[str, Any], environment: Mapping[str, str], closes: socke
     os._exit(code)
 
 
-def _become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
+def _become(request: dict[str, Any], own: Mapping[str, str]) -> None:
     """What a fresh interpreter would have: arguments, environment, folder, streams, random state."""
     import numpy as np
     import torch
@@ -265,7 +331,7 @@ def _become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
     from ppcl_ds import launch
 
     os.environ.clear()
-    os.environ.update(request["env"] | environment)
+    os.environ.update(request["env"] | own)
     os.chdir(request["cwd"])
     sys.argv = [request["module"], *request["arguments"]]
     folder = Path(request["folder"])
@@ -281,8 +347,7 @@ def _become(request: dict[str, Any], environment: Mapping[str, str]) -> None:
     random.seed()
     np.random.seed(None)
     torch.manual_seed(torch.default_generator.initial_seed())
-    if "ignore" in os.environ.get("PYTHONWARNINGS", ""):
-        warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # as ranks do
 
     def on_ranks(world: int) -> None:
         if not launch.is_rank():

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
+from ppcl_ds.distill.distill import check
+from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checks import write_start
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from tests.conftest import command
+from tests.ranks import afresh, environment, fresh, ranks_of, torchrun
 
 Change = Callable[[Path], None]
 
@@ -153,44 +153,39 @@ def ready(new_run: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize(("break_it", "words"), FAULTS, ids=[change.__name__ for change, _ in FAULTS])
-def test_a_fault_is_one_line_and_exit_code_2(ready: Path, break_it: Change, words: list[str]) -> None:
+def test_a_fault_is_named_before_anything_starts(ready: Path, break_it: Change, words: list[str]) -> None:
     break_it(ready)
-    printed = command("distill", ready, code=2).strip()
-    assert printed.startswith("error: ")
-    assert len(printed.splitlines()) == 1
+    with pytest.raises(UserError) as fault:
+        check(load_recipe(ready))
+    assert len(str(fault.value).splitlines()) == 1
     for word in words:
-        assert word in printed
+        assert word in str(fault.value)
 
 
-def one_stage(path: Path) -> None:
-    edit(path, lambda recipe: recipe.update(topology={"stages": 1, "replicas": 1}))
+def test_the_command_says_it_in_one_line_and_exits_with_2(ready: Path) -> None:
+    overlapping_spans(ready)
+    done = afresh("ppcl_ds.cli", "distill", ready)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("break_it", [lost_shard, one_stage])
-def test_every_rank_reports_the_fault_and_none_hangs(ready: Path, break_it: Change) -> None:
-    break_it(ready)
-    began = time.monotonic()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node=2",
-            "-m",
-            "ppcl_ds.cli",
-            "distill",
-            str(ready),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode != 0
-    assert done.stderr.count("error: ") == 2
+@pytest.mark.launcher
+def test_every_rank_reports_the_fault_and_none_hangs(ready: Path) -> None:
+    lost_shard(ready)
+    done = torchrun("ppcl_ds.cli", "distill", ready, timeout=120)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("error: ")]) == 2
     assert "exitcode  : 2" in done.stderr
-    assert time.monotonic() - began < 60
+
+
+def test_a_number_of_ranks_that_is_not_the_recipes_is_a_fault(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=r"1 processes were started, but topology\.stages x topology\.replicas is 2"):
+        check(load_recipe(ready))
 
 
 def cut_shard(path: Path) -> None:
@@ -225,9 +220,11 @@ def test_evaluating_before_consolidating_says_what_to_run(ready: Path) -> None:
     assert "ppcl consolidate" in command("evaluate", ready, code=2)
 
 
+@pytest.mark.launcher
 def test_a_stopped_command_leaves_no_rank_behind(ready: Path) -> None:
     edit(ready, lambda recipe: recipe["distill"].update(steps=100000))
-    with subprocess.Popen([sys.executable, "-m", "ppcl_ds.cli", "distill", str(ready)], stdout=subprocess.PIPE) as run:
+    distilling = fresh("ppcl_ds.cli", "distill", ready)
+    with subprocess.Popen(distilling, stdout=subprocess.PIPE, env=environment()) as run:
         assert run.stdout is not None
         for line in run.stdout:  # the first progress line: the ranks are training
             if b"distill: " in line:
@@ -239,9 +236,3 @@ def test_a_stopped_command_leaves_no_rank_behind(ready: Path) -> None:
     while ranks_of(ready) and time.monotonic() < deadline:
         time.sleep(0.5)
     assert not ranks_of(ready)
-
-
-def ranks_of(path: Path) -> list[int]:
-    """Processes whose command line names the recipe."""
-    processes = psutil.process_iter(["cmdline"])
-    return [process.pid for process in processes if str(path) in (process.info["cmdline"] or [])]

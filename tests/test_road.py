@@ -16,7 +16,8 @@ from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import load_plan
-from tests.conftest import TEACHERS, command
+from tests.conftest import TEACHERS
+from tests.ranks import afresh, run
 
 LOAD_WITHOUT_US = """
 import sys
@@ -27,11 +28,15 @@ print(sum(p.numel() for p in model.parameters()))
 """
 
 
-@pytest.mark.parametrize(("family", "precision"), [("qwen", "fp32"), ("flux", "fp32"), ("sd3", "bf16")])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [pytest.param("qwen", "fp32", marks=pytest.mark.launcher), ("flux", "fp32"), ("sd3", "bf16")],
+)
 def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path], family: str, precision: str) -> None:
     path = new_run(family, teacher={"precision": precision})
     for step in ("probe", "plan", "distill", "consolidate", "evaluate"):
-        command(step, path)
+        done = (afresh if family == "qwen" else run)("ppcl_ds.cli", step, path)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     recipe = load_recipe(path)
     teacher = open_teacher(recipe)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from data_tools.work import own_part, spread, worker_number
 from ppcl_ds.console import Advance
 from ppcl_ds.errors import UserError
 from tests.data_tools.conftest import Command, abandon, tree, write_recipe
+from tests.ranks import environment, fresh, run, run_ranks
 
 
 @pytest.fixture
@@ -50,22 +51,12 @@ def test_parts_in_any_order_make_what_one_process_makes(sharded: Path, ppcl_data
             path.unlink()
 
 
-def start(project: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "data_tools.cli", "encode", str(project / "recipe.yaml"), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_parts_at_the_same_time_and_twice_over(sharded: Path) -> None:
     parts = ("1/2", "2/2", "1/1")
+    encode = partial(run, "data_tools.cli", "encode", sharded / "recipe.yaml", "--part")
     with ThreadPoolExecutor(len(parts)) as pool:
-        running = [start(sharded, "--part", part) for part in parts]
-        printed = list(pool.map(lambda process: process.communicate(timeout=120)[0], running))
-    assert [process.returncode for process in running] == [0] * len(parts), printed
+        running = list(pool.map(encode, parts))
+    assert [done.returncode for done in running] == [0] * len(parts), running
     assert tree(sharded / "shards" / "encoded") == tree(sharded / "alone")
 
 
@@ -100,22 +91,12 @@ def test_every_worker_has_a_number_of_its_own() -> None:
 
 
 def test_torchrun_divides_the_shards(sharded: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("-m", "data_tools.cli", "encode", str(sharded / "recipe.yaml")),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks("data_tools.cli", "encode", sharded / "recipe.yaml")
     assert tree(sharded / "shards" / "encoded") == tree(sharded / "alone")
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected"),
+    ("launched", "expected"),
     [
         ({}, (1, 1)),
         ({"RANK": "3", "WORLD_SIZE": "8"}, (4, 8)),
@@ -142,12 +123,12 @@ def test_torchrun_divides_the_shards(sharded: Path) -> None:
     ],
 )
 def test_slurm_and_torchrun_say_which_part_it_is(
-    monkeypatch: pytest.MonkeyPatch, ppcl_data: Command, environment: dict[str, str], expected: tuple[int, int]
+    monkeypatch: pytest.MonkeyPatch, ppcl_data: Command, launched: dict[str, str], expected: tuple[int, int]
 ) -> None:
-    for name, value in environment.items():
+    for name, value in launched.items():
         monkeypatch.setenv(name, value)
     assert own_part() == expected
-    rank, ranks = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    rank, ranks = int(launched.get("RANK", "0")), int(launched.get("WORLD_SIZE", "1"))
     assert own_part("2/3") == (ranks + rank + 1, 3 * ranks), "what the user says comes first; ranks divide it"
 
 
@@ -179,7 +160,13 @@ def test_workers_end_with_a_command_that_is_killed(sharded: Path, ppcl_data: Com
         "            s.save = lambda *a, **k: (time.sleep(0.3), save(*a, **k))[1]\n"
         "sys.meta_path.insert(0, Slow())\n"
     )
-    process = start(sharded, "--workers", "2", PYTHONPATH=str(slow))
+    process = subprocess.Popen(
+        fresh("data_tools.cli", "encode", sharded / "recipe.yaml", "--workers", "2"),
+        env=environment({"PYTHONPATH": str(slow)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     encoded = sharded / "shards" / "encoded"
     give_up = time.monotonic() + 60
     while not list(encoded.glob("*.tar.*.partial")):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-import torch.nn.functional as F
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppcl_ds.data.noising import DTYPES, NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
@@ -23,6 +21,7 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command, mix_shapes
+from tests.reference import PlainAdamW, distance
 
 STEPS = 10
 SETTINGS = {
@@ -58,19 +57,14 @@ class Reference:
 
 
 def reference(recipe: Recipe) -> Reference:
-    """The plain loop: float32 masters, units and teacher in the run's dtype, gradients summed in float32."""
+    """The plain loop; units and teacher are in the run's dtype."""
     found, dtype = Reference(), DTYPES[recipe.teacher.precision]
     teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(recipe.teacher.path, torch_dtype=dtype).eval()
     units = {unit.name: copy.deepcopy(teacher.transformer_blocks[unit.span[0]]) for unit in PLAN.units}
-    masters = {name: [p.detach().float().clone() for p in unit.parameters()] for name, unit in units.items()}
     settings, count = recipe.distill.optimizer, recipe.distill.micro_batches_per_step
-    optimizers = {
-        name: torch.optim.AdamW(own, lr=0.0, betas=settings.betas, weight_decay=settings.weight_decay)
-        for name, own in masters.items()
-    }
+    optimizers = {name: PlainAdamW(unit.named_parameters(), settings, STEPS) for name, unit in units.items()}
     stream = NoisyStream(recipe, "train", recipe.distill.micro_batch, torch.device("cpu")).take(0, 1)
-    for step in range(STEPS):
-        sums = {name: [torch.zeros_like(m) for m in own] for name, own in masters.items()}
+    for _ in range(STEPS):
         losses = dict.fromkeys(units, 0.0)
         for _, batch in islice(stream, count):
             calls, outputs = watch(teacher, batch)
@@ -82,40 +76,17 @@ def reference(recipe: Recipe) -> Reference:
                     loss = loss + distance(text, true_text, batch.prompts.mask)
                 (loss / count).backward()
                 losses[unit.name] += loss.item() / count
-                gather(units[unit.name], sums[unit.name])
-        norms = {}
-        for name, unit in units.items():
-            norms[name] = math.sqrt(sum(float(g.square().sum()) for g in sums[name]))
-            shorter = min(1.0, settings.clip_norm / norms[name])
-            for master, gradient in zip(masters[name], sums[name], strict=True):
-                master.grad = gradient * shorter
-            optimizers[name].param_groups[0]["lr"] = rate_at(step, settings.lr)
-            optimizers[name].step()
-            for parameter, master in zip(unit.parameters(), masters[name], strict=True):
-                parameter.data = master.to(dtype)
+                optimizers[unit.name].add_gradients()
         found.losses.append(losses)
-        found.norms.append(norms)
-    for name, unit in units.items():
-        keys = [key for key, _ in unit.named_parameters()]
-        found.masters[name] = dict(zip(keys, masters[name], strict=True))
-        states = [optimizers[name].state[master] for master in masters[name]]
-        found.moments[name] = {
-            what: torch.cat([state[what].flatten() for state in states]) for what in ("exp_avg", "exp_avg_sq")
-        }
+        found.norms.append({name: optimizer.step() for name, optimizer in optimizers.items()})
+    for name, optimizer in optimizers.items():
+        found.masters[name] = optimizer.masters
+        found.moments[name] = {what: flat(optimizer.moment(what)) for what in ("exp_avg", "exp_avg_sq")}
     return found
 
 
-def rate_at(step: int, rate: float) -> float:
-    """One step of warm-up, then half a cosine."""
-    return rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) if step else 0.0
-
-
-def gather(unit: nn.Module, sums: list[Tensor]) -> None:
-    """Add a unit's gradients to the sums and forget them."""
-    for parameter, total in zip(unit.parameters(), sums, strict=True):
-        if parameter.grad is not None:
-            total += parameter.grad.float()
-            parameter.grad = None
+def flat(tensors: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
 def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Tensor]]]:
@@ -140,14 +111,6 @@ def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Te
     for handle in handles:
         handle.remove()
     return calls, outputs
-
-
-def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    student, teacher = student.float(), teacher.float()
-    angle = 2 - 2 * F.cosine_similarity(student, teacher, dim=-1)
-    size = (student.norm(dim=-1) / teacher.norm(dim=-1)).log() ** 2
-    counted = torch.ones_like(angle, dtype=torch.bool) if mask is None else mask
-    return (angle + size)[counted].mean()
 
 
 def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
@@ -209,15 +172,12 @@ def test_in_bf16_it_equals_a_plain_loop_within_rounding(new_run: Callable[..., P
     PLAN.save(load_recipe(path).plan_file)
     found = reference(load_recipe(path))
     rounding = 2**-8
-    for step, (stages, replicas) in enumerate(TOPOLOGIES):
+    for step, (stages, replicas) in enumerate([(1, 1), (2, 2)]):
         recipe = distill_from(path, step, stages, replicas)
         expect_curves(recipe, found, step, relative=rounding, absolute=0)
         checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
         for unit in PLAN.units:
-            masters, expected = (
-                torch.cat([state[key].flatten() for key in found.masters[unit.name]])
-                for state in (checkpoint.unit(unit.name), found.masters[unit.name])
-            )
+            masters, expected = flat(checkpoint.unit(unit.name)), flat(found.masters[unit.name])
             assert masters.dtype == torch.float32
             assert float((masters - expected).norm() / expected.norm()) < rounding
             for what, moment in found.moments[unit.name].items():

@@ -10,21 +10,13 @@ from torch import Tensor
 
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.plan import Plan
 from tests.conftest import command
+from tests.plans import ten_spans
 
-SPANS = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4), (3, 5), (4, 5)]
-UNITS = tuple(
-    UnitPlan(name=f"unit_{u}_{v}", span=(u, v), streams=("image",) if v == 5 else ("image", "text")) for u, v in SPANS
-)
-SHARED = UNITS[6]
+PLAN = ten_spans()
+SHARED = PLAN.unit("unit_2_4")
 """Two of the variants plug it."""
-PLAN = Plan(
-    teacher="QwenImageTransformer2DModel",
-    blocks=6,
-    units=UNITS,
-    variants={"a": ("unit_0_1", SHARED.name), "b": (SHARED.name,), "c": ("unit_0_3", "unit_4_5")},
-)
 
 
 def trained(path: Path, plan: Plan) -> dict[str, dict[str, Tensor]]:
@@ -45,4 +37,6 @@ def test_a_unit_alone_and_in_a_library_of_ten_end_with_identical_weights(new_run
     only = PLAN.model_copy(update={"units": (SHARED,), "variants": {"b": (SHARED.name,)}})
     alone = trained(new_run("qwen", distill=otherwise, topology=topology), only)
     torch.testing.assert_close(together[SHARED.name], alone[SHARED.name], rtol=0, atol=0)
-    assert len({float(state["attn.to_q.bias"].abs().sum()) for state in together.values()}) == len(UNITS)  # all trained
+    assert len({float(state["attn.to_q.bias"].abs().sum()) for state in together.values()}) == len(
+        PLAN.units
+    )  # all trained

@@ -27,34 +27,15 @@ from ppcl_ds.teacher.sharded import forget_order
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.kinds import build_unit, parameters_saved
-from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
+from ppcl_ds.units.plan import Plan, conflict, load_plan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command, make_recipe
+from tests.plans import every_kind
 from tests.ranks import run_ranks
 
 FFN = {"qwen": ("img_mlp", "txt_mlp"), "flux": ("ff", "ff_context"), "sd3": ("ff", "ff_context")}
 """The feed-forward of the image and of the text stream."""
-
-
-def plan_of(family: str) -> Plan:
-    """A plan with units of every kind; the last block of a single list closes a text group where there is one list."""
-    blocks = {"qwen": 6, "flux": 9, "sd3": 6}[family]
-    units = [
-        UnitPlan(name="span", span=(0, 1), streams=("image", "text")),
-        UnitPlan(name="group", kind="text", span=(1, 3), streams=("text",)),
-        UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",)),
-        UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25),
-    ]
-    variants = {"group": ["group"], "ffn": ["line", "thin"], "mixed": ["group", "line", "thin"]}
-    if family == "flux":
-        variants["deep"] = ["span", "line", "single"]
-        units.append(UnitPlan(name="single", span=(5, 7), streams=("image", "text")))
-    else:
-        variants["deep"] = ["span", "line", "end"]
-        units.append(UnitPlan(name="end", kind="text", span=(4, 5), streams=()))
-    named = {name: tuple(members) for name, members in variants.items()}
-    return Plan(teacher=TEACHERS[family][0], blocks=blocks, units=tuple(units), variants=named)
 
 
 STEPS, CALIBRATION_STEPS, PER_STEP = 3, 3, 4
@@ -71,7 +52,7 @@ def trained(request: Any, prepared: Callable[[str], Path], tmp_path_factory: pyt
         recipe["topology"] = {"stages": 1, "replicas": 2}
     path = run / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    plan_of(request.param).save(load_recipe(path).plan_file)
+    every_kind(request.param).save(load_recipe(path).plan_file)
     if request.param == "sd3":
         command("distill", path, "--until", "1")
     command("distill", path)

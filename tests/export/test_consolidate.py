@@ -14,7 +14,8 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit
 from ppcl_ds.units.plan import UnitPlan
 from tests.conftest import command
-from tests.export.trained import plan_of, pretend_trained
+from tests.export.trained import pretend_trained
+from tests.plans import image_spans
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_unit_is_put_together_from_whatever_files_hold_its_parts(trained: tupl
 def test_a_unit_that_was_not_trained_is_refused(trained: tuple[Path, Recipe]) -> None:
     path, recipe = trained
     other = UnitPlan(name="late", span=(2, 4), streams=("image", "text"))
-    plan_of("qwen").model_copy(update={"units": (other,), "variants": {"small": ("late",)}}).save(recipe.plan_file)
+    image_spans("qwen").model_copy(update={"units": (other,), "variants": {"small": ("late",)}}).save(recipe.plan_file)
     assert "unit 'late' on blocks [2, 4] was not trained" in command("consolidate", path, code=2)
 
 

@@ -18,7 +18,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.recipe import Recipe
 from tests.conftest import command
-from tests.export.trained import plan_of, pretend_trained
+from tests.export.trained import pretend_trained
+from tests.plans import image_spans
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def test_a_pickle_in_place_of_the_teachers_safetensors_is_not_opened(sharded: tu
 
 def test_a_plan_of_another_teacher_is_refused(sharded: tuple[Path, Recipe, Path]) -> None:
     path, recipe, _ = sharded
-    plan_of("flux").save(recipe.plan_file)
+    image_spans("flux").save(recipe.plan_file)
     printed = command("consolidate", path, code=2)
     assert "made for FluxTransformer2DModel with 9 blocks" in printed
     assert len(printed.strip().splitlines()) == 1

@@ -20,39 +20,12 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.export.lora import remap
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.spec import Stream
+from ppcl_ds.units.plan import UnitPlan
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
+from tests.plans import LINE, SMALL, THIN, small_and_mixed
 
-LINE = UnitPlan(name="line", kind="ffn", span=(2, 2), streams=("image",))
-THIN = UnitPlan(name="thin", kind="ffn", span=(0, 0), streams=("image", "text"), keep=0.25)
-BOTH: tuple[Stream, ...] = ("image", "text")
-UNITS = {
-    ("qwen", "small"): (UnitPlan(name="early", span=(1, 2), streams=BOTH),),
-    ("flux", "small"): (
-        UnitPlan(name="double", span=(1, 2), streams=BOTH),
-        UnitPlan(name="single", span=(5, 7), streams=BOTH),
-    ),
-    ("qwen", "mixed"): (
-        THIN,
-        UnitPlan(name="group", kind="text", span=(1, 2), streams=("text",)),
-        LINE,
-        UnitPlan(name="late", span=(3, 4), streams=BOTH),
-    ),
-    ("sd3", "mixed"): (
-        UnitPlan(name="start", span=(0, 1), streams=BOTH),
-        LINE,
-        UnitPlan(name="end", kind="text", span=(3, 5), streams=()),
-    ),
-    ("flux", "mixed"): (
-        UnitPlan(name="start", span=(0, 1), streams=BOTH),
-        UnitPlan(name="group", kind="text", span=(2, 3), streams=("text",)),
-        LINE,
-        UnitPlan(name="late", span=(4, 6), streams=BOTH),
-    ),
-}
 KEPT = {
     ("qwen", "small"): {"transformer_blocks": {0: 0, 3: 2, 4: 3, 5: 4}},
     ("flux", "small"): {"transformer_blocks": {0: 0, 3: 2}, "single_transformer_blocks": {0: 0, 4: 2}},
@@ -79,17 +52,8 @@ def family(request: pytest.FixtureRequest) -> str:
 def folder(family: str, tmp_path: Path) -> Path:
     """A pipeline folder with a teacher in it, and a plan beside it."""
     make_pipeline(family, tmp_path / "pipeline")
-    plan_of(family).save(tmp_path / "plan.yaml")
+    small_and_mixed(family).save(tmp_path / "plan.yaml")
     return tmp_path
-
-
-def plan_of(family: str) -> Plan:
-    """`small` plugs depth units, `mixed` units of every kind."""
-    class_name, config = TEACHERS[family]
-    blocks = config["num_layers"] + config.get("num_single_layers", 0)
-    chosen = {variant: units for (of, variant), units in UNITS.items() if of == family}
-    names = {variant: tuple(unit.name for unit in units) for variant, units in chosen.items()}
-    return Plan(teacher=class_name, blocks=blocks, units=sum(chosen.values(), ()), variants=names)
 
 
 def teacher_of(folder: Path, family: str) -> Any:
@@ -105,7 +69,7 @@ def pruned_of(folder: Path, family: str, variant: str = "small") -> Any:
         fresh = build_unit(unit, teacher, torch.float32).core.state_dict()
         return {name: tensor + 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in fresh.items()}
 
-    return assembled(teacher, plan_of(family), variant, random)
+    return assembled(teacher, small_and_mixed(family), variant, random)
 
 
 def train_lora(teacher: Any, targets: list[str] | str) -> None:
@@ -279,7 +243,7 @@ def test_a_kohya_file_stays_one(folder: Path, family: str) -> None:
 
 
 def test_the_run_of_a_plan_tells_the_teacher(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_of("flux").save(tmp_path / "plan.yaml")
+    small_and_mixed("flux").save(tmp_path / "plan.yaml")
     save_file({"single_transformer_blocks.4.norm.linear.lora_A.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match=r"several lists of blocks \(transformer_blocks, single_.*give --teacher"):
         remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "small")
@@ -329,7 +293,7 @@ def torn_metadata(lora: Path) -> None:
     ],
 )
 def test_a_file_that_cannot_be_remapped_is_refused(write: Callable[[Path], None], words: str, tmp_path: Path) -> None:
-    plan_of("qwen").save(tmp_path / "plan.yaml")
+    small_and_mixed("qwen").save(tmp_path / "plan.yaml")
     write(tmp_path / "lora.safetensors")
     with pytest.raises(UserError) as fault:
         remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "small")
@@ -339,7 +303,7 @@ def test_a_file_that_cannot_be_remapped_is_refused(write: Callable[[Path], None]
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
-    plan_of("qwen").save(tmp_path / "plan.yaml")
+    small_and_mixed("qwen").save(tmp_path / "plan.yaml")
     only_replaced(tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="variant 'large' is not in the plan; it has: small, mixed"):
         remap(tmp_path / "lora.safetensors", tmp_path / "plan.yaml", "large")
@@ -348,7 +312,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     (tmp_path / "lora.bin").touch()
     with pytest.raises(UserError, match=r"only \.safetensors files are read"):
         remap(tmp_path / "lora.bin", tmp_path / "plan.yaml", "small")
-    early, plan = UNITS["qwen", "small"][0], plan_of("qwen")
+    early, plan = SMALL["qwen"][0], small_and_mixed("qwen")
     for other, words in {
         early.model_copy(update={"name": "other"}): r"spans \[1, 2\] of 'early' and \[1, 2\] of 'other' overlap",
         LINE.model_copy(update={"name": "other"}): "'other' needs block 2, which 'early' replaces",

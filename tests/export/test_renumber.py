@@ -10,7 +10,7 @@ from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering
 from ppcl_ds.teacher.anatomy import Anatomy
 from tests.conftest import TEACHERS
-from tests.export.test_lora import plan_of
+from tests.plans import small_and_mixed
 
 NAMES = {
     "transformer_blocks.3.attn.to_q.lora_A.weight": "transformer_blocks.2.attn.to_q.lora_A.weight",
@@ -96,7 +96,7 @@ def numbering_of(family: str, variant: str) -> Numbering:
     class_name, config = TEACHERS[family]
     model = getattr(diffusers, class_name)(**config)
     lists = {name: len(getattr(model, name)) for name in parts_of(Anatomy(model))}
-    return Numbering(lists, ["context_embedder"], parts_of(Anatomy(model)), plan_of(family), variant)
+    return Numbering(lists, ["context_embedder"], parts_of(Anatomy(model)), small_and_mixed(family), variant)
 
 
 def test_every_layout_of_names_is_renumbered_list_by_list() -> None:

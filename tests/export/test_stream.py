@@ -27,7 +27,8 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
 from tests.data.tiny_pipelines import make_pipeline
-from tests.export.trained import BLOCKS, SPANS, plan_of, pretend_trained
+from tests.export.trained import pretend_trained
+from tests.plans import BLOCKS, SPANS, image_spans
 
 NewRun = Callable[..., Path]
 
@@ -35,7 +36,7 @@ NewRun = Callable[..., Path]
 def in_memory(recipe: Recipe, family: str, variant: str = "small") -> Any:
     """The variant without streaming."""
     teacher = open_teacher(recipe)
-    plan = plan_of(family)
+    plan = image_spans(family)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     return assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
 
@@ -105,7 +106,7 @@ def test_every_tensor_has_the_number_format_asked_for(new_run: NewRun, dtype: st
 def test_a_variant_has_the_units_that_are_switched_on_and_the_teachers_blocks_elsewhere(
     switches: dict[str, bool],
 ) -> None:
-    plan = plan_of("flux")
+    plan = image_spans("flux")
     words = [f"{unit}={'on' if state else 'off'}" for unit, state in switches.items()]
     chosen = {unit for unit in SPANS["flux"] if switches.get(unit, unit in plan.variants["small"])}
     if {"early", "inner"} <= chosen:

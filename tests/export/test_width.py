@@ -30,8 +30,8 @@ from ppcl_ds.units.plan import conflict
 from ppcl_ds.units.variant import assembled
 from tests.conftest import command, make_recipe
 from tests.data.tiny_pipelines import make_pipeline
-from tests.distill.test_width import plan_of
 from tests.export.trained import pretend_trained, write_checkpoint
+from tests.plans import every_kind
 
 NewRun = Callable[..., Path]
 FAMILIES = ["qwen", "flux", "sd3"]
@@ -40,14 +40,14 @@ FAMILIES = ["qwen", "flux", "sd3"]
 def in_memory(recipe: Recipe, family: str, variant: str) -> Any:
     teacher = open_teacher(recipe)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
-    return assembled(teacher, plan_of(family), variant, lambda unit: checkpoint.unit(unit.name))
+    return assembled(teacher, every_kind(family), variant, lambda unit: checkpoint.unit(unit.name))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(new_run: NewRun, family: str) -> None:
-    recipe = pretend_trained(new_run(family), family, ranks=4, plan=plan_of(family))
+    recipe = pretend_trained(new_run(family), family, ranks=4, plan=every_kind(family))
     consolidate(recipe, [], Form(max_shard_size=40_000))
-    models = {variant: in_memory(recipe, family, variant) for variant in plan_of(family).variants}
+    models = {variant: in_memory(recipe, family, variant) for variant in every_kind(family).variants}
     for variant, model in models.items():
         found = ppcl_ds.load_model(recipe.pruned(variant), torch.float32)
         torch.testing.assert_close(dict(found.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
@@ -60,7 +60,7 @@ def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(n
         assert picture.format == "PNG"
     for ranks in (1, 2):
         shutil.rmtree(recipe.distillation.checkpoints / "step-000007")
-        write_checkpoint(recipe, plan_of(family), ranks, step=7)
+        write_checkpoint(recipe, every_kind(family), ranks, step=7)
         again = in_memory(recipe, family, "mixed")
         torch.testing.assert_close(dict(again.state_dict()), dict(models["mixed"].state_dict()), rtol=0, atol=0)
 
@@ -70,7 +70,7 @@ def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(n
 def test_any_plugs_that_go_together_make_a_model_and_others_are_refused(
     run_of: Callable[[str], Recipe], data: st.DataObject, family: str
 ) -> None:
-    recipe, plan = run_of(family), plan_of(family)
+    recipe, plan = run_of(family), every_kind(family)
     chosen = data.draw(st.sets(st.sampled_from([unit.name for unit in plan.units])))
     words = [f"{unit.name}={'on' if unit.name in chosen else 'off'}" for unit in plan.units]
     units = [unit for unit in plan.units if unit.name in chosen]
@@ -100,7 +100,7 @@ def run_of(prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
             run = tmp_path_factory.mktemp(family) / "run"
             shutil.copytree(prepared(family), run)
             (run / "recipe.yaml").write_text(yaml.safe_dump(make_recipe(family, run)))
-            made[family] = pretend_trained(run / "recipe.yaml", family, plan=plan_of(family))
+            made[family] = pretend_trained(run / "recipe.yaml", family, plan=every_kind(family))
         return made[family]
 
     return make
@@ -146,7 +146,7 @@ def test_a_pipeline_with_width_units_draws_where_ppcl_ds_is_not_installed(
     settings_of["data"]["captions"]["width"] = config["joint_attention_dim"]
     path.write_text(yaml.safe_dump(settings_of))
     blocks = config["num_layers"]
-    plan = plan_of("qwen").model_copy(update={"blocks": blocks})
+    plan = every_kind("qwen").model_copy(update={"blocks": blocks})
     assert blocks >= 4
     keep = [unit for unit in plan.units if unit.span[1] < blocks - 1]
     variants = {"deep": ("span",), "mixed": ("group", "line", "thin")}
@@ -176,7 +176,7 @@ def test_a_pipeline_with_width_units_draws_where_ppcl_ds_is_not_installed(
 
 
 def test_the_transformer_alone_loads_through_automodel(new_run: NewRun, tmp_path: Path, without_us: Path) -> None:
-    recipe = pretend_trained(new_run("sd3"), "sd3", plan=plan_of("sd3"))
+    recipe = pretend_trained(new_run("sd3"), "sd3", plan=every_kind("sd3"))
     consolidate(recipe, ["mixed"], Form(dtype="bf16"))
     program = (
         "import sys, diffusers, torch\n"
@@ -193,7 +193,7 @@ def test_the_transformer_alone_loads_through_automodel(new_run: NewRun, tmp_path
 
 def test_a_single_file_is_refused_where_comfyui_has_no_such_blocks(new_run: NewRun) -> None:
     path = new_run("qwen")
-    pretend_trained(path, "qwen", plan=plan_of("qwen"))
+    pretend_trained(path, "qwen", plan=every_kind("qwen"))
     printed = command("consolidate", path, "--variant", "mixed", "--single-file", code=2)
     assert len(printed.strip().splitlines()) == 1
     assert "PrunedQwenImageTransformer2DModel" in printed

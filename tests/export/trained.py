@@ -13,29 +13,14 @@ from ppcl_ds.teacher.anatomy import block_shapes
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Contents, Piece, SavedUnit
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.plan import Plan, UnitPlan
-from tests.conftest import TEACHERS
-
-SPANS = {
-    "qwen": {"early": (0, 2), "inner": (1, 2), "late": (3, 4)},
-    "flux": {"early": (0, 1), "inner": (1, 2), "late": (5, 7)},
-    "sd3": {"early": (0, 2), "inner": (1, 2), "late": (3, 4)},
-}
-"""Family -> unit -> span; `early` and `inner` overlap."""
-BLOCKS = {"qwen": 6, "flux": 9, "sd3": 6}
-
-
-def plan_of(family: str) -> Plan:
-    """All units, and a variant `small` that plugs `early` and `late`."""
-    units = tuple(UnitPlan(name=name, span=span, streams=("image",)) for name, span in SPANS[family].items())
-    variants = {"small": ("early", "late"), "medium": ("inner",)}
-    return Plan(teacher=TEACHERS[family][0], blocks=BLOCKS[family], units=units, variants=variants)
+from ppcl_ds.units.plan import Plan
+from tests.plans import image_spans
 
 
 def pretend_trained(path: Path, family: str, ranks: int = 3, plan: Plan | None = None) -> Recipe:
     """Give a new run its plan and a checkpoint in the middle of training, each unit in pieces on all ranks."""
     recipe = load_recipe(path)
-    plan = plan or plan_of(family)
+    plan = plan or image_spans(family)
     plan.save(recipe.plan_file)
     plan.save(recipe.distillation.plan)
     atomic_write(recipe.distillation.recipe, recipe.model_dump_json())

@@ -25,6 +25,7 @@ from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import TEACHERS, command, mix_shapes
 from tests.export.trained import pretend_trained
+from tests.reference import PlainAdamW, distance
 
 STEPS = 8
 SETTINGS = {
@@ -41,7 +42,7 @@ SETTINGS = {
     "checkpoint_every": 1,
     "keep_checkpoints": STEPS,
 }
-TOPOLOGIES = [(1, 1), (2, 1), (4, 1), (2, 2)]
+TOPOLOGIES = {"qwen": [(1, 1), (2, 1), (4, 1), (2, 2)], "flux": [(2, 1), (2, 2)], "sd3": [(2, 1), (2, 2)]}
 """Stages and replicas; a run goes on with the next pair a step later than the one before, for at least five steps."""
 
 SPANS = {
@@ -101,13 +102,8 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
         for name, parameter in blocks_of(student)[place].named_parameters()
         if name.startswith(WIDTH[family].get(place, ""))
     }
-    groups = [
-        {"params": [p for p in student.parameters() if (id(p) in units) is unit], "times": times}
-        for unit, times in ((True, 1.0), (False, settings.kept_lr))
-    ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=0.0, betas=settings.optimizer.betas, weight_decay=settings.optimizer.weight_decay
-    )
+    kept = {name: settings.kept_lr for name, parameter in student.named_parameters() if id(parameter) not in units}
+    optimizer = PlainAdamW(student.named_parameters(), settings.optimizer, STEPS, kept)
     seen: dict[str, dict[int, Any]] = {"student": {}, "teacher": {}}
     for name, model in (("student", student), ("teacher", teacher)):
         for place, block in enumerate(blocks_of(model)):
@@ -132,18 +128,13 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
             weights = {"flow": settings.flow_weight, "velocity": settings.velocity_weight, "boundary": 0.125}
             total = torch.stack([weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
             (total / count).backward()
+            optimizer.add_gradients()
             for name, loss in {**losses, "run/loss": total}.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() / count
-        for parameter in student.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        found.norms.append(float(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.optimizer.clip_norm)))
-        for group in optimizer.param_groups:
-            group["lr"] = group["times"] * rate_at(step, settings.optimizer.lr)
-        optimizer.step()
-        optimizer.zero_grad()
         found.losses.append(sums)
-        found.weights = {name: p.detach().clone() for name, p in student.named_parameters()}
-        found.moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in student.named_parameters()}
+        found.norms.append(optimizer.step())
+        found.weights = {name: master.clone() for name, master in optimizer.masters.items()}
+        found.moments = {name: moment.clone() for name, moment in optimizer.moment("exp_avg").items()}
         before, decay = found.averages or found.weights, min(settings.ema, (2 + step) / (11 + step))
         found.averages = {name: before[name].lerp(now, 1 - decay) for name, now in found.weights.items()}
     return found
@@ -151,18 +142,6 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
 
 def note(seen: dict[int, Any], place: int, module: Any, arguments: Any, output: Any) -> None:
     seen[place] = output
-
-
-def rate_at(step: int, rate: float) -> float:
-    """One step of warm-up, then half a cosine."""
-    return rate * 0.5 * (1 + math.cos(math.pi * (step - 1) / (STEPS - 1))) if step else 0.0
-
-
-def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-    angle = 2 - 2 * F.cosine_similarity(student, teacher, dim=-1)
-    size = (student.norm(dim=-1) / teacher.norm(dim=-1)).log() ** 2
-    counted = torch.ones_like(angle, dtype=torch.bool) if mask is None else mask
-    return (angle + size)[counted].mean()
 
 
 def prepare(new_run: Callable[..., Path], family: str, plan: Plan, **changes: Any) -> Path:
@@ -202,7 +181,7 @@ def test_a_run_that_changes_its_topology_equals_a_plain_loop(new_run: Callable[.
     path = prepare(new_run, family, plan, activation_checkpointing=family == "flux")
     found = reference(load_recipe(path), plan, family)
     assert any(norm > 0.5 for norm in found.norms)
-    for step, (stages, replicas) in enumerate(TOPOLOGIES):
+    for step, (stages, replicas) in enumerate(TOPOLOGIES[family]):
         recipe = tune(path, step, stages, replicas)
         scalars = read_scalars(recipe.finetuning("small").board)
         for name in found.losses[0]:

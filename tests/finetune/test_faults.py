@@ -17,7 +17,8 @@ from ppcl_ds.finetune.finetune import check, newer_units
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.files import empty_model
 from tests.conftest import command
-from tests.export.trained import plan_of, pretend_trained, write_checkpoint
+from tests.export.trained import pretend_trained, write_checkpoint
+from tests.plans import image_spans
 
 Raw = dict[str, Any]
 
@@ -89,7 +90,7 @@ def test_units_that_have_learnt_more_since_are_spoken_of(new_run: Callable[..., 
     recipe = load_recipe(path)
     command("finetune", path, "--variant", "small", "--until", "1")
     assert not newer_units(recipe.finetuning("small"))
-    write_checkpoint(recipe, plan_of("qwen"), 1, step=9)
+    write_checkpoint(recipe, image_spans("qwen"), 1, step=9)
     printed = command("finetune", path, "--variant", "small")
     assert printed.count("goes on from units of step 7;") == 1
     assert "has them of step 9; to fine-tune those, move " in printed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -21,8 +19,9 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
-from tests.export.trained import plan_of, pretend_trained
-from tests.training.test_restart import ENVIRONMENT, LAUNCHER, ranks_of
+from tests.export.trained import pretend_trained
+from tests.plans import image_spans
+from tests.ranks import ranks_of, torchrun
 
 STEPS = 6
 SETTINGS = {
@@ -37,8 +36,11 @@ SETTINGS = {
     "checkpoint_every": 2,
     "timeout": 20,
 }
-DEATHS = {"1:forward:20": 2, "0:checkpoint:1": 2, "1:exchange:3": 2}
-"""Who dies where and when (see `tests/training/dying.py`) -> the newest whole checkpoint it leaves after."""
+DEATH = "1:forward:20"
+"""Who dies where and when (see `tests/training/dying.py`): after the checkpoint of step 2.
+
+Other deaths are told of in `tests/training/test_restart.py`: both trainings share their saver and their engine.
+"""
 
 
 def new(new_run: Callable[..., Path], **changes: Any) -> Path:
@@ -67,24 +69,15 @@ def flat(checkpoint: Any, part: str, what: str) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in checkpoint.unit(part, what).values()])
 
 
-def test_a_run_whose_ranks_are_killed_ends_as_one_that_never_was(new_run: Callable[..., Path]) -> None:
+@pytest.mark.launcher
+def test_a_run_with_a_killed_rank_ends_as_one_that_never_was(new_run: Callable[..., Path]) -> None:
     straight, stopped = new(new_run), new(new_run)
     command("finetune", straight, "--variant", "small")
-    for death, newest in DEATHS.items():
-        began = time.monotonic()
-        done = subprocess.run(
-            [*LAUNCHER, "-m", "tests.training.dying", "finetune", str(stopped), "--variant", "small"],
-            capture_output=True,
-            text=True,
-            timeout=200,
-            cwd=Path(__file__).parents[2],
-            env=ENVIRONMENT | {"DIE": death},
-        )
-        assert done.returncode != 0
-        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
-        assert time.monotonic() - began < 90
-        assert not ranks_of(stopped)
-        assert newest_checkpoint(load_recipe(stopped).finetuning("small").checkpoints).contents.step == newest
+    done = torchrun("tests.training.dying", "finetune", stopped, "--variant", "small", env={"DIE": DEATH})
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+    assert not ranks_of(stopped)
+    assert newest_checkpoint(load_recipe(stopped).finetuning("small").checkpoints).contents.step == 2
     command("finetune", stopped, "--variant", "small", "--until", "3")
     command("finetune", stopped, "--variant", "small")
     (curves, tensors), (expected_curves, expected_tensors) = outcome(stopped), outcome(straight)
@@ -116,7 +109,7 @@ def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[
 
     opened = open_teacher(recipe)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
-    student: Any = assembled(opened, plan_of("qwen"), "small", lambda unit: checkpoint.unit(unit.name))
+    student: Any = assembled(opened, image_spans("qwen"), "small", lambda unit: checkpoint.unit(unit.name))
     assert opened.files.model_class is not None
     teacher = opened.files.model_class.from_pretrained(opened.files.folder)
     caller = opened.caller

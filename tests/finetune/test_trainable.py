@@ -24,8 +24,8 @@ from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
 from tests.conftest import command
-from tests.distill.test_width import plan_of
 from tests.export.trained import pretend_trained
+from tests.plans import every_kind
 
 SETTINGS = {
     "steps": 2,
@@ -42,7 +42,7 @@ def new(new_run: Callable[..., Path], family: str, variant: str, **changes: Any)
     raw = yaml.safe_load(path.read_text())
     raw["finetune"] = SETTINGS | changes
     path.write_text(yaml.safe_dump(raw))
-    pretend_trained(path, family, plan=plan_of(family))
+    pretend_trained(path, family, plan=every_kind(family))
     command("finetune", path, "--variant", variant)
     command("consolidate", path)
     return load_recipe(path)
@@ -90,7 +90,7 @@ def test_units_alone_are_trained_where_the_recipe_says_so(new_run: Callable[...,
 
 def test_neighbours_of_units_are_trained_too_and_the_units_may_be_another_runs(new_run: Callable[..., Path]) -> None:
     """`ffn`: parts of blocks 0 and 2 are units, so blocks 4, 5 and what belongs to no block are left alone."""
-    library = pretend_trained(new_run("qwen"), "qwen", plan=plan_of("qwen"))
+    library = pretend_trained(new_run("qwen"), "qwen", plan=every_kind("qwen"))
     path = new_run("qwen")
     raw = yaml.safe_load(path.read_text())
     raw["finetune"] = SETTINGS | {"trainable": "neighbours"}

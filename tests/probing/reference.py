@@ -100,3 +100,12 @@ def influence(before: np.ndarray, after: np.ndarray) -> float:
     """Block Influence (ShortGPT, arXiv 2403.03853, eq. 1)."""
     norms = np.linalg.norm(before, axis=1) * np.linalg.norm(after, axis=1)
     return float(1 - ((before * after).sum(1) / norms).mean())
+
+
+def tokens(count: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What enters a block and what leaves it, (N, C) each, float64, with a mean and unequal channels."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.linspace(0.5, 3, channels, dtype=torch.float64)
+    before = torch.randn(count, channels, generator=generator, dtype=torch.float64) * size + 2
+    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    return before, before + (before @ mixing).tanh()

@@ -12,18 +12,9 @@ from torch import Tensor
 
 from ppcl_ds.probing.linear import Moments, fit_probe
 from ppcl_ds.probing.sums import BlockSums, Lane
-from tests.probing.reference import follow, ridge_probe
+from tests.probing.reference import follow, ridge_probe, tokens
 
 CPU = torch.device("cpu")
-
-
-def tokens(count: int, channels: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """What enters a block and what leaves it, (N, C) each, float64, with a mean and unequal channels."""
-    generator = torch.Generator().manual_seed(seed)
-    size = torch.linspace(0.5, 3, channels, dtype=torch.float64)
-    before = torch.randn(count, channels, generator=generator, dtype=torch.float64) * size + 2
-    mixing = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
-    return before, before + (before @ mixing).tanh()
 
 
 def moments_of(before: Tensor, after: Tensor) -> Moments:

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppcl_ds.probing.similarity import Minibatches, linear_cka
-from tests.probing.reference import kernel_cka, minibatch_cka
-from tests.probing.test_linear import tokens
+from tests.probing.reference import kernel_cka, minibatch_cka, tokens
 
 
 @settings(max_examples=25, deadline=None)

@@ -17,11 +17,13 @@ from ppcl_ds.cluster.submit import submit
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
 from tests.conftest import make_recipe
-from tests.distill.test_library import PLAN
+from tests.plans import ten_spans
 from tests.slurm.conftest import CLUSTER, HERE
 from tests.slurm.daemons import Daemons
 
 pytestmark = pytest.mark.slurm
+
+PLAN = ten_spans()
 
 
 @pytest.fixture

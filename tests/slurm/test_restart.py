@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from tests.conftest import make_recipe
-from tests.distill.test_library import PLAN
+from tests.plans import ten_spans
 from tests.slurm.conftest import CLUSTER, PAGE, RAN, Account, blocks
 from tests.slurm.daemons import Daemons
 from tests.slurm.training import Training, expect_undisturbed
 
 pytestmark = pytest.mark.slurm
 
+PLAN = ten_spans()
 RUN = 'my "2nd" run\'s'
 EVERY = 10
 """Steps between checkpoints."""

@@ -5,7 +5,6 @@ Run as a module, this file is one of the four ranks.
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
@@ -28,6 +27,9 @@ from ppcl_ds.teacher.anatomy import Capture, Wanted
 from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from tests.conftest import TEACHERS
+from tests.ranks import environment, fresh
+
+pytestmark = pytest.mark.launcher
 
 FAMILIES = ("qwen", "flux")
 NODES, RANKS_PER_NODE = 2, 2
@@ -118,13 +120,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nnodes={NODES}",
-        f"--nproc-per-node={RANKS_PER_NODE}",
-    ]
+    launcher = fresh("torch.distributed.run", f"--nnodes={NODES}", f"--nproc-per-node={RANKS_PER_NODE}")
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=two"]
     nodes = [
         subprocess.Popen(
@@ -133,7 +129,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str
             stderr=subprocess.STDOUT,
             text=True,
             cwd=Path(__file__).parents[2],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+            env=environment(),
         )
         for _ in range(NODES)
     ]

@@ -24,23 +24,14 @@ from torch import Tensor
 from ppcl_ds import launch
 from ppcl_ds.distill.distill import check
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import UnitBatch
 from tests.conftest import make_recipe
+from tests.plans import three_spans
 from tests.ranks import run_ranks
 
 STEPS = 4
 MICRO_BATCHES = 4
-PLAN = Plan(
-    teacher="QwenImageTransformer2DModel",
-    blocks=6,
-    units=(
-        UnitPlan(name="early", span=(0, 2), streams=("image", "text")),
-        UnitPlan(name="middle", span=(1, 3), streams=("image", "text")),
-        UnitPlan(name="late", span=(4, 5), streams=("image",)),
-    ),
-    variants={"small": ("early", "late")},
-)
+PLAN = three_spans()
 BROKEN = ("middle", 2)
 """Unit and step (from 0) whose target is not a number in one of the micro-batches."""
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +20,15 @@ from ppcl_ds.recipe import load_recipe
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command, make_recipe
-from tests.distill.test_library import PLAN
+from tests.plans import ten_spans
+from tests.ranks import Done, environment, fresh, ranks_of, torchrun
 
+PLAN = ten_spans()
 STEPS = 8
 SETTINGS = {"steps": STEPS, "checkpoint_every": 2, "keep_checkpoints": 2, "timeout": 20}
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-ENVIRONMENT = {
-    **{key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")},
-    "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-}
 OWN_MOUNTS = ["unshare", "--map-root-user", "--mount"]
 DEATHS = {"0:forward:37": 2, "1:exchange:11": 4, "0:checkpoint:1": 4}
-"""Who dies where and when (see `dying.py`; counted from each start) -> the newest whole checkpoint it leaves after."""
+"""Who dies where and when (see `dying.py`; counted from each start) -> the newest whole checkpoint it leaves behind."""
 
 
 def new(new_run: Callable[..., Path], **changes: object) -> Path:
@@ -72,6 +67,7 @@ def expect_same(path: Path, other: Path) -> None:
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
 
 
+@pytest.mark.launcher
 def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
     new_run: Callable[..., Path], uninterrupted: Path
 ) -> None:
@@ -91,6 +87,7 @@ def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
     expect_same(path, uninterrupted)
 
 
+@pytest.mark.launcher
 def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path], uninterrupted: Path) -> None:
     """On a disk with room for one checkpoint; then on a larger one."""
     path = new(new_run)
@@ -100,27 +97,19 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
     recipe.distillation.checkpoints.mkdir(parents=True)
     small_disk = """
         mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
-        "$3" -m ppcl_ds.cli distill "$4"
+        folder=$2 && shift 2
+        "$@"
         code=$?
-        cp -r "$2" "$2 saved"
+        cp -r "$folder" "$folder saved"
         exit $code
     """
+    distilling = fresh("ppcl_ds.cli", "distill", path)
     done = subprocess.run(
-        [
-            *OWN_MOUNTS,
-            "sh",
-            "-c",
-            small_disk,
-            "sh",
-            str(size),
-            str(recipe.distillation.checkpoints),
-            sys.executable,
-            str(path),
-        ],
+        [*OWN_MOUNTS, "sh", "-c", small_disk, "sh", str(size), str(recipe.distillation.checkpoints), *distilling],
         capture_output=True,
         text=True,
         timeout=200,
-        env=ENVIRONMENT,
+        env=environment(),
     )
     printed = done.stdout + done.stderr
     for step in (4, 6):
@@ -135,14 +124,15 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
     expect_same(path, uninterrupted)
 
 
+@pytest.mark.launcher
 def test_a_rank_that_does_not_answer_is_named_and_the_run_ends(new_run: Callable[..., Path]) -> None:
     path = new(new_run, steps=100000, timeout=6)
     with subprocess.Popen(
-        [sys.executable, "-m", "ppcl_ds.cli", "distill", str(path)],
+        fresh("ppcl_ds.cli", "distill", path),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=environment(),
     ) as run:
         assert run.stdout is not None
         for line in run.stdout:  # the first progress line: the ranks are training
@@ -158,6 +148,7 @@ def test_a_rank_that_does_not_answer_is_named_and_the_run_ends(new_run: Callable
     assert not ranks_of(path)
 
 
+@pytest.mark.launcher
 def test_a_rank_that_waits_for_its_data_is_named_and_the_run_ends(new_run: Callable[..., Path]) -> None:
     path = new(new_run, timeout=6)
     done = run_dying(path, "1:data:5")
@@ -173,19 +164,5 @@ def expect_named(printed: str, *words: str) -> None:
     assert all(word in named[0] for word in words), named
 
 
-def run_dying(path: Path, death: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCHER, "-m", "tests.training.dying", "distill", str(path)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=Path(__file__).parents[2],
-        env=ENVIRONMENT | {"DIE": death},
-    )
-
-
-def ranks_of(path: Path) -> list[int]:
-    """Processes whose command line names the recipe, the launcher left out."""
-    processes = psutil.process_iter(["cmdline"])
-    found = [process for process in processes if str(path) in (process.info["cmdline"] or [])]
-    return [process.pid for process in found if "torch.distributed.run" not in process.info["cmdline"]]
+def run_dying(path: Path, death: str) -> Done:
+    return torchrun("tests.training.dying", "distill", path, env={"DIE": death})

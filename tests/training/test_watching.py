@@ -16,7 +16,9 @@ from ppcl_ds.training.log import Log
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 from tests.data.shards import rewrite
-from tests.training.test_engine import PLAN
+from tests.plans import three_spans
+
+PLAN = three_spans()
 
 
 def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Callable[..., Path]) -> None:

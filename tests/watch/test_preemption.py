@@ -12,11 +12,12 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command
 from tests.export.trained import pretend_trained
+from tests.ranks import afresh, run
 
 TRAININGS = {"distill": ["distill"], "finetune": ["finetune", "--variant", "small"]}
 
 
-@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("training", [pytest.param("distill", marks=pytest.mark.launcher), "finetune"])
 def test_a_stop_file_ends_a_run_after_its_next_step(new_run: Callable[..., Path], training: str) -> None:
     name, *options = TRAININGS[training]
     path = new_run("qwen", distill={"steps": 4})
@@ -31,7 +32,10 @@ def test_a_stop_file_ends_a_run_after_its_next_step(new_run: Callable[..., Path]
         folder = recipe.finetuning("small")
     stop = recipe.run / "STOP"
     stop.touch()
-    assert f"stops after step 1 ({stop}), with a checkpoint" in command(name, path, *options)
+    starts = afresh if training == "distill" else run
+    done = starts("ppcl_ds.cli", name, path, *options)
+    assert done.returncode == 0, done.stderr
+    assert f"stops after step 1 ({stop}), with a checkpoint" in done.stdout
     assert newest_checkpoint(folder.checkpoints).contents.step == 1
     assert (folder.path / "stopped").read_text() == "STOP\n"
     assert "stops after step 2" in command(name, path, *options)

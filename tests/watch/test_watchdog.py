@@ -5,27 +5,21 @@ Run as a module, this file is a rank: `TASK` says what it does.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from ppcl_ds.watch.watchdog import Watchdog
+from tests.ranks import Done, run, torchrun
 
 TIMEOUT = 3.0
-STORE = """
-import sys, time
-import torch.distributed as dist
-store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-print(store.port, flush=True)
-time.sleep(1000)
-"""
 
 
-def be_a_rank(task: str) -> None:
+def be_a_rank(task: str, watching: Path) -> None:
     if task == "lags":
         dist.init_process_group("gloo")
     else:
@@ -33,7 +27,7 @@ def be_a_rank(task: str) -> None:
     with Watchdog(TIMEOUT) as watch:
         watch.step = 7
         watch.on_phase("long")
-        print("watching", flush=True)
+        watching.touch()
         if task == "moves":
             for _ in range(12):
                 time.sleep(TIMEOUT / 6)
@@ -49,62 +43,46 @@ def be_a_rank(task: str) -> None:
     print("came to its end", flush=True)
 
 
-def watched(task: str, lose_the_store: bool) -> tuple[int, str, float]:
-    """Exit code of a rank, what it printed, and how long it ran once it was watched."""
-    server = subprocess.Popen([sys.executable, "-c", STORE], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    port = server.stdout.readline().strip()
-    rank = subprocess.Popen(
-        [sys.executable, "-m", "tests.watch.test_watchdog", task],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-    )
-    assert rank.stdout is not None
-    printed = next(line for line in rank.stdout if line == "watching\n")
-    began = time.monotonic()
-    if lose_the_store:
-        server.kill()
-    printed += rank.communicate(timeout=60)[0]
-    server.kill()
-    server.wait()
-    return rank.returncode, printed, time.monotonic() - began
+def watched(task: str, folder: Path, lose_the_store: bool) -> tuple[Done, float]:
+    """How a rank ended, and how long it ran once it was watched."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    with ThreadPoolExecutor(1) as pool:
+        rank = pool.submit(run, "tests.watch.test_watchdog", task, folder / "watching", env=address, timeout=60)
+        while not (folder / "watching").exists():
+            assert not rank.done(), rank.result()
+            time.sleep(0.02)
+        began = time.monotonic()
+        if lose_the_store:
+            del store
+        return rank.result(), time.monotonic() - began
 
 
-def test_a_phase_may_take_longer_than_the_time_out_while_it_moves() -> None:
-    code, printed, _ = watched("moves", lose_the_store=False)
-    assert code == 0
-    assert "came to its end" in printed
-    assert "error" not in printed
+def test_a_phase_may_take_longer_than_the_time_out_while_it_moves(tmp_path: Path) -> None:
+    done, _ = watched("moves", tmp_path, lose_the_store=False)
+    assert done.returncode == 0
+    assert "came to its end" in done.stdout
+    assert "error" not in done.stderr
 
 
-def test_a_rank_that_still_moves_does_without_the_store() -> None:
-    code, printed, _ = watched("moves", lose_the_store=True)
-    assert code == 0
-    assert "came to its end" in printed
+def test_a_rank_that_still_moves_does_without_the_store(tmp_path: Path) -> None:
+    done, _ = watched("moves", tmp_path, lose_the_store=True)
+    assert done.returncode == 0
+    assert "came to its end" in done.stdout
 
 
-def test_a_rank_that_stands_still_ends_though_the_store_is_gone() -> None:
-    code, printed, seconds = watched("stands still", lose_the_store=True)
-    assert code == 1
-    assert "error: nothing has moved in phase 'long' of step 7 for 3 s" in printed
-    assert "store on localhost does not answer" in printed
+def test_a_rank_that_stands_still_ends_though_the_store_is_gone(tmp_path: Path) -> None:
+    done, seconds = watched("stands still", tmp_path, lose_the_store=True)
+    assert done.returncode == 1
+    assert "error: nothing has moved in phase 'long' of step 7 for 3 s" in done.stderr
+    assert "store on localhost does not answer" in done.stderr
     assert seconds < 3 * TIMEOUT
 
 
-def test_ranks_that_watch_each_other_are_not_silent() -> None:
+@pytest.mark.launcher
+def test_ranks_that_watch_each_other_are_not_silent(tmp_path: Path) -> None:
     """Both stand still from the same moment on and look at each other at the same time."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.watch.test_watchdog", "lags"],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = torchrun("tests.watch.test_watchdog", "lags", tmp_path / "watching", timeout=100)
     assert done.returncode != 0
     named = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(named) == 1
@@ -113,4 +91,4 @@ def test_ranks_that_watch_each_other_are_not_silent() -> None:
 
 
 if __name__ == "__main__":
-    be_a_rank(sys.argv[1])
+    be_a_rank(sys.argv[1], Path(sys.argv[2]))
