@@ -30,6 +30,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,16 @@ def _manage(connection: socket.socket) -> int:
         folder, end = Path(request["folder"]), time.monotonic() + request["timeout"]
         for name in ("stdout", "stderr"):
             (folder / name).touch()
-        code, world = 0, request["world"]
-        if not world:
-            code = _wait([_fork(request, {})], end, folder, connection)
-            asked = folder / "world"
-            world = int(asked.read_text()) if asked.exists() else 0
-        if world:
-            code = _launch(request, world, end, connection)
+        code, world = 1, request["world"]
+        try:
+            if not world:
+                code = _wait([_fork(request, {})], end, folder, connection)
+                asked = folder / "world"
+                world = int(asked.read_text()) if asked.exists() else 0
+            if world:
+                code = _launch(request, world, end, connection)
+        except Exception:
+            _say(folder, traceback.format_exc())
         channel.write(f"{code}\n")
     return 0
 
@@ -282,18 +286,24 @@ def _wait(processes: Sequence[int], end: float, folder: Path, connection: socket
                 code = os.waitstatus_to_exitcode(status)
                 if code and not failed:
                     failed = code
+                    if code < 0:
+                        _say(folder, f"process {processes.index(process)} was ended by {signal.Signals(-code).name}")
                     _signal(alive, signal.SIGTERM)
                     end = min(end, time.monotonic() + _GRACE)
         if alive and time.monotonic() > end:
-            if not failed and folder.exists():
-                with (folder / "stderr").open("a") as err:
-                    err.write("\nthe test's time is up\n")
+            if not failed:
+                _say(folder, "the test's time is up")
             failed = failed or TIME_IS_UP
             _signal(alive, signal.SIGKILL)
             end = float("inf")
         if select.select([connection], [], [], 0.005)[0]:  # pytest has been killed
             _signal(alive, signal.SIGKILL)
     return failed
+
+
+def _say(folder: Path, line: str) -> None:
+    with suppress(FileNotFoundError), (folder / "stderr").open("a") as err:
+        err.write(f"\n{line}\n")
 
 
 def _signal(processes: set[int], number: int) -> None:
