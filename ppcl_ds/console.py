@@ -43,7 +43,7 @@ def run(app: typer.Typer) -> None:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    reporting.keep_in(reporting.of_job())
+    reporting.keep_in(reporting.of_job()).update()  # what an earlier start left is over
     try:
         app()
     except UserError as fault:
@@ -52,6 +52,8 @@ def run(app: typer.Typer) -> None:
         code = 2
     except SystemExit as way_out:
         code = int(way_out.code or 0)
+        if code and reporting.own.report.total and reporting.own.report.state == "running":
+            reporting.own.update(state="stopped", seconds_left=None)
     except Exception as fault:
         reporting.own.fail(f"{type(fault).__name__}: {brief(fault)}")
         if not launch.has_joined():

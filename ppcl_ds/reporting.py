@@ -25,7 +25,8 @@ class Report(BaseModel):
     """The content of the file.
 
     Attributes:
-        state: `stopped` is on request; started again, it goes on.
+        state: `stopped` is on request; started again, it goes on. What was killed says `running` for ever; the file's
+            age tells.
         what: is counted.
         samples_per_second: None where nobody measures it.
         seconds_left: None where it cannot be told yet, or nothing is left.
@@ -65,7 +66,8 @@ class Reporter:
         self.update(state="failed", fault=fault, seconds_left=None)
         if error_file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
             with suppress(OSError):
-                Path(error_file).write_text(json.dumps({"message": fault, "timestamp": int(time.time())}))
+                reply = {"message": {"message": fault, "extraInfo": {"timestamp": str(int(time.time()))}}}
+                atomic_write(Path(error_file), json.dumps(reply))
 
 
 own = Reporter()
@@ -86,6 +88,14 @@ def of_job() -> Path | None:
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
     return Path(os.environ["PPCL_SLURM"], "logs", f"{job}.json")
+
+
+def last_words(error_file: Path) -> str:
+    """What a rank has left where torchrun looks for it; empty where nothing can be read."""
+    try:
+        return str(json.loads(error_file.read_text())["message"]["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def read_report(path: Path) -> Report:

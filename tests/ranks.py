@@ -6,6 +6,8 @@ torchrun (`launch.on_ranks`) has its ranks forked instead. Where torchrun itself
 
 The server is one process for all of pytest, which it ends with. It imports, and nothing else: each request is answered
 by a fork of it, the manager, which forks the processes asked for, waits, ends all when one fails, and replies.
+Forks share the server's seed of string hashes, which torchrun's ranks do not: what hangs on the order of a set shows
+only in tests marked `launcher`.
 """
 
 from __future__ import annotations

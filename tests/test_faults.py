@@ -179,6 +179,7 @@ def test_every_rank_reports_the_fault_and_none_hangs(ready: Path) -> None:
     lines = done.stderr.splitlines()
     assert len([line for line in lines if line.startswith("error: ")]) == 2
     assert "exitcode  : 2" in done.stderr
+    assert "new message format" not in done.stderr, "torchrun reads the last words of a rank in its own format"
 
 
 def test_a_number_of_ranks_that_is_not_the_recipes_is_a_fault(ready: Path, monkeypatch: pytest.MonkeyPatch) -> None:

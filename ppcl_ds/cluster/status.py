@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from rich.table import Table
 from ppcl_ds.cluster import slurm
 from ppcl_ds.cluster.submitted import Queued, folder_of, need_chain
 from ppcl_ds.recipe import TrainingFolder
-from ppcl_ds.reporting import Report, read_report
+from ppcl_ds.reporting import Report, last_words, read_report
 
 _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
@@ -88,7 +87,7 @@ class Jobs:
         fine = {job.number for job in self.known if job.state == "COMPLETED"}
         outs = [out for out in self.outs if out.stem.removeprefix(f"{self.queued.step}-") not in fine]
         faults = [*map(_fault, outs), *(report.fault for report in self.reports)]
-        if all(job.over for job in self.known):
+        if self.known and all(job.over for job in self.known):
             faults += map(_last_line, outs)
         return next(filter(None, faults), "")
 
@@ -137,7 +136,8 @@ def _fault(out: Path) -> str:
         return f"rank {died[2]} on {died[1]}: {died[3]}"
     found = starts[-1].glob("*/*/attempt_0/*/error.json") if (starts := _starts(out)) else ()
     for file in sorted(found, key=lambda file: file.stat().st_mtime_ns):  # who failed first has written first
-        return f"{file.parents[3].name}, local rank {file.parent.name}: {json.loads(file.read_text())['message']}"
+        if words := last_words(file):
+            return f"{file.parents[3].name}, local rank {file.parent.name}: {words}"
     cancelled = _SLURM.search(text)
     return cancelled[1] if cancelled else ""
 

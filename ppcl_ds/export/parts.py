@@ -41,7 +41,9 @@ class Parts:
         """
         gone = unit.behaviour.parts(unit, self.ffn, self.text_only)
         if not gone:
-            raise UserError(f"unit '{unit.name}': the teacher's blocks have no such parts")
+            raise UserError(
+                f"unit '{unit.name}': the teacher's blocks have no such parts for kind {unit.behaviour.name}"
+            )
         return gone
 
     def holding(self, tail: str) -> str | None:
