@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import typer
 
 from ppcl_ds import console, reporting
 from ppcl_ds.errors import UserError
-from ppcl_ds.reporting import Report, read_report
+from ppcl_ds.reporting import Report, last_words, read_report
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def test_what_ends_a_command_is_its_last_word(
         console.run(app)
     found = read_report(path)
     assert (found.state, found.step, found.fault) == ("failed", 3, said)
-    assert json.loads((tmp_path / "error.json").read_text())["message"] == said
+    assert last_words(tmp_path / "error.json") == said
 
 
 def test_other_ranks_leave_only_their_last_words(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +69,7 @@ def test_other_ranks_leave_only_their_last_words(path: Path, tmp_path: Path, mon
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     reporting.keep_in(reporting.of_job()).fail("error: lost")
     assert not path.exists()
-    assert json.loads((tmp_path / "error.json").read_text())["message"] == "error: lost"
+    assert last_words(tmp_path / "error.json") == "error: lost"
 
 
 def test_without_a_job_there_is_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

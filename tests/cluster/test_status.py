@@ -42,7 +42,7 @@ def last_words(folder: Path, start: int, node: str, rank: int, words: str, secon
     """What a rank leaves where torchrun looks for it."""
     path = folder / "distill-7" / f"start-{start}" / node / "none_abc" / "attempt_0" / str(rank) / "error.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"message": words, "timestamp": seconds}))
+    path.write_text(json.dumps({"message": {"message": words, "extraInfo": {"timestamp": str(seconds)}}}))
     os.utime(path, (seconds, seconds))
 
 
