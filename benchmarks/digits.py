@@ -15,13 +15,13 @@ import torch
 import yaml
 from torch import nn
 
-from ppcl_ds.data.encoders import image_encoder
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.shipped import shipped
+from ppcl_ds.teacher.encoding import Decoder
 from ppcl_ds.teacher.heldout import mean_squared
+from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, load_plan
@@ -51,10 +51,10 @@ def write_recipe(run: Path, seed: int, steps: int, **plan: Any) -> Path:
     """
     recipe = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
     demo = Path(recipe["run"])
-    for needed in (demo / "teacher" / "config.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
+    for needed in (demo / "teacher" / "model_index.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
         if not needed.exists():
             raise UserError(f"{needed} is missing; run `make demo` first")
-    recipe |= {"run": str(run), "seed": seed, "demo": None, "topology": {"stages": 1}}
+    recipe |= {"run": str(run), "seed": seed, "demo": None, "finetune": None, "topology": {"stages": 1}}
     recipe["teacher"]["path"] = str(demo / "teacher")
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
     recipe["plan"] = {"variants": SIZES, **plan}
@@ -143,8 +143,8 @@ class Judge:
         recipe = recipe.model_copy(update={"seed": 0})
         teacher = open_teacher(recipe)
         self.dtype = DTYPES[recipe.teacher.precision]
-        self.bench = Bench(recipe, teacher.caller, torch.device("cpu"))
-        self.decode = image_encoder(recipe.data, torch.device("cpu")).decode
+        self.bench = Bench(recipe, teacher, torch.device("cpu"))
+        self.decode = Decoder(recipe.teacher.path)
         assert teacher.files.model_class is not None
         self.teacher = self.of(teacher.files.model_class.from_pretrained(teacher.files.folder))
 

@@ -73,8 +73,8 @@ def against_a_plain_loop(recipe: str, work: dict[str, Any], repeats: int) -> lis
     def plain_loop() -> None:
         for _ in range(load.micro_batches // load.stages):
             with torch.no_grad():
-                true = start.teacher.caller(teacher, batch.latents, batch.prompts, batch.sigmas)
-            own = start.teacher.caller(student, batch.latents, batch.prompts, batch.sigmas)
+                true = teacher(**batch.arguments | {"return_dict": False})[0]
+            own = student(**batch.arguments | {"return_dict": False})[0]
             (own - true).square().mean().backward()
         for parameter in student.parameters():
             parameter.grad = None

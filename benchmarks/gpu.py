@@ -22,12 +22,12 @@ from benchmarks.ranks import THREADS, device_here, run_ranks
 from benchmarks.step import WARM_UP, EngineStep, seconds_of
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
 from benchmarks.workload import Span, Workload, prepare, save_teacher
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.estimate.accelerators import accelerator_called
 from ppcl_ds.estimate.activations import LiveBytes
 from ppcl_ds.estimate.estimate import size
 from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.noising import DTYPES
 
 GIB = 2**30
 QWEN_IMAGE = Workload(
@@ -139,7 +139,7 @@ class Runs:
     def against_estimate(self, plain: dict[str, Any]) -> Row:
         """Peak memory of a step over what `ppcl estimate` says of the run."""
         # The accelerator decides whether it fits, not how much it is.
-        inputs = read_inputs(load_recipe(self.one), 1, 1, text_tokens=self.work.words)
+        inputs = read_inputs(load_recipe(self.one), 1, 1)
         estimate = size(inputs, accelerator_called("h100"))
         memory = estimate.memory
         note = f"worst phase of the estimate: {memory.worst}; {plain['device']}"

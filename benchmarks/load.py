@@ -14,12 +14,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import typer
 
 from benchmarks.ranks import run_ranks
 from benchmarks.table import JsonFile, Quick, Row, row, show
+from benchmarks.workload import save_pipeline
 from ppcl_ds.teacher.teacher import Teacher
 
 MIB = 2**20
@@ -92,13 +92,8 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
 
 def save_teacher(folder: Path, layers: int, dtype: torch.dtype) -> int:
     """Write a random teacher in files of 200 MB; returns the bytes of its parameters."""
-    heads = WIDTH // CONFIG["attention_head_dim"]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    model = diffusers.QwenImageTransformer2DModel(**CONFIG, num_attention_heads=heads, num_layers=layers)
-    torch.set_default_dtype(before)
-    model.save_pretrained(folder, max_shard_size="200MB")
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    size = {"num_attention_heads": WIDTH // CONFIG["attention_head_dim"], "num_layers": layers}
+    return save_pipeline(folder, CONFIG | size, dtype, shard="200MB")
 
 
 def main(json: JsonFile = None, quick: Quick = False) -> None:

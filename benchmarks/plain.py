@@ -17,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.workload import CHANNELS, Span, Workload
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.units.loss import boundary_loss
 
 CPU = torch.device("cpu")
@@ -90,10 +88,16 @@ class PlainStudents:
 
     @torch.no_grad()
     def forward(self, batch: Latents) -> Tensor:
-        """The teacher's velocity, (B, C, H, W)."""
-        mask = torch.ones(batch.embeds.shape[:2], dtype=torch.bool, device=batch.embeds.device)
-        caller = caller_for("QwenImageTransformer2DModel")
-        return caller(self.teacher, batch.noisy, Prompts(batch.embeds, mask), batch.sigmas)
+        """The teacher's velocity, packed, (B, H/2 * W/2, 4 C)."""
+        count, _, height, width = shape = batch.noisy.shape
+        return self.teacher(
+            hidden_states=diffusers.QwenImagePipeline._pack_latents(batch.noisy, *shape),
+            encoder_hidden_states=batch.embeds,
+            encoder_hidden_states_mask=None,  # as the stock pipeline says where no caption is padded
+            timestep=batch.sigmas,
+            img_shapes=[[(1, height // 2, width // 2)]] * count,
+            return_dict=False,
+        )[0]
 
     def loss(self, reading: Reading, place: int) -> Tensor:
         """The direction loss of unit number `place` at the end of its span, a scalar."""

@@ -123,7 +123,7 @@ def take_turns(recipe: str, work: dict[str, Any], repeats: int) -> dict[str, Any
     launch.join()
     load = Workload(**work)
     engine = EngineStep(Path(recipe))
-    students = PlainStudents(Path(recipe).parent / "teacher", engine.spans)
+    students = PlainStudents(engine.trainer.teacher.files.folder, engine.spans)
     teacher = _size(students.teacher)
     encoders = Encoders(load, teacher)
     theirs = PublishedStep(students, load, encoders)

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import typer
+import yaml
 
 from benchmarks.plain import Latents, PlainStudents
 from benchmarks.ranks import THREADS, run_ranks
@@ -28,6 +29,12 @@ from benchmarks.workload import Span, Workload, prepare
 
 WARM_UP = 2
 """Steps of each side before the clock starts: the sharded teacher records its order of gathers in the first ones."""
+
+USES = 4
+"""Steps for each teacher forward where it is used again."""
+
+TEACHER, UNITS = 99.0, 86.0
+"""TFLOP a sample of Qwen-Image at 1024 pixels: the teacher's forward, and 13 depth units trained with recomputation."""
 
 LIBRARY: dict[str, list[Span]] = {
     "minus25": [(1, 2), (8, 9), (10, 11)],
@@ -120,12 +127,18 @@ def against_bare_parts(recipe: str, work: dict[str, Any], repeats: int) -> list[
     return seconds
 
 
-def side_by_side(recipes: list[str], repeats: int) -> list[list[float]]:
-    """Seconds of the steps of several runs, side by side in one process; a rank's task."""
+def side_by_side(recipes: list[str], repeats: int, steps: int = 1) -> list[list[float]]:
+    """Seconds of so many steps of several runs, side by side in one process; a rank's task."""
     from ppcl_ds import launch
 
     launch.join()
-    seconds = time_in_turns([EngineStep(Path(recipe)) for recipe in recipes], repeats)
+    engines = [EngineStep(Path(recipe)) for recipe in recipes]
+
+    def taking(engine: EngineStep) -> None:
+        for _ in range(steps):
+            engine()
+
+    seconds = time_in_turns([partial(taking, engine) for engine in engines], repeats)
     launch.leave()
     return seconds
 
@@ -152,10 +165,27 @@ def variants_row(folder: Path, work: Workload, repeats: int) -> Row:
     return row_of_pairs("four variants / one variant", many, single, "s", note)
 
 
+def replay_row(folder: Path, work: Workload, repeats: int) -> Row:
+    """Samples a second that a unit sees with each teacher forward used four times, over none used again."""
+    recipes = [prepare(folder / name, work, {"minus50": LIBRARY["minus50"]}) for name in ("replay", "fresh")]
+    raw = yaml.safe_load(recipes[0].read_text())
+    raw["distill"]["replay"] = {"uses": USES, "ring": 2 * USES}
+    recipes[0].write_text(yaml.safe_dump(raw))
+    paths = [str(path) for path in recipes]
+    [seconds] = run_ranks("benchmarks.step:side_by_side", 1, recipes=paths, repeats=repeats, steps=USES)
+    samples = USES * work.micro_batches * work.micro_batch
+    rates = [[samples / each for each in side] for side in seconds]
+    published = (TEACHER + UNITS) / (TEACHER / USES + UNITS)
+    note = f"{work}; {len(LIBRARY['minus50'])} units; by FLOPs, the published plan of Qwen-Image gains {published:.2f}"
+    return row_of_pairs(f"each forward used {USES} times / once", rates[0], rates[1], "samples/s", note)
+
+
 def main(
     json: JsonFile = None,
     quick: Quick = False,
-    only: Annotated[str, typer.Option(help="Just this measurement: one, two (stages) or many (variants).")] = "",
+    only: Annotated[
+        str, typer.Option(help="Just this measurement: one, two (stages), many (variants) or replay.")
+    ] = "",
 ) -> None:
     """Time the engine's step against its bare parts, and four variants against one."""
     repeats = 2 if quick else 5
@@ -168,6 +198,7 @@ def main(
         "one": partial(overhead_row, work=work),
         "two": partial(overhead_row, work=merged),
         "many": partial(variants_row, work=many),
+        "replay": partial(replay_row, work=many),
     }
     with tempfile.TemporaryDirectory() as folder:
         names = [name for name in measurements if only in ("", name)]

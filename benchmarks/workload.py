@@ -1,4 +1,4 @@
-"""A run folder to time: a random Qwen-Image teacher of the size asked for, encoded shards, a plan, a recipe."""
+"""A run folder to time: a pipeline around a random Qwen-Image transformer of any size, shards, a plan, a recipe."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from PIL import Image
 
 from data_tools.encode import encode
 from data_tools.shard import shard
-from ppcl_ds.data.noising import DTYPES
+from ppcl_ds.demo.pipeline import DigitsPipeline, PixelVae, WordTable
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Precision
 from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 Span = tuple[int, int]
 
 CHANNELS = 3
-"""Latent channels."""
+"""Latent channels: pixels are the latents."""
 SAMPLES = 64
 """Images in the shards; read again and again."""
 
@@ -104,21 +105,44 @@ def prepare(
     path = run / "recipe.yaml"
     path.write_text(yaml.safe_dump(_recipe(run, work, list(variants), teacher, checkpointing)))
     recipe = load_recipe(path)
-    with redirect_stdout(StringIO()):  # they say what they wrote
+    with redirect_stdout(StringIO()):  # they say how far they are
         shard(recipe.data)
-        encode(recipe.data)
+        encode(recipe)
     plan_of(ModelFiles(teacher).class_name, work.blocks, variants).save(recipe.plan_file)
     return path
 
 
 def save_teacher(folder: Path, work: Workload) -> None:
-    """Write a random teacher, made in its own precision so that a large one is never there in float32."""
+    """Write the workload's random teacher; see `save_pipeline`."""
+    save_pipeline(folder, work.config, work.dtype, work.words)
+
+
+def save_pipeline(folder: Path, config: Mapping[str, Any], dtype: torch.dtype, words: int = 0, shard: str = "") -> int:
+    """Write a pipeline around a random Qwen-Image transformer; pixels are its latents, words its text tokens.
+
+    The transformer is made in its own dtype, so that a large one is never there in float32.
+
+    Args:
+        config: of the transformer.
+        words: text tokens of every caption; 0: as many as it has words.
+        shard: most bytes of a weights file, such as `200MB`; diffusers' own by default.
+
+    Returns:
+        Bytes of the transformer's parameters.
+    """
     torch.manual_seed(0)
     before = torch.get_default_dtype()
-    torch.set_default_dtype(work.dtype)
-    model = diffusers.QwenImageTransformer2DModel(**work.config)
+    torch.set_default_dtype(dtype)
+    model = diffusers.QwenImageTransformer2DModel(**config)
     torch.set_default_dtype(before)
-    model.save_pretrained(folder)
+    pipeline = DigitsPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=PixelVae(model.config.in_channels // 4),
+        text_encoder=WordTable(model.config.joint_attention_dim, max_tokens=words),
+        transformer=model,
+    )
+    pipeline.save_pretrained(folder, max_shard_size=shard or None)
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def plan_of(teacher: str, blocks: int, variants: Mapping[str, Sequence[Span]]) -> Plan:
@@ -153,8 +177,7 @@ def _recipe(run: Path, work: Workload, variants: Sequence[str], teacher: Path, c
             "source": "{run}/images",
             "shards": "{run}/shards",
             "heldout": 0.0,
-            "images": {"encoder": "pixels", "channels": CHANNELS, "size": work.side},
-            "captions": {"encoder": "table", "width": work.width},
+            "images": {"size": work.side},
         },
         "teacher": {"path": str(teacher), "precision": work.precision},
         "noise": {"caption_dropout": 0.0},  # every sample has the same number of tokens

@@ -33,16 +33,24 @@ Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the sum
 
 
 @app.command()
-def shard(recipe: RecipePath, workers: Workers = 0, json: Json = "") -> None:
+def shard(
+    recipe: RecipePath,
+    update: Annotated[
+        bool, typer.Option("--update", help="Take what is new or has changed in the source; keep the rest.")
+    ] = False,
+    workers: Workers = 0,
+    json: Json = "",
+) -> None:
     """Pack images and captions into tar shards.
 
-    Reads `data.source`, a folder, a table or webdataset shards, and writes `data.shards`/raw/: the original bytes,
+    Reads `data.source`, folders, tables or webdataset shards, and writes `data.shards`/raw/: the original bytes,
     split into train and heldout by a stable hash of the file name. Samples that cannot be used are skipped and named.
-    Interrupted, it goes on at the shard where it stopped; run again, it does nothing, unless the recipe has changed.
+    Interrupted, it goes on at the shard where it stopped. Run again, it does nothing, unless the recipe has changed,
+    but says whether the source has.
     """
     from data_tools.shard import shard as write_shards
 
-    _tell(json, lambda: write_shards(load_recipe(recipe).data, _processes(workers)))
+    _tell(json, lambda: write_shards(load_recipe(recipe).data, _processes(workers), update))
 
 
 @app.command()
@@ -55,14 +63,14 @@ def encode(
 ) -> None:
     """Encode the shards once, so that training never runs an image or text encoder.
 
-    Reads `data.shards`/raw/ and writes `data.shards`/encoded/: for every sample its latents and prompt embeddings, as
-    `data.images` and `data.captions` say. A Slurm job array or torchrun divides the shards over its tasks; whichever
-    task is the last writes the index. Interrupted, it goes on at the shard where it stopped; run again, it encodes
-    only what has changed.
+    Reads `data.shards`/raw/ and writes `data.shards`/encoded/: for every sample its latents and its text, as the VAE
+    and the text encoders of the teacher's pipeline make them. A Slurm job array or torchrun divides the shards over
+    its tasks; whichever is the last writes the index. Interrupted, it goes on at the shard where it stopped; run
+    again, it encodes only what has changed.
     """
     from data_tools.encode import encode as write_encoded
 
-    _tell(json, lambda: write_encoded(load_recipe(recipe).data, keep_images, workers, part))
+    _tell(json, lambda: write_encoded(load_recipe(recipe), keep_images, workers, part))
 
 
 @app.command()

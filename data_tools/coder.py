@@ -1,140 +1,122 @@
-"""Samples of a raw shard through both encoders: grouped by size into batches, given back in stored order.
-
-Shapes: C latent channels, H and W latent height and width, S text tokens, E embedding channels, P pooled channels.
-"""
+"""Samples of a raw shard through the pipeline's encoders, one by one, in stored order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 
-import safetensors.torch
-import torch
 from PIL import Image
 from torch import Tensor
 
-from data_tools.samples import caption_parts, captions_of, image_suffix
+from data_tools.samples import SOURCE, caption_parts, captions_of, frames_of, image_suffix
 from ppcl_ds.data import images as pictures
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, without_padding
-from ppcl_ds.data.index import Member
-
-BATCH = 32
-"""Samples that go through the encoders together."""
-
-_WINDOW = 8 * BATCH
-"""Samples that are held at a time, so that those of one size meet in a batch."""
+from ppcl_ds.data.batch import Size
+from ppcl_ds.data.clips import is_clip
+from ppcl_ds.data.index import SIZE, Member
+from ppcl_ds.data.stored import EMPTY, Stored
+from ppcl_ds.errors import UserError
+from ppcl_ds.teacher.encoding import Encoder
 
 
 @dataclass
 class Item:
-    """A sample on its way.
+    """A sample, encoded or not.
 
     Attributes:
         name: `shard:key`.
         parts: what will be stored.
-        captions: by name, the main one first.
-        image: RGB, of a bucket's size.
         why: what speaks against the sample.
     """
 
     key: str
     name: str
     parts: dict[str, bytes] = field(default_factory=dict)
-    captions: dict[str, str] = field(default_factory=dict)
-    image: Image.Image | None = None
     why: str = ""
 
 
 @dataclass
 class Coder:
-    """Both encoders at work on the samples of a shard."""
+    """A pipeline's encoders at work on the samples of a shard.
 
-    images: ImageEncoder
-    captions: TextEncoder
+    Args:
+        frames: `data.images.frames`.
+    """
+
+    encoder: Encoder
     buckets: pictures.Buckets
+    frames: int
     keep_images: bool
+    longer: int = 0
+    """Captions so far that are longer than the encoder reads."""
 
-    def items(self, stored: Iterator[tuple[Member, dict[str, bytes]]], shard_name: str) -> Iterator[Item]:
-        """Samples in stored order, encoded, or with what speaks against it."""
-        while window := list(islice(stored, _WINDOW)):
-            items = [Item(member.key, f"{shard_name}:{member.key}") for member, _ in window]
-            waiting: dict[tuple[int, int], list[Item]] = {}
-            for item, (_, parts) in zip(items, window, strict=True):
-                try:
-                    item.captions = captions_of(parts)
-                    item.image = self._fitted(parts)
-                except ValueError as fault:
-                    item.why = str(fault)
-                    continue
-                suffix = image_suffix(parts)
-                item.parts = caption_parts(item.captions) | ({suffix: parts[suffix]} if self.keep_images else {})
-                same_size = waiting.setdefault(item.image.size, [])
-                same_size.append(item)
-                if len(same_size) == BATCH:
-                    self._encode(waiting.pop(item.image.size))
-            for same_size in waiting.values():
-                self._encode(same_size)
-            yield from items
+    def items(self, stored: Iterable[tuple[Member, dict[str, bytes]]], shard_name: str) -> Iterator[Item]:
+        """Samples in stored order, encoded, or with what speaks against it.
 
-    def _fitted(self, parts: dict[str, bytes]) -> Image.Image:
-        suffix = image_suffix(parts)
+        Raises:
+            UserError: there is a clip, and the pipeline draws none, or the recipe asks for none.
+        """
+        for member, parts in stored:
+            item = Item(member.key, f"{shard_name}:{member.key}")
+            try:
+                self._encode(item, parts)
+            except ValueError as fault:
+                item.why = str(fault)
+            yield item
+
+    def _encode(self, item: Item, parts: dict[str, bytes]) -> None:
+        """Give a sample what will be stored.
+
+        Raises:
+            ValueError: it cannot be used; the message says why.
+        """
+        captions = captions_of(parts)
+        clip = [] if SIZE in parts else self._fitted(parts, image_suffix(parts), item.name)
+        size = self._asked_for(parts[SIZE]) if SIZE in parts else Size(clip[0].height, clip[0].width, len(clip))
+        size = Size(size.height, size.width, self.encoder.frames(size))
+        source = None
+        if self.encoder.reads_sources(size):
+            suffix = image_suffix(parts, SOURCE)
+            source = clip[0] if clip and not suffix else self._fitted(parts, suffix, item.name)[0]
+        latents = self.encoder.latents([clip[: size.frames]])[0] if clip else self.encoder.no_latents(size)
+        self.longer += self.encoder.longer([text.strip() for text in captions.values()])
+        prompts = {
+            "" if not place else name: self.encoder.prompt(text.strip(), size, source)
+            for place, (name, text) in enumerate(captions.items())
+        }
+        if source is not None:
+            prompts[EMPTY] = self.encoder.prompt("", size, source)
+        bad = [name or "caption" for name, prompt in prompts.items() if not _finite(*prompt.tensors())]
+        if bad or not _finite(latents):
+            raise ValueError(f"NaN or infinity in its {', '.join(['latents'] if not _finite(latents) else bad)}")
+        kept = [image_suffix(parts), image_suffix(parts, SOURCE)] if self.keep_images else []
+        item.parts = caption_parts(captions) | {suffix: parts[suffix] for suffix in kept if suffix}
+        item.parts["safetensors"] = Stored(latents, size, prompts).write()
+
+    def _asked_for(self, size: bytes) -> Size:
+        """The size at which a caption without an image is drawn.
+
+        Raises:
+            UserError: the pipeline does not draw at it.
+        """
+        height, width, frames = (*map(int, size.decode().split("x")), 1)[:3]
+        asked = Size(height, width, frames)
+        if asked.frames > 1 and (fits := self.encoder.frames(asked)) != asked.frames:
+            raise UserError(f"data.sizes: {size.decode()}: the pipeline draws {fits} frames, not {asked.frames}")
+        return asked
+
+    def _fitted(self, parts: dict[str, bytes], suffix: str, name: str) -> list[Image.Image]:
+        """The first frames of a clip, or an image, at their bucket's size."""
         if not suffix:
             raise ValueError("it has no image")
-        try:
-            return self.buckets.fit(pictures.as_rgb(pictures.decode(parts[suffix])))
-        except ValueError as fault:
-            raise ValueError(f"the {suffix} image {fault}") from None
-
-    def _encode(self, items: list[Item]) -> None:
-        """Give the items, pictures of one size, their tensors; their captions go through the encoder together."""
-        latents = self.images.encode([item.image for item in items if item.image is not None])  # (B, C, H, W)
-        texts = [text.strip() for item in items for text in item.captions.values()]
-        prompts = [
-            row
-            for start in range(0, len(texts), BATCH)
-            for row in _rows(self.captions.encode(texts[start : start + BATCH]))
-        ]
-        rows = iter(prompts)
-        for latent, item in zip(latents, items, strict=True):
-            tensors = {"latents": latent}
-            for name in item.captions:
-                tensors |= _prompt_tensors(next(rows), f".{name}" if len(tensors) > 1 else "")
-            stored = _stored(tensors)
-            bad = [name for name, tensor in stored.items() if not bool(tensor.isfinite().all())]
-            if bad:
-                item.why = f"NaN or infinity in its {', '.join(bad)}"
-            item.parts["safetensors"] = safetensors.torch.save(stored)
-            item.image = None
+        if is_clip(suffix):
+            pipe = self.encoder.call
+            if not pipe.draws_clips:
+                raise UserError(f"{name} is a clip (.{suffix}), but {type(pipe.pipe).__name__} draws images")
+            if self.frames == 1:
+                raise UserError(f"{name} is a clip (.{suffix}); set data.images.frames to the most frames of a clip")
+        return [self.buckets.fit(frame) for frame in islice(frames_of(parts, suffix), self.frames)]
 
 
-def _rows(prompts: Prompts) -> list[Prompts]:
-    """Prompts one by one, as long as they are stored."""
-    return [
-        without_padding(
-            replace(
-                prompts,
-                embeds=prompts.embeds[row : row + 1],
-                mask=None if prompts.mask is None else prompts.mask[row : row + 1],
-                pooled=None if prompts.pooled is None else prompts.pooled[row : row + 1],
-            )
-        )
-        for row in range(len(prompts.embeds))
-    ]
-
-
-def _prompt_tensors(prompt: Prompts, name: str = "") -> dict[str, Tensor]:
-    """A prompt with B = 1, as it is stored."""
-    tensors = {f"prompt_embeds{name}": prompt.embeds[0]}
-    return tensors if prompt.pooled is None else {**tensors, f"pooled{name}": prompt.pooled[0]}
-
-
-def _stored(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()}
-
-
-def empty_caption(captions: TextEncoder) -> bytes:
-    """The encoded empty caption, as a safetensors file."""
-    (prompt,) = _rows(captions.encode([""]))
-    return safetensors.torch.save(_stored(_prompt_tensors(prompt)))
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -11,15 +11,17 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
 
 from data_tools import shard
-from data_tools.coder import Coder, empty_caption
+from data_tools.coder import Coder
 from data_tools.samples import (
+    SOURCE,
+    image_suffix,
     latent_shape,
     members_of,
     read_parts,
@@ -30,29 +32,30 @@ from data_tools.summary import Summary, check_bad, named, write_log
 from data_tools.work import digest_of, own_part, partial_name, spread, sweep, worker_number, write_shared
 from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
-from ppcl_ds.data import images as images
-from ppcl_ds.data.encoders import ImageEncoder, TextEncoder, image_encoder, text_encoder
+from ppcl_ds.data import images
+from ppcl_ds.data.batch import Size
 from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
+from ppcl_ds.data.stream import TEXTS
 from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Data
+from ppcl_ds.sections import Teacher as TeacherSection
+from ppcl_ds.teacher.encoding import Encoder
 
 COMMAND = "ppcl-data encode"
-_EMPTY = "empty.safetensors"
 
 
-def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = "") -> Summary:
-    """Write `data.shards/encoded/`: one shard for each raw one, `empty.safetensors` and `index.json`.
+def encode(recipe: Recipe, keep_images: bool = False, workers: int = 1, part: str = "") -> Summary:
+    """Write `data.shards/encoded/`: one shard for each raw one, `texts.safetensors` and `index.json`.
 
     Every sample has the members KEY.txt, its main caption, KEY.json, all of its captions where it has several, and
-    KEY.safetensors, in bfloat16: `latents` (C, H, W), `prompt_embeds` (S, E) at the caption's own length and, for
-    families that have one, `pooled` (P,); for each further caption `prompt_embeds.NAME` and `pooled.NAME`. The empty
-    caption is encoded likewise, without latents. Samples that cannot be encoded are left out and named.
+    KEY.safetensors, in bfloat16, see `ppcl_ds.data.stored`. Samples that cannot be encoded are left out and named.
 
     A run that was killed goes on at the shard where it was; shards are encoded again when the recipe's encoders or
     their raw shard have changed, and only then. Any part may be run any number of times, and at any time.
 
     Args:
-        data: the recipe's section.
+        recipe: the run; its teacher's pipeline encodes.
         keep_images: store the original image beside its latents.
         workers: processes that encode, each with encoders of its own.
         part: `i/n`, every n-th shard; empty: as Slurm says, else all. The ranks of torchrun divide it further.
@@ -61,10 +64,12 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
         UserError: there are no raw shards, one is not as its index says, an encoder cannot be had, or more than
             `data.max_bad_fraction` of the samples cannot be encoded.
     """
+    data, teacher = recipe.data, recipe.teacher
     number, parts = own_part(part)
     raw, encoded = data.shards / "raw", data.shards / "encoded"
     source = Index.read(raw / "index.json", shard.COMMAND)
-    settings: dict[str, object] = data.model_dump(mode="json", include={"images", "captions", "pipeline"})
+    settings: dict[str, object] = data.model_dump(mode="json", include={"images"})
+    settings |= teacher.model_dump(mode="json", include={"path", "component", "options"})
     settings["keep_images"] = keep_images
     folder = _Folder(encoded, digest_of(settings), source.shards)
     folder.sweep()
@@ -73,14 +78,17 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
         return Summary(
             f"{encoded}: already encoded, and neither the encoders nor the raw shards have changed",
             _figures(index.samples, 0, index.skipped, []),
+            shard.news(data) if number == 1 else [],
         )
     (encoded / "entries").mkdir(parents=True, exist_ok=True)
     (encoded / "index.json").unlink(missing_ok=True)
 
     own = source.shards[number - 1 :: parts]
-    if number == 1 and folder.done(_EMPTY) is None:
-        _write_empty(folder, data)
-    jobs = [_Job(entry, data, keep_images, folder.settings) for entry in own if folder.done(entry.name) is None]
+    if number == 1 and folder.done(TEXTS) is None:
+        _write_texts(folder, data, teacher)
+    jobs = [
+        _Job(entry, data, teacher, keep_images, folder.settings) for entry in own if folder.done(entry.name) is None
+    ]
     total = sum(entry.samples for entry in source.shards)
     log = encoded / "skipped.log"
     bad = [line for entry in own if (known := folder.done(entry.name)) for line in known.skipped]
@@ -96,9 +104,9 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
 
     every = {entry.name: folder.done(entry.name) for entry in source.shards}
     missing = [name for name, done in every.items() if done is None]
-    if missing or folder.done(_EMPTY) is None:
+    if missing or folder.done(TEXTS) is None:
         figures = _figures(sum(entry.samples for entry in own) - len(bad), len(jobs), bad, missing)
-        others = f"{len(missing)} shards of other parts are still missing" if missing else f"{_EMPTY} is still missing"
+        others = f"{len(missing)} shards of other parts are still missing" if missing else f"{TEXTS} is still missing"
         return Summary(
             f"{encoded}: part {number}/{parts} is through; {others}", figures, named(bad, encoded / "entries")
         )
@@ -107,15 +115,17 @@ def encode(data: Data, keep_images: bool = False, workers: int = 1, part: str = 
     check_bad(skipped, total, data.max_bad_fraction, log)
     index = Index(shards=[done.entry for done in entries if done.entry], settings=settings, skipped=skipped)
     folder.publish(index)
+    longer = sum(done.longer for done in entries)
+    cut = [f"{longer} captions are longer than the text encoder reads, and were cut"] if longer else []
     return Summary(
         f"{encoded}: {index.samples} samples (shards: {len(index.shards)})",
         _figures(index.samples, len(jobs), skipped, []),
-        named(skipped, log),
+        cut + named(skipped, log) + shard.news(data),
     )
 
 
 class _Done(BaseModel):
-    """What `entries/NAME.json` says: a shard, or the empty caption, is encoded."""
+    """What `entries/NAME.json` says: a shard, or what all samples share, is encoded."""
 
     settings: str
     """Digest of what it was encoded with."""
@@ -123,6 +133,8 @@ class _Done(BaseModel):
     entry: ShardEntry | None
     """None where none of its samples could be encoded."""
     skipped: list[str]
+    longer: int = 0
+    """Captions that were cut."""
 
 
 @dataclass
@@ -153,7 +165,7 @@ class _Folder:
         index = Index.read(self.path / "index.json", COMMAND)
         every = [self.done(entry.name) for entry in self.raw]
         same = index.settings == settings and index.shards == [done.entry for done in every if done and done.entry]
-        return index if same and None not in every and self.done(_EMPTY) else None
+        return index if same and None not in every and self.done(TEXTS) else None
 
     def write_done(self, name: str, done: _Done) -> None:
         """Say that a shard is encoded."""
@@ -167,7 +179,7 @@ class _Folder:
     def publish(self, index: Index) -> None:
         """Write the index, and remove what is no part of it: shards of earlier settings, leftovers of killed runs."""
         self.sweep()
-        names = {entry.name for entry in self.raw} | {_EMPTY}
+        names = {entry.name for entry in self.raw} | {TEXTS}
         for entry in (self.path / "entries").glob("*.json"):
             name = entry.name.removesuffix(".json")
             if name not in names:
@@ -188,6 +200,7 @@ class _Job:
 
     raw: ShardEntry
     data: Data
+    teacher: TeacherSection
     keep_images: bool
     settings: str
 
@@ -220,7 +233,8 @@ def _encode(job: _Job, advance: Advance) -> _Done:
         advance(job.samples)
         return known
     members = _checked(path, job.raw)
-    coder = Coder(*_encoders(job.data, _device()), _buckets(job.data), job.keep_images)
+    encoder = _encoder(job.teacher.model_dump_json(), _device(), any(map(_has_images, members)))
+    coder = Coder(encoder, _buckets(job.data, encoder), job.data.images.frames, job.keep_images)
     skipped: list[str] = []
     shapes: dict[str, list[int]] = {}
     written = 0
@@ -253,7 +267,7 @@ def _encode(job: _Job, advance: Advance) -> _Done:
     else:
         partial.unlink()
         target.unlink(missing_ok=True)
-    done = _Done(settings=job.settings, raw_sha256=job.raw.sha256, entry=entry, skipped=skipped)
+    done = _Done(settings=job.settings, raw_sha256=job.raw.sha256, entry=entry, skipped=skipped, longer=coder.longer)
     folder.write_done(target.name, done)
     return done
 
@@ -275,9 +289,19 @@ def _checked(path: Path, entry: ShardEntry) -> list[Member]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoders(data: Data, device: str) -> tuple[ImageEncoder, TextEncoder]:
-    """Loaded once in a process."""
-    return image_encoder(data, device), text_encoder(data, device)
+def _encoder(teacher: str, device: str, pictures: bool) -> Encoder:
+    """Loaded once in a process.
+
+    Args:
+        teacher: the recipe's section, as JSON.
+        pictures: whether images will be encoded, too.
+    """
+    settings = TeacherSection.model_validate_json(teacher)
+    return Encoder(settings.path, settings.component, settings.options, device, pictures)
+
+
+def _has_images(member: Member) -> bool:
+    return bool(image_suffix(member.parts) or image_suffix(member.parts, SOURCE))
 
 
 def _device() -> str:
@@ -287,17 +311,32 @@ def _device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', worker_number())) % torch.cuda.device_count()}"
 
 
-def _buckets(data: Data) -> images.Buckets:
-    return images.Buckets(data.images.size, data.images.max_aspect, data.images.step)
+def _buckets(data: Data, encoder: Encoder) -> images.Buckets:
+    """The recipe's, in steps that suit the pipeline.
+
+    Raises:
+        UserError: the recipe's size is no multiple of them.
+    """
+    usual = 2 * encoder.factor if encoder.factor == 1 else max(64, 2 * encoder.factor)
+    sizes, step = data.images, data.images.step or usual
+    if sizes.size % step:
+        raise UserError(
+            f"data.images.size {sizes.size} is not a multiple of {step}; set data.images.step, or another size"
+        )
+    return images.Buckets(sizes.size, sizes.max_aspect, step)
 
 
 @_telling_when_memory_ends()
-def _write_empty(folder: _Folder, data: Data) -> None:
-    _, captions = _encoders(data, _device())
-    path = folder.path / _EMPTY
-    write_shared(path, empty_caption(captions))
+def _write_texts(folder: _Folder, data: Data, teacher: TeacherSection) -> None:
+    path = folder.path / TEXTS
+    pictures = not data.sizes or any(
+        map(_has_images, _checked(data.shards / "raw" / folder.raw[0].name, folder.raw[0]))
+    )
+    encoder = _encoder(teacher.model_dump_json(), _device(), pictures)
+    most = Size(data.images.size, data.images.size, data.images.frames)
+    write_shared(path, encoder.texts(replace(most, frames=encoder.frames(most))))
     entry = describe(path, [])
-    folder.write_done(_EMPTY, _Done(settings=folder.settings, raw_sha256="", entry=entry, skipped=[]))
+    folder.write_done(TEXTS, _Done(settings=folder.settings, raw_sha256="", entry=entry, skipped=[]))
 
 
 def _figures(samples: int, encoded: int, skipped: list[str], missing: list[str]) -> dict[str, object]:

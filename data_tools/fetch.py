@@ -37,7 +37,7 @@ def shard_files(source: str, fetched: Path, workers: int = 1) -> list[tuple[str,
     try:
         urls = expand_urls(source)
     except ValueError as fault:
-        raise UserError(f"{source}: {fault}") from None
+        raise UserError(f"{source}: {brief(fault)}") from None
     if not any(REMOTE.match(url) for url in urls):
         paths = [
             Path(match) for url in urls for match in ([url] if Path(url).exists() else sorted(glob.glob(url)) or [url])

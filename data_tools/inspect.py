@@ -14,10 +14,11 @@ from pydantic import BaseModel
 from rich.table import Table
 
 from data_tools.samples import (
+    SOURCE,
     captions_of,
+    header_of,
     image_suffix,
     latent_shape,
-    picture_header,
     read_parts,
     tensor_shapes,
 )
@@ -26,7 +27,7 @@ from data_tools.summary import Summary, named
 from data_tools.work import Journal, digest_of, spread
 from ppcl_ds.console import Advance
 from ppcl_ds.data.index import Index, scan
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, problem, shown
 
 _ASPECTS = (0.5, 2 / 3, 0.9, 1 / 0.9, 1.5, 2.0)
 """Where the columns of the histogram of width over height end."""
@@ -36,12 +37,12 @@ _SHOWN = 12
 
 
 def inspect(folder: Path, sheet: Path | None = None, samples: int = 64, workers: int = 1) -> Summary:
-    """Count what is in the shards of a folder. All bytes are read; of pictures and tensors, headers alone are decoded.
+    """Count what is in the shards of a folder. All bytes are read; of images and tensors, headers alone are decoded.
 
     Args:
         folder: shards, or a folder with `encoded/` or `raw/`, of which the encoded ones are taken first.
         sheet: a contact sheet, `.html` or `.png`.
-        samples: pictures on it, evenly spread over all shards.
+        samples: images on it, evenly spread over all shards.
         workers: processes that read shards.
 
     Raises:
@@ -89,9 +90,11 @@ class _Seen(BaseModel):
 
     samples: int = 0
     bytes: int = 0
-    pictures: dict[str, int] = {}
+    images: dict[str, int] = {}
     """`640x480` -> how many."""
     modes: dict[str, int] = {}
+    frames: dict[int, int] = {}
+    """Of a clip; an image has one."""
     latents: dict[str, int] = {}
     """`16x128x96` -> how many."""
     characters: dict[str, dict[int, int]] = {}
@@ -125,14 +128,17 @@ def _look_at(seen: _Seen, parts: Mapping[str, bytes], name: str) -> None:
         _note(seen, name, str(fault))
     for caption, text in captions.items():
         _count(seen.characters.setdefault(caption, {}), len(text.strip()))
-    if suffix := image_suffix(parts):
+    own = image_suffix(parts)
+    for suffix in filter(None, (own, image_suffix(parts, SOURCE))):
         try:
-            width, height, mode = picture_header(parts[suffix])
+            header = header_of(parts, suffix)
         except ValueError as fault:
-            _note(seen, name, f"the {suffix} image {fault}")
-        else:
-            _count(seen.pictures, f"{width}x{height}")
-            _count(seen.modes, mode)
+            _note(seen, name, str(fault))
+            continue
+        if suffix == own:
+            _count(seen.images, f"{header.width}x{header.height}")
+            _count(seen.modes, header.mode)
+            _count(seen.frames, header.frames)
     if "safetensors" not in parts:
         return
     try:
@@ -142,14 +148,15 @@ def _look_at(seen: _Seen, parts: Mapping[str, bytes], name: str) -> None:
         _note(seen, name, str(fault))
         return
     for tensor, shape in shapes.items():
-        kind, _, caption = tensor.partition(".")
-        if kind == "prompt_embeds" and shape:
-            _count(seen.tokens.setdefault(caption or next(iter(captions), "caption"), {}), shape[0])
+        kind, _, rest = tensor.partition(".")
+        caption, _, place = rest.rpartition(".")
+        if kind == "text" and place == "0" and len(shape) > 1:  # the first of what `encode_prompt` returned
+            _count(seen.tokens.setdefault(caption or next(iter(captions), "caption"), {}), shape[1])
 
 
 def _note(seen: _Seen, name: str, why: str) -> None:
-    _count(seen.lacking, why)
-    seen.problems.append(f"{name}: {why}")
+    _count(seen.lacking, shown(why))
+    seen.problems.append(problem(name, why))
 
 
 def _count(counts: dict[Any, int], what: str | int) -> None:
@@ -164,7 +171,7 @@ def _figures(paths: list[Path], seen: list[_Seen]) -> dict[str, Any]:
         counts["samples"] += shard.samples
         counts["shards"] += 1
         counts["bytes"] += shard.bytes
-    sizes = _sum(shard.pictures for shard in seen)
+    sizes = _sum(shard.images for shard in seen)
     latents = _sum(shard.latents for shard in seen)
     sides = np.array([[*map(int, size.split("x")), n] for size, n in (sizes or _flat(latents)).items()]).reshape(-1, 3)
     aspects = np.digitize(sides[:, 0] / sides[:, 1], _ASPECTS)
@@ -172,8 +179,9 @@ def _figures(paths: list[Path], seen: list[_Seen]) -> dict[str, Any]:
     return {
         "splits": splits,
         "shard_bytes": _spread(Counter(shard.bytes for shard in seen)),
-        "pictures": sizes,
+        "images": sizes,
         "modes": _sum(shard.modes for shard in seen),
+        "frames": _sum(shard.frames for shard in seen),
         "latents": latents,
         "aspects": {
             label: int(sides[aspects == column, 2].sum()) for column, label in enumerate(_aspect_labels()) if len(sides)
@@ -212,10 +220,10 @@ def _spread(counts: Mapping[int, int]) -> dict[str, float] | None:
 
 
 def _flat(latents: Mapping[str, int]) -> dict[str, int]:
-    """Latent shapes C x H x W as sizes, width first."""
+    """Latent shapes C (x F) x H x W as sizes, width first."""
     flat: dict[str, int] = {}
     for shape, count in latents.items():
-        _, height, width = shape.split("x")
+        *_, height, width = shape.split("x")
         flat[f"{width}x{height}"] = flat.get(f"{width}x{height}", 0) + count
     return flat
 
@@ -232,9 +240,10 @@ def _tables(figures: dict[str, Any]) -> list[Table]:
     tables = [splits]
     most = max(figures["aspects"].values(), default=0)
     for title, counts in (
-        ("picture (width x height)", figures["pictures"]),
+        ("image (width x height)", figures["images"]),
         ("mode", figures["modes"]),
-        ("latents (C x H x W)", figures["latents"]),
+        ("frames", figures["frames"] if set(figures["frames"]) - {1} else {}),
+        ("latents (C (x F) x H x W)", figures["latents"]),
         ("width / height", figures["aspects"]),
         ("lacking", figures["lacking"]),
     ):

@@ -15,10 +15,10 @@ import numpy as np
 import safetensors.torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from data_tools.samples import captions_of, image_suffix, read_parts
+from data_tools.samples import captions_of, frames_of, image_suffix, read_parts
 from ppcl_ds.atomic import atomic_write
-from ppcl_ds.data import images as pictures
 from ppcl_ds.data.index import scan
+from ppcl_ds.errors import brief
 
 _SIDE = 160
 """Pixels of a thumbnail's longest side."""
@@ -49,14 +49,14 @@ class Card:
 
     name: str
     captions: dict[str, str]
-    picture: Image.Image
+    image: Image.Image
     latent: bool
 
     @property
     def png(self) -> str:
         """The thumbnail in base64."""
         file = io.BytesIO()
-        self.picture.save(file, "PNG")
+        self.image.save(file, "PNG")
         return base64.b64encode(file.getvalue()).decode()
 
 
@@ -66,7 +66,7 @@ def write_sheet(path: Path, shards: Sequence[tuple[Path, int]], count: int) -> s
     Args:
         path: `.html` or `.png`.
         shards: the tars, and how many samples each has.
-        count: pictures on the sheet; all, where there are fewer.
+        count: images on the sheet; all, where there are fewer.
 
     Returns:
         What can be seen on it.
@@ -104,21 +104,22 @@ def _card(name: str, parts: dict[str, bytes]) -> Card:
     try:
         captions = captions_of(parts)
     except ValueError as fault:
-        captions = {"": f"({fault})"}
+        captions = {"": f"({brief(fault)})"}
     suffix = image_suffix(parts)
     try:
-        picture = pictures.as_rgb(pictures.decode(parts[suffix])) if suffix else _latent(parts["safetensors"])
+        image = next(frames_of(parts, suffix)) if suffix else _latent(parts["safetensors"])
     except Exception as fault:  # a damaged sample has its place on the sheet, and a grey square
-        return Card(name, {**captions, "": f"({fault})"}, Image.new("RGB", (_SIDE, _SIDE), "#ccc"), not suffix)
-    if max(picture.size) < _SIDE // 2:
-        scale = _SIDE // max(picture.size)
-        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    return Card(name, captions, ImageOps.contain(picture, (_SIDE, _SIDE)), not suffix)
+        return Card(name, {**captions, "": f"({brief(fault)})"}, Image.new("RGB", (_SIDE, _SIDE), "#ccc"), not suffix)
+    if max(image.size) < _SIDE // 2:
+        scale = _SIDE // max(image.size)
+        image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+    return Card(name, captions, ImageOps.contain(image, (_SIDE, _SIDE)), not suffix)
 
 
 def _latent(data: bytes) -> Image.Image:
-    """The first three channels of (C, H, W) latents as colours; one channel as grey."""
-    latents = safetensors.torch.load(data)["latents"].float().numpy()  # (C, H, W)
+    """The first three channels of (C, H, W) or (C, F, H, W) latents as colours; one channel as grey."""
+    latents = safetensors.torch.load(data)["latents"].float().numpy()
+    latents = latents[:, 0] if latents.ndim == 4 else latents  # (C, H, W)
     shown = latents[:3] if len(latents) >= 3 else latents[[0, 0, 0]]  # (3, H, W)
     low, high = (f(shown, axis=(1, 2), keepdims=True) for f in (np.nanmin, np.nanmax))
     scaled = np.nan_to_num((shown - low) / np.maximum(high - low, 1e-6)).clip(0, 1)
@@ -133,7 +134,7 @@ def _grid(cards: Sequence[Card]) -> Image.Image:
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 10)
     for number, card in enumerate(cards):
         left, top = number % columns * width + 8, number // columns * height + 8
-        sheet.paste(card.picture, (left + (_SIDE - card.picture.width) // 2, top))
+        sheet.paste(card.image, (left + (_SIDE - card.image.width) // 2, top))
         text = [card.name, *(line for caption in card.captions.values() for line in wrap(caption, 27))]
         draw.multiline_text((left, top + _SIDE + 4), "\n".join(line[:27] for line in text[:6]), "black", font)
     return sheet

@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
 from data_tools.index import shapes_of
-from data_tools.samples import captions_of, image_suffix, read_parts, write_tar
+from data_tools.samples import SOURCE, captions_of, frames_of, header_of, image_suffix, read_parts, write_tar
 from data_tools.summary import Summary
 from data_tools.work import Journal, digest_of, spread
 from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
-from ppcl_ds.data import images as images
-from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
-from ppcl_ds.errors import UserError, brief
+from ppcl_ds.data.index import SIZE, Index, Member, ShardEntry, describe, scan
+from ppcl_ds.data.stored import EMPTY, Stored, Texts
+from ppcl_ds.data.stream import TEXTS
+from ppcl_ds.errors import UserError, problem
 
-_EMPTY = "empty.safetensors"
+_SHOWN = 200
+"""Problems that are printed."""
 
 
 def verify(folder: Path, repair: Path | None = None, workers: int = 1) -> Summary:
@@ -75,7 +75,8 @@ def verify(folder: Path, repair: Path | None = None, workers: int = 1) -> Summar
         "shards": count,
         "repaired": str(repair) if repair is not None else None,
     }
-    lines = problems + ([f"clean copies: {repair}"] if repair is not None else [])
+    lines = problems[:_SHOWN] + (["..., and more; `--json FILE` names all"] if len(problems) > _SHOWN else [])
+    lines += [f"clean copies: {repair}"] if repair is not None else []
     what = f"{len(problems)} problems" if problems else "nothing is wrong"
     return Summary(f"{folder}: {what}; {samples} good samples (shards: {count})", figures, lines, found=bool(problems))
 
@@ -102,13 +103,13 @@ def see(path: Path, entry: ShardEntry | None = None, advance: Callable[[int], No
                     check_sample(read_parts(file, member))
                     good.append(member)
                 except ValueError as fault:
-                    bad.append(f"{path.name}:{member.key}: {fault}")
+                    bad.append(problem(f"{path.name}:{member.key}", fault))
                 advance(1)
             shapes, _ = shapes_of(file, good)
         if entry is not None:
             problems = [f"{path.name}: {why}" for why in _differences(path, entry, members, good, shapes)]
     except OSError as fault:
-        return Seen([f"{path.name}: cannot be read ({fault.strerror})"], [], [], {})
+        return Seen([problem(path.name, fault)], [], [], {})
     return Seen(problems, bad, good, shapes)
 
 
@@ -136,34 +137,27 @@ def check_sample(parts: Mapping[str, bytes]) -> None:
         ValueError: a part is missing or damaged; the message says which.
     """
     captions = captions_of(parts)
-    suffix = image_suffix(parts)
-    if suffix:
-        try:
-            images.as_rgb(images.decode(parts[suffix]))
-        except ValueError as fault:
-            raise ValueError(f"the {suffix} image {fault}") from None
+    own = image_suffix(parts)
+    for suffix in filter(None, (own, image_suffix(parts, SOURCE))):
+        header_of(parts, suffix)  # decoders take a clip that is cut short for a shorter one
+        for _ in frames_of(parts, suffix):
+            pass
     if "safetensors" in parts:
         _check_tensors(parts["safetensors"], captions)
-    elif not suffix:
+    elif not own and SIZE not in parts:
         raise ValueError("it has neither image nor latents")
 
 
 def _check_tensors(data: bytes, captions: Mapping[str, str]) -> None:
-    try:
-        tensors: dict[str, Tensor] = safetensors.torch.load(data)
-    except Exception as fault:  # it raises whatever the broken header led to
-        raise ValueError(f"its .safetensors is damaged ({brief(fault)})") from None
-    for name in ("latents", "prompt_embeds"):
-        if name not in tensors:
-            raise ValueError(f"no tensor `{name}`")
-    for name, tensor in tensors.items():
-        kind, _, caption = name.partition(".")
-        if tensor.ndim != {"latents": 3, "prompt_embeds": 2, "pooled": 1}.get(kind, tensor.ndim) or not tensor.numel():
-            raise ValueError(f"{name} of shape {tuple(tensor.shape)}")
-        if caption and caption not in captions:
-            raise ValueError(f"{name} is of a caption that it does not have")
-        if not bool(tensor.float().isfinite().all()):
-            raise ValueError(f"NaN or infinity in its {name}")
+    stored = Stored.read(data)
+    if stored.latents.ndim not in (3, 4) or 0 in stored.latents.shape[1:]:
+        raise ValueError(f"latents of shape {tuple(stored.latents.shape)}")
+    for caption, prompt in stored.prompts.items():
+        if caption and caption != EMPTY and caption not in captions:
+            raise ValueError(f"text.{caption} is of a caption that it does not have")
+        for what, tensors in (("latents", [stored.latents]), (f"text{caption and '.'}{caption}", prompt.tensors())):
+            if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+                raise ValueError(f"NaN or infinity in its {what}")
 
 
 def _differences(
@@ -269,7 +263,7 @@ class _Look:
         problems += [f"{name}: missing" for name in order if name not in there]
         problems += [f"{name}: not in the index" for name in order if index and name not in entries]
         if index and index.settings and folder.name == "encoded":
-            problems += _wrong_with_empty(folder / _EMPTY)
+            problems += _wrong_with_texts(folder / TEXTS)
         if repair is not None:
             repair.mkdir(parents=True, exist_ok=True)
         place = str(repair) if repair is not None else None
@@ -284,18 +278,17 @@ class _Look:
         shards = [shard.repaired for shard in seen if shard.repaired is not None]
         for stray in {path.name for path in self.repair.glob("*.tar")} - {entry.name for entry in shards}:
             (self.repair / stray).unlink()  # a run that was killed left it, and its original has gone since
-        if not _wrong_with_empty(self.folder / _EMPTY):
-            shutil.copyfile(self.folder / _EMPTY, self.repair / _EMPTY)
+        if not _wrong_with_texts(self.folder / TEXTS):
+            shutil.copyfile(self.folder / TEXTS, self.repair / TEXTS)
         Index(shards=shards, settings=old.settings, skipped=list(skipped)).write(self.repair / "index.json")
 
 
-def _wrong_with_empty(path: Path) -> list[str]:
-    """What is wrong with the encoded empty caption."""
+def _wrong_with_texts(path: Path) -> list[str]:
+    """What is wrong with what all encoded samples share."""
     try:
-        tensors = safetensors.torch.load(path.read_bytes())
-        fine = tensors["prompt_embeds"].ndim == 2 and all(bool(t.float().isfinite().all()) for t in tensors.values())
+        Texts.read(path.read_bytes())
     except FileNotFoundError:
         return [f"{path.name}: missing; `ppcl-data encode` writes it"]
-    except Exception as fault:  # as above
-        return [f"{path.name}: damaged ({brief(fault)})"]
-    return [] if fine else [f"{path.name}: damaged; delete it and run `ppcl-data encode`"]
+    except ValueError as fault:
+        return [f"{path.name}: {fault}; delete it and run `ppcl-data encode`"]
+    return []

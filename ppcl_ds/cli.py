@@ -14,11 +14,11 @@ from ppcl_ds import console, launch
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
-from ppcl_ds.export import SHARD_SIZE
-from ppcl_ds.export.cli import ShardSize
 from ppcl_ds.export.cli import app as export_app
-from ppcl_ds.recipe import load_recipe, open_run
+from ppcl_ds.recipe import load_recipe
 from ppcl_ds.shipped import shipped
+from ppcl_ds.start.cli import app as start_app
+from ppcl_ds.teacher.cli import app as teacher_app
 
 app = typer.Typer(
     help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
@@ -31,8 +31,10 @@ app = typer.Typer(
     add_completion=False,
 )
 
+app.add_typer(start_app)
 app.add_typer(export_app)
 app.add_typer(cluster_app)
+app.add_typer(teacher_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
@@ -121,14 +123,11 @@ def estimate(
     ] = None,
     accelerator: Annotated[str, typer.Option(help=f"One of {', '.join(ACCELERATORS)}.")] = "h100",
     utilisation: Annotated[float, typer.Option(help="Share of its bf16 peak that matrix products reach.")] = 0.4,
-    latent_size: Annotated[
+    size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Height and width of the latents: 128, or 96x160.", show_default="data.images"
+            metavar="SIZE", help="Pixels of a sample: 1024, or HEIGHTxWIDTH.", show_default="data.images.size"
         ),
-    ] = None,
-    text_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt.", show_default="data.captions.max_tokens, or 32")
     ] = None,
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
@@ -137,7 +136,7 @@ def estimate(
 ) -> None:
     """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
 
-    Needs no GPU, and of the teacher only its config.json. Without a plan.yaml, spans are assumed.
+    Needs no GPU, and of the teacher only its configurations. Without a plan.yaml, spans are assumed.
     A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
@@ -150,8 +149,7 @@ def estimate(
         gpus_per_node,
         accelerator=accelerator,
         utilisation=utilisation,
-        latent_size=latent_size,
-        text_tokens=text_tokens,
+        pixels=size,
         variant=variant,
         json=json,
     )
@@ -222,108 +220,77 @@ def finetune(
 
 
 @app.command()
-def consolidate(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A recipe, or a run folder: then its training's recipe.")
-    ],
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Variant to write; repeat for several.", show_default="all"),
-    ] = None,
-    plug: Annotated[
+def evaluate(
+    recipe: RecipeFile,
+    read_scores: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="UNIT=on|off",
-            help="Plug a unit of the library into the variant, or put the teacher's blocks back; repeat for several. "
-            "Needs one --variant, and --out.",
+            metavar="SET/MODEL=FILE",
+            help="Only take a result file of the set's own scorer into report and cards; repeat for several.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write the one variant into this folder.", show_default="pruned/VARIANT"),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(metavar="fp32|bf16|fp16", help="Dtype of the weights.", show_default="the teacher's files'"),
-    ] = None,
-    max_shard_size: ShardSize = SHARD_SIZE,
-    single_file: Annotated[
-        bool, typer.Option("--single-file", help="Also write VARIANT.safetensors, named as ComfyUI expects.")
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Only time teacher and variants end to end, and write speed.json.")
     ] = False,
-    quantize: Annotated[
-        str | None,
-        typer.Option(
-            metavar="int8|fp8|nf4",
-            help="Quantise the weights of linear layers, with torchao or bitsandbytes, and measure what that costs. "
-            "Needs the whole model in memory.",
-        ),
-    ] = None,
 ) -> None:
-    """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
-
-    Each folder has transformer/, a model card, checksums, and the rest of the pipeline if the teacher is a pipeline
-    folder. A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed. Weights are
-    streamed, a file at a time; a folder appears whole or not at all.
-    """
-    recipe = open_run(source)
-    from ppcl_ds.export.consolidate import Form, consolidate
-
-    form = Form.checked(dtype, max_shard_size, single_file, quantize)
-    consolidate(recipe, variant or [], form, plug or [], out)
-
-
-@app.command()
-def evaluate(recipe: RecipeFile) -> None:
     """Teacher, variants and undistilled variants side by side, on the same noise.
 
     Writes samples.png, report.json and report.html into the run folder, and the figures into the models' cards.
+
+    Prompt sets (evaluate.sets) are drawn first, by teacher and variants, on all GPUs of this machine or all processes
+    that torchrun or Slurm have started, and laid out in evaluate/ as their benchmarks' scorers read them. Stopped, it
+    goes on where it was.
     """
     loaded = load_recipe(recipe)
-    from ppcl_ds.evaluate.evaluate import evaluate
+    from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
 
-    evaluate(loaded)
+    if read_scores and speed:
+        raise UserError("--read-scores and --speed: give one of them at a time")
+    if read_scores:
+        take_scores(loaded, read_scores)
+        return
+    checked = check(loaded)
+    if speed:
+        from ppcl_ds.evaluate.speed import measure_speed
+
+        if launch.is_first_rank():
+            measure_speed(loaded, checked.teacher, checked.drawn)
+        return
+    if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
+        launch.on_ranks(gpus)
+    evaluate(checked)
 
 
 @app.command()
 def sample(
     model: Annotated[
         Path,
-        typer.Argument(
-            metavar="MODEL", help="A diffusers pipeline folder, or a transformer folder, such as a variant's."
-        ),
+        typer.Argument(metavar="MODEL", help="A diffusers pipeline folder, such as a variant's."),
     ],
     prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several images.")],
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="RECIPE", help="How prompts are encoded and latents decoded, for a transformer folder."),
-    ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the images.")] = Path("samples.png"),
     seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same for every prompt.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Sampling steps.", show_default="evaluate.steps, or the pipeline's own")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the pipeline's own")] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
             min=1.0,
             help="Guidance scale; Qwen-Image pipelines use none unless told (4 is usual).",
-            show_default="evaluate.guidance, or the pipeline's own",
+            show_default="the pipeline's own",
         ),
     ] = None,
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Height and width in pixels.", show_default="data.images.size, or the pipeline's own"),
+        typer.Option(min=1, help="Height and width in pixels.", show_default="the pipeline's own"),
     ] = None,
 ) -> None:
     """Draw images with the teacher or with a variant, one column a prompt.
 
-    A pipeline folder is drawn with as diffusers does. A transformer folder needs the recipe that it was distilled by.
-    A GPU is used if there is one.
+    It is drawn with as diffusers does. A GPU is used if there is one.
     """
-    loaded = load_recipe(recipe) if recipe else None
     from ppcl_ds.evaluate.sample import sample
 
-    sample(model, prompt, loaded, out, seed=seed, steps=steps, guidance=guidance, size=size)
+    sample(model, prompt, out, seed=seed, steps=steps, guidance=guidance, size=size)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppcl_ds import launch, reporting
+from ppcl_ds import launch, launcher, reporting
 from ppcl_ds.errors import UserError, brief
 
 Item = TypeVar("Item")
@@ -39,15 +39,18 @@ CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizer
 
 
 def run(app: typer.Typer) -> None:
-    """Run a command line: a `UserError` is one line on stderr and exit code 2; SIGTERM unwinds like Ctrl-C."""
+    """Run a command line: a `UserError` is one line on stderr and exit code 2, Ctrl-C is 130 and SIGTERM 143."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    if launch.is_rank():
+        launch.end_with_launcher()
     reporting.keep_in(reporting.of_job()).update()  # what an earlier start left is over
     try:
         app()
     except UserError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        launcher.say_once(f"error: {fault}")
         reporting.own.fail(f"error: {fault}")
         code = 2
     except SystemExit as way_out:
@@ -58,6 +61,7 @@ def run(app: typer.Typer) -> None:
         reporting.own.fail(f"{type(fault).__name__}: {brief(fault)}")
         if not launch.has_joined():
             raise
+        _let_the_first_speak()
         sys.excepthook(*sys.exc_info())
         code = 1
     else:
@@ -65,6 +69,16 @@ def run(app: typer.Typer) -> None:
     if launch.has_joined():
         launch.end(code)
     sys.exit(code)
+
+
+def _let_the_first_speak() -> None:
+    """In a rank that fails: wait for as long as the launcher takes to end it, if it fails for another that has ended.
+
+    Its own connections stay open meanwhile, so that no other rank fails for this one before it has spoken.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(2 * launcher.GRACE)
 
 
 def track(items: Iterable[Item], description: str, total: int, done: int = 0) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""Starting the processes of a run: torchrun on this machine, or as one of the ranks that somebody else started.
+"""The processes of a run: ranks that are started on this machine, or being one that somebody else has started.
 
 torch and DeepSpeed are imported where they are used: the commands that start no ranks need not wait for them.
 """
@@ -11,9 +11,12 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from ppcl_ds import launcher
 from ppcl_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,20 +37,16 @@ def is_first_rank() -> bool:
 
 
 def on_ranks(world: int) -> None:
-    """Go on as one of `world` ranks: returns in a rank; else becomes the torchrun that starts them on this machine.
-
-    Each rank runs this very command line, whether `ppcl` or `python -m ppcl_ds.cli` began it. This process is replaced,
-    so that who stops it stops torchrun, and torchrun its ranks: none is left behind.
-    """
-    if is_rank():
-        return
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    sys.stdout.flush()
-    os.execve(sys.executable, [*command, "-m", "ppcl_ds.cli", *sys.argv[1:]], _environment(world))
+    """Go on as one of `world` ranks: returns in a rank; else starts them on this machine and ends as they do."""
+    if not is_rank():
+        launcher.run_ranks(world, _environment(world))
 
 
-def check_world(world: int) -> None:
+def check_world(world: int | None) -> None:
     """Compare the ranks that somebody else started with the recipe's topology.
+
+    Args:
+        world: so many are needed; None: any number will do.
 
     Raises:
         UserError: their number differs, or torchrun did not start them.
@@ -58,21 +57,19 @@ def check_world(world: int) -> None:
     if missing := [name for name in needed if name not in os.environ]:
         raise UserError(f"RANK is set in the environment, but {missing[0]} is not; start the processes with torchrun")
     started, in_the_node = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    if started != world:
+    if world is not None and started != world:
         raise UserError(f"{started} processes were started, but topology.stages x topology.replicas is {world}")
     if started % in_the_node:
         raise UserError(f"{in_the_node} of {started} processes are on this node; start equally many on each")
 
 
 def _environment(world: int) -> dict[str, str]:
-    import torch
-
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world)), "PYTHONWARNINGS": "ignore"}
-    gpus = torch.cuda.device_count()
-    if gpus >= world:
+    seen = gpus()
+    if seen >= world:
         return defaults | os.environ
-    if gpus:
-        print(f"{world} processes, but {gpus} GPU: they run on the CPU (topology.stages x topology.replicas)")
+    if seen:
+        print(f"{world} processes, but {seen} GPU: they run on the CPU (topology.stages x topology.replicas)")
     return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -105,6 +102,13 @@ def set_timeout(timeout: float) -> None:
         distributed_c10d._set_pg_timeout(timedelta(seconds=2 * timeout), group)
 
 
+def gpus() -> int:
+    """How many this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def device() -> torch.device:
     """Where a process that has joined no others computes: the accelerator if there is one."""
     import torch
@@ -121,6 +125,11 @@ def all_gather(own: Value) -> list[Value]:
     return everybody
 
 
+def first_problem(own: str) -> str:
+    """The problem of the first rank that has one, on every rank; empty: none has. All of them must call it."""
+    return next(filter(None, all_gather(own)), "")
+
+
 def end_with_parent(*_: object) -> None:
     """In a worker process: end when the process that started it ends, even where that was killed.
 
@@ -128,20 +137,42 @@ def end_with_parent(*_: object) -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker's alone"
+    _end_after(parent.join)
+
+
+def end_with_launcher() -> None:
+    """In a rank: end when the process that started it ends, even where that was killed."""
+    parent = os.getppid()
 
     def wait() -> None:
-        parent.join()
+        while os.getppid() == parent:
+            time.sleep(1.0)
+
+    _end_after(wait)
+
+
+def _end_after(wait: Callable[[], object]) -> None:
+    """End this process, whatever its other threads are at, once `wait` returns in a thread of its own."""
+
+    def watch() -> None:
+        wait()
         os._exit(1)
 
-    threading.Thread(target=wait, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
-def leave() -> None:
-    """Part from the other ranks in order."""
+def leave(code: int = 0) -> None:
+    """Part from the other ranks in order.
+
+    Raises:
+        SystemExit: the code is not 0.
+    """
     import torch.distributed as dist
 
     dist.barrier()
     dist.destroy_process_group()
+    if code:
+        sys.exit(code)
 
 
 def has_joined() -> bool:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from ppcl_ds.errors import UserError, brief
+from ppcl_ds.errors import UserError, brief, missing, shown
 from ppcl_ds.sections import (
     Cluster,
     Data,
@@ -27,6 +26,7 @@ from ppcl_ds.sections import (
     Teacher,
     Topology,
 )
+from ppcl_ds.yaml_file import Place, read_yaml
 
 
 def checkpoint_tag(step: int) -> str:
@@ -154,7 +154,7 @@ class Recipe(Section):
 
     def pruned(self, variant: str) -> Path:
         """The transformer folder of a variant, which `ppcl consolidate` writes."""
-        return self.run / "pruned" / variant / "transformer"
+        return self.run / "pruned" / variant / self.teacher.component
 
     @model_validator(mode="after")
     def _plans_what_is_probed(self) -> Recipe:
@@ -173,6 +173,8 @@ class Recipe(Section):
             raise ValueError(f"finetune.variants names '{unknown[0]}', which is not in plan.variants")
         if self.finetune and not self.finetune.flow_weight + self.finetune.velocity_weight:
             raise ValueError("finetune.flow_weight and finetune.velocity_weight are both 0; give one of them a weight")
+        if self.finetune and self.finetune.trajectories and self.finetune.flow_weight:
+            raise ValueError("finetune.flow_weight needs images, and finetune.trajectories reads none; set it to 0")
         return self
 
     @model_validator(mode="after")
@@ -199,30 +201,30 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
     """
     try:
         return dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"DeepSpeed file {missing(path)}") from None
     except (OSError, ValueError, TypeError) as fault:
-        raise UserError(f"DeepSpeed file {path}: {fault}") from None
+        raise UserError(f"DeepSpeed file {path}: {brief(fault)}") from None
 
 
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        UserError: the file is missing, is not YAML, or has a wrong key or value; the message names the key.
+        UserError: the file is missing, is not YAML, or has a wrong key or value; the message names key and line.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
-    except OSError as fault:
-        raise UserError(
-            f"recipe {path}: {fault.strerror}; give the path of a recipe such as recipes/digits.yaml"
-        ) from None
-    except yaml.YAMLError as fault:
-        raise UserError(f"recipe {path}: not valid YAML: {brief(fault)}") from None
+        raw, lines = read_yaml(path)
+    except UserError as fault:
+        raise UserError(f"recipe {fault}") from None
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: expected keys and values, found {type(raw).__name__}")
     try:
         return Recipe.model_validate(_fill_in_run(raw, str(raw.get("run", ""))))
     except ValidationError as fault:
-        raise UserError(f"recipe {path}: " + "; ".join(_explain(error) for error in fault.errors())) from None
+        whys = [_explain(error, lines) for error in fault.errors()]
+        more = f"; and {len(whys) - _TOLD} more" if len(whys) > _TOLD else ""
+        raise UserError(f"recipe {path}: {'; '.join(whys[:_TOLD])}{more}") from None
 
 
 def open_run(path: Path) -> Recipe:
@@ -237,11 +239,27 @@ def open_run(path: Path) -> Recipe:
     trained = next(filter(Path.exists, written), written[0])
     try:
         # The folder may have been moved since: what lies in it is read from where it is now.
-        return Recipe.model_validate_json(trained.read_bytes()).model_copy(update={"run": path})
+        return written_recipe(trained.read_bytes()).model_copy(update={"run": path})
     except OSError:
         raise UserError(f"{path} is not the folder of a run that was trained: {trained} is missing") from None
-    except ValidationError as fault:
+    except ValueError as fault:
         raise UserError(f"{trained} cannot be read ({brief(fault)}); give the recipe file") from None
+
+
+def written_recipe(content: bytes) -> Recipe:
+    """The recipe that a training wrote, whatever release it was; keys that are gone count for nothing.
+
+    Raises:
+        ValueError: it is damaged, or no recipe.
+    """
+    raw = json.loads(content)
+    for *sections, key in _GONE:
+        node = raw
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.pop(key, None)
+    return Recipe.model_validate(raw)
 
 
 def _fill_in_run(node: Any, run: str) -> Any:
@@ -250,21 +268,70 @@ def _fill_in_run(node: Any, run: str) -> Any:
     return node.replace("{run}", run) if isinstance(node, str) else node
 
 
-def _explain(error: Any) -> str:
-    """One pydantic error as words, with the nearest known key for an unknown one."""
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
+_TOLD = 10
+"""Faults of a recipe that are told at once."""
+
+_GONE = {
+    ("data", "pipeline"): "the pipeline is teacher.path, and it encodes the data",
+    ("data", "captions"): "the pipeline at teacher.path says how captions are encoded, with teacher.options",
+    ("data", "images", "encoder"): "the VAE of the pipeline at teacher.path encodes images",
+    ("data", "images", "channels"): "the VAE of the pipeline at teacher.path says how many there are",
+    ("noise", "shift"): "the scheduler of the pipeline at teacher.path shifts noise levels",
+}
+"""Keys of earlier releases, and what answers them now."""
+
+_SHOULD_BE = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "string": "text",
+    "bool": "true or false",
+    "path": "a path",
+    "byte_size": "a size such as 500MB",
+    "tuple": "a list",
+    "dict": "keys and values",
+    "model": "a section of keys and values",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+    "too_long": "a list of at most {max_length}",
+}
+"""What a value should be by the beginning of pydantic's type of error; the longest that fits counts."""
+
+
+def _explain(error: Any, lines: dict[Place, int]) -> str:
+    """One pydantic error as words with its line, and the nearest known key for an unknown one."""
+    place = error["loc"]
+    key = ".".join(str(part) for part in place)
+    while place and place not in lines:
+        place = place[:-1]
+    line = f" (line {lines[place]})" if place else ""
+    kind = error["type"]
+    if kind == "extra_forbidden" and error["loc"] in _GONE:
+        return f"key '{key}'{line} is gone; delete it: {_GONE[error['loc']]}"
+    if kind == "extra_forbidden":
         known = _known_keys(Recipe, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        return f"unknown key '{key}'; " + (f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}")
-    if error["type"] == "missing":
-        return f"key '{key}' is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}" if key else message
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+        return f"unknown key '{shown(key, 100)}'{line}; {hint}"
+    if kind == "missing":
+        return f"key '{key}' is missing{line}"
+    fits = max((name for name in _SHOULD_BE if kind.startswith(name)), key=len, default="")
+    if not fits:
+        message = shown(error["msg"].removeprefix("Value error, "), 600)
+        return f"{key}: {message}{line}" if key else message
+    found = "nothing" if error["input"] is None else repr(error["input"])
+    quotes = "; put it in quotes" if fits == "string" and isinstance(error["input"], int | float) else ""
+    should = _SHOULD_BE[fits].format(**error.get("ctx", {}))
+    return f"{key} must be {should}, not {shown(found, 80)}{quotes}{line}"
 
 
 def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     for part in path:
+        if isinstance(part, int):  # an entry of a list
+            continue
         annotation = model.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
         model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))

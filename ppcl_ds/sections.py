@@ -2,86 +2,60 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 
+from ppcl_ds.prompt_sets import Drawn
+from ppcl_ds.sampling import Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
+from ppcl_ds.strict import Section, expanded
 
 Precision = Literal["fp32", "bf16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part of a whole, 0 included, 1 excluded
 
 
-class Section(BaseModel):
-    """Base of every recipe section: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ImageEncoding(Section):
-    """How images become latents.
+class ImageSizes(Section):
+    """Which sizes images are brought to before the pipeline's VAE encodes them.
 
     Every image goes to the bucket whose aspect ratio is nearest to its own: it is scaled until it covers the bucket,
     and what is left over is centre-cropped.
     """
 
-    encoder: Literal["pixels", "vae"] = "pixels"
-    """`pixels`: the image itself is the latent, scaled to [-1, 1]. `vae`: the VAE of `data.pipeline`."""
-    channels: Literal[1, 3] = 3
-    """Colour channels that `pixels` keeps: 1 (grey) or 3 (RGB)."""
-    size: int = Field(gt=0)
+    size: int = Field(gt=0, le=65536)
     """Buckets have at most size x size pixels."""
     max_aspect: float = Field(default=1.0, ge=1.0, le=100.0)
     """Longest side over shortest side of the longest bucket; 1: one square bucket for all."""
     step: int = Field(default=0, ge=0)
-    """Sides of buckets are multiples of it. Default: 64 for `vae` (at least 8 pixels a latent x 2 latents a token; less
-    gives more buckets, and more of each image stays), 2 for `pixels`."""
-
-    @property
-    def latent_size(self) -> int:
-        return self.size // (8 if self.encoder == "vae" else 1)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _usual_step(cls, values: Any) -> Any:
-        if isinstance(values, dict) and not values.get("step"):
-            return values | {"step": 64 if values.get("encoder") == "vae" else 2}
-        return values
+    """Sides of buckets are multiples of it. Default: 64 pixels, or two latents if that is more (less gives more
+    buckets, and more of each image stays)."""
+    frames: int = Field(default=1, ge=1, le=65536)
+    """Most frames of a clip: its first ones, at its own rate, as many as the pipeline's VAE encodes (81, 77, ... by
+    fours; LTX by eights). Shorter clips are buckets of their own."""
 
     @model_validator(mode="after")
-    def _has_a_square(self) -> ImageEncoding:
-        if self.size % self.step:
+    def _has_a_square(self) -> ImageSizes:
+        if self.step and self.size % self.step:
             raise ValueError(f"size {self.size} is not a multiple of step {self.step}")
         return self
 
 
-class CaptionEncoding(Section):
-    """How captions become prompt embeddings."""
-
-    encoder: Literal["table", "pipeline"] = "table"
-    """`table`: one fixed random vector for each word. `pipeline`: the text encoders of `data.pipeline`, called by the
-    pipeline's own `encode_prompt`."""
-    width: int = Field(gt=0)
-    """Channels of the prompt embedding (the teacher's `joint_attention_dim`)."""
-    pooled_width: int = Field(default=0, ge=0)
-    """Channels of the pooled embedding (the teacher's `pooled_projection_dim`); 0 for families without one."""
-    max_tokens: int = Field(default=0, ge=0)
-    """0: every caption keeps its own length and comes with a mask (Qwen-Image). Otherwise all are padded to this many
-    tokens, as families without a text mask (FLUX: 512, SD3: 333, Wan: 512) were trained to read them."""
-
-    @property
-    def masked(self) -> bool:
-        return self.max_tokens == 0
-
-
 class Data(Section):
-    """Text-image pairs: where they come from, how they are encoded, where the shards lie and how they are read."""
+    """Images and clips with captions: where they come from, how they are encoded, where they lie, how they are read."""
 
-    source: str
-    """A folder of images, each with its captions in a `.txt` or `.json` of the same name; or a table (`.jsonl`, `.csv`,
-    `.parquet`) with columns for the image's path and its captions; or webdataset shards, such as
-    `/data/laion-{000000..000123}.tar`, `https://host/{00..99}.tar` or `pipe:aws s3 cp s3://bucket/{00..99}.tar -`."""
+    source: str | tuple[str, ...]
+    """One or several of: a folder of images or clips, each with its captions in a `.txt` or `.json` of the same name; a
+    table (`.jsonl`, `.csv`, `.parquet`) with a column for the image or its path and columns of captions; webdataset
+    shards; a folder of any of these. Names may have braces: `/data/train-{000000..000123}.tar`, `https://host/{00..99}.tar`,
+    `pipe:aws s3 cp s3://bucket/{00..99}.tar -`. See `docs/data.md`."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns of a table, or keys of a `.json`, that are captions, the main one first. Default: `caption`, `text`,
+    `prompt`, and these with a language or a number: `caption_en`, `text_zh`, `caption_2`."""
+    image_suffixes: tuple[str, ...] = ()
+    """Which images are read where several have one name, by how their names end, best first, such as `[png, jpg]` or
+    `[front.jpg]`; none else is read. Default: all kinds, and several of one name are skipped and named."""
     shards: Path
     """Folder that `ppcl-data shard` (into `raw/`) and `ppcl-data encode` (into `encoded/`) write."""
     samples_per_shard: int = Field(default=1000, gt=0)
@@ -92,10 +66,12 @@ class Data(Section):
     """Share of samples kept out of training, chosen by a stable hash of their key."""
     longest_side: int = Field(default=0, ge=0)
     """Images with a longer side, in pixels, are made smaller when they are sharded; 0: every image stays as it is."""
-    pipeline: Path | None = None
-    """A diffusers pipeline folder; its VAE and text encoders are what the encoders `vae` and `pipeline` use."""
-    images: ImageEncoding
-    captions: CaptionEncoding
+    images: ImageSizes
+    sizes: Weights = Field(default_factory=dict)
+    """Sizes of captions without an image, height x width in pixels, and x frames of a clip, with weights by which they
+    are drawn: `{1024x1024: 2, 768x1344: 1, 480x832x81: 1}`. Without it a sample has to have an image or a clip."""
+    real_share: Share = 0.0
+    """With `trajectories`, this share of the micro-batches is of noisy images all the same."""
     address: str = ""
     """Where training reads the encoded shards, `{name}` standing for the file: `https://host/latents/{name}` or
     `pipe:aws s3 cp s3://bucket/latents/{name} -`. Default: `shards`/encoded/. Their index always lies there."""
@@ -109,10 +85,22 @@ class Data(Section):
     max_bad_fraction: Share = 0.05
     """Samples that cannot be used are skipped and named; more than this share of them ends the command."""
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _one_or_several(cls, source: Any) -> Any:
+        every = [source] if isinstance(source, str) else source
+        if not isinstance(every, list | tuple) or not every or not all(isinstance(one, str) and one for one in every):
+            raise ValueError("must be a path, an address, or a list of these")
+        read = tuple(one if re.match(r"pipe:|\w+://", one) else expanded(one) for one in every)
+        return read[0] if isinstance(source, str) else read
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All that `source` names."""
+        return (self.source,) if isinstance(self.source, str) else self.source
+
     @model_validator(mode="after")
-    def _knows_its_encoders(self) -> Data:
-        if self.pipeline is None and (self.images.encoder == "vae" or self.captions.encoder == "pipeline"):
-            raise ValueError("pipeline is missing: the folder whose VAE and text encoders are to encode")
+    def _names_the_shards_of_an_address(self) -> Data:
         if self.address and "{name}" not in self.address:
             raise ValueError("address must hold {name}, which stands for the shard's file name")
         return self
@@ -122,7 +110,12 @@ class Teacher(Section):
     """The frozen model."""
 
     path: Path
-    """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder that has `transformer/`."""
+    """A diffusers pipeline folder. Its transformer is what is pruned; its VAE and text encoders encode the data."""
+    component: str = "transformer"
+    """The transformer, where the pipeline has two (Wan 2.2: `transformer` or `transformer_2`)."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the pipeline's call that differ from its own defaults, such as `{max_sequence_length: 256}`.
+    `{image: source}` gives a pipeline that may edit an image (FLUX.1 Kontext) that of each sample."""
     precision: Precision = "bf16"
     """Dtype of teacher and units while they run; masters and optimizer state are always float32."""
     ranks_per_copy: int | None = Field(default=None, gt=1)
@@ -137,8 +130,6 @@ class Noise(Section):
     """Density of the timesteps (diffusers' `compute_density_for_timestep_sampling`)."""
     uniform_share: Share = 0.0
     """This share of the timesteps is drawn uniformly instead, so that both ends are seen."""
-    shift: float = Field(default=1.0, gt=0)
-    """Time shift of the flow-matching scheduler (1: none; Qwen-Image and FLUX at 1024 px: about 3)."""
     caption_dropout: Share = 0.1
     """Share of captions replaced by the empty one, so that guided sampling stays right."""
 
@@ -167,7 +158,7 @@ Rule = Literal["error", "ppcl", "influence", "uniform", "random", "given"]
 class Plan(Section):
     """Which variants to make."""
 
-    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = {}
+    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
     """Name of each variant and the share of the blocks' budget that it gives up."""
     budget: Literal["parameters", "memory", "latency"] = "parameters"
     """What the share is of: parameters; bytes of the weights as they run; or time, which `--from-run` measures block by
@@ -221,8 +212,8 @@ class Topology(Section):
 class Optimizer(Section):
     """AdamW with linear warm-up and cosine decay."""
 
-    lr: float = Field(default=1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    lr: float = Field(default=1e-4, gt=0, le=10.0)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     weight_decay: float = Field(default=0.02, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     clip_norm: float = Field(default=1.0, ge=0)
@@ -248,6 +239,8 @@ class Training(Section):
     micro_batches_per_step: int = Field(gt=0)
     """Micro-batches in one optimizer step, over all processes: a multiple of stages x replicas.
     The global batch is `micro_batch * micro_batches_per_step`, whatever the topology."""
+    trajectories: Trajectories | None = None
+    """Train on the teacher's own trajectories instead of noisy images; captions are enough."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass (of each unit's attention and feed-forward; of whole blocks when
     fine-tuning): less memory, about a third more time."""
@@ -260,13 +253,16 @@ class Training(Section):
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)
     """So many of the newest checkpoints stay; older ones are deleted."""
-    timeout: float = Field(default=600.0, gt=0)
+    timeout: float = Field(default=600.0, gt=0, le=1e7)
     """Seconds without progress after which a run ends and names the process that the others wait for."""
 
 
 class Distill(Training):
     """The local phase: every unit against the teacher's boundaries."""
 
+    replay: Replay = Replay()
+    keep_pictures: int = Field(default=0, ge=0)
+    """About so many finished pictures of `trajectories` are kept in `{run}/pictures`, as encoded shards."""
     calibration_steps: int = Field(default=8, gt=0)
     """Width units start from least squares on so many steps: several times more tokens than a linear has inputs."""
     magnitude_weight: float = Field(default=1.0, ge=0)
@@ -297,8 +293,8 @@ class Finetune(Training):
     `sample_every` steps."""
 
 
-class Evaluate(Section):
-    """Teacher and variants side by side on the same noise."""
+class Evaluate(Drawn):
+    """Teacher and variants side by side on the same noise; prompt sets and scores are in `ppcl_ds/prompt_sets.py`."""
 
     samples: int = Field(default=64, gt=0)
     """Images drawn by each model."""

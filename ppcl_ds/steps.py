@@ -100,7 +100,14 @@ def steps(recipe: Recipe, variants: Sequence[str], parts: int = 0) -> list[Step]
             array=f"0-{len(written) - 1}",
             variants=written,
         ),
-        Step("evaluate", figures, lambda: all(map(Path.exists, figures)), ("encode", "consolidate"), follows=True),
+        Step(
+            "evaluate",
+            figures,
+            lambda: all(map(Path.exists, figures)),
+            ("encode", "consolidate"),
+            follows=True,
+            ranks=bool(recipe.evaluate.sets),
+        ),
     ]
 
 

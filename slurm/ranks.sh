@@ -1,8 +1,9 @@
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154
 # Starts the ranks of a step on every node of the job, tells them when time is up, decides whether the job goes on.
 # Sourced by the scripts whose step runs on several processes, after site.env:
 #
-#   about RECIPE                 sets: run, the run folder; processes, in all; requeues, how many are allowed
+#   about RECIPE                 sets: run, the run folder; processes, in all; requeues, how many are allowed; drawing,
+#                                how many of the processes `ppcl evaluate` is for
 #   run_ranks FOLDER ARGUMENTS   runs `ppcl ARGUMENTS`, the step first, whose checkpoints are in FOLDER/checkpoints
 #
 # How it ends:
@@ -22,7 +23,7 @@ trap 'told=1' USR1 TERM
 about() {
     local facts
     facts=$(srun --overlap --nodes=1 --ntasks=1 "${container[@]}" "$python" -m ppcl_ds.cluster.facts "$1")
-    { read -r run && read -r processes && read -r requeues; } <<<"$facts"
+    { read -r run && read -r processes && read -r requeues && read -r drawing; } <<<"$facts"
 }
 
 run_ranks() {
@@ -76,6 +77,8 @@ os.execv(sys.executable, [sys.executable, *sys.argv[1:]])'
     # shellcheck disable=SC2016
     export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE='[rank ${rank}] '
     export PYTHONWARNINGS=${PYTHONWARNINGS:-ignore}
+    # What NCCL remembers of each rank's last collectives; the watchdog puts it into the training's folder.
+    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     mkdir -p "$logs/$SLURMD_NODENAME"
     exec "$python" -c "$block_usr1" -m torch.distributed.run \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$each" --max-restarts=0 \

@@ -1,0 +1,3 @@
+from tests.vision import make_importable
+
+make_importable()

@@ -7,11 +7,12 @@ import itertools
 import json
 import os
 import shutil
+import sysconfig
+import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import hypothesis
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ppcl_ds.data.batch import Size
 from ppcl_ds.teacher.teacher import Teacher
 from tests.ranks import run, start_server
 
@@ -135,18 +137,16 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def make_teacher(family: str, folder: Path) -> None:
-    """A random teacher of the family, saved as its users find it."""
-    class_name, config = TEACHERS[family]
-    torch.manual_seed(0)
-    getattr(diffusers, class_name)(**config).save_pretrained(folder)
+    """A random teacher of the family: a whole pipeline, saved as its users find it."""
+    from tests.pipelines import make_pipeline  # which reads TEACHERS
+
+    make_pipeline(family, folder)
 
 
 def make_recipe(family: str, run: Path) -> dict[str, Any]:
     """A recipe for the family's tiny teacher; it takes seconds."""
-    masked = family == "qwen"
-    captions: dict[str, Any] = {"encoder": "table", "width": 16}
-    if not masked:
-        captions |= {"pooled_width": 8, "max_tokens": 4}
+    from tests.pipelines import OPTIONS
+
     return {
         "run": str(run),
         "data": {
@@ -154,11 +154,10 @@ def make_recipe(family: str, run: Path) -> dict[str, Any]:
             "shards": "{run}/shards",
             "samples_per_shard": 16,
             "heldout": 0.25,
-            "images": {"encoder": "pixels", "channels": 1, "size": 8},
-            "captions": captions,
+            "images": {"size": 8},
             "workers": 0,
         },
-        "teacher": {"path": "{run}/teacher", "precision": "fp32"},
+        "teacher": {"path": "{run}/teacher", "precision": "fp32", "options": OPTIONS[family]},
         "noise": {"uniform_share": 0.3, "caption_dropout": 0.2},
         "probe": {"batch_size": 8, "batches": 4},
         "plan": {"variants": {"medium": 0.34, "small": 0.5}, "max_span": 4},
@@ -176,19 +175,42 @@ def make_recipe(family: str, run: Path) -> dict[str, Any]:
 
 
 def write_config(folder: Path, family: str, **changes: Any) -> Path:
-    """A teacher folder with `config.json` alone."""
-    class_name, config = TEACHERS[family]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"_class_name": class_name} | config | changes))
+    """A teacher's folder whose transformer has another configuration, and no weights."""
+    make_teacher(family, folder)
+    for weights in (folder / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    _, config = TEACHERS[family]
+    config = config | changes
+    edited = {"transformer": config}
+    if family == "qwen":  # the others' parts are as wide as the tiny transformers alone
+        edited |= {
+            "vae": {"channels": config["out_channels"]},
+            "text_encoder": {"width": config["joint_attention_dim"]},
+        }
+    for part, keys in edited.items():
+        path = folder / part / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
     return folder
+
+
+@pytest.fixture(scope="session")
+def without_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The python of a fresh environment that has the packages installed here, but not ppcl_ds."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, with_pip=False)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "installed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder / "bin" / "python"
 
 
 @pytest.fixture
 def configured(tmp_path: Path) -> Callable[..., Teacher]:
-    """`configured(family, key=value, ...)`: a teacher without weights."""
+    """`configured(family, key=value, ...)`: a teacher without weights, which draws 8 x 8 pixels."""
+    from tests.pipelines import OPTIONS
 
     def make(family: str, **changes: Any) -> Teacher:
-        return Teacher(write_config(tmp_path / f"{family} {len(list(tmp_path.iterdir()))}", family, **changes), False)
+        folder = write_config(tmp_path / f"{family} {len(list(tmp_path.iterdir()))}", family, **changes)
+        return Teacher(folder, False, options=OPTIONS[family], size=Size(8, 8))
 
     return make
 
@@ -217,7 +239,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             path.write_text(yaml.safe_dump(make_recipe(family, run)))
             recipe: Recipe = load_recipe(path)
             shard(recipe.data)
-            encode(recipe.data)
+            encode(recipe)
             made[family] = run
         return made[family]
 
@@ -250,12 +272,13 @@ def mix_shapes(path: Path) -> None:
     recipe = yaml.safe_load(path.read_text())
     recipe["data"]["images"]["max_aspect"] = 2.0
     path.write_text(yaml.safe_dump(recipe))
-    data = load_recipe(path).data
-    for image in sorted(Path(data.source).glob("*.png"))[::3]:
+    loaded = load_recipe(path)
+    data = loaded.data
+    for image in sorted(Path(data.sources[0]).glob("*.png"))[::3]:
         Image.open(image).resize((6, 10)).save(image)
     shutil.rmtree(data.shards)
     shard(data)
-    encode(data)
+    encode(loaded)
 
 
 def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:

@@ -1,12 +1,12 @@
 """Processes and ranks for tests, forked from a server that has everything imported: milliseconds each, not seconds.
 
-`run` is `python -m MODULE ARGUMENTS`; `run_ranks` is torchrun of it on this machine. A command that would become
-torchrun (`launch.on_ranks`) has its ranks forked instead. Where torchrun itself is the promise, `afresh` and
-`torchrun` start what a user starts; such tests are marked `launcher`.
+`run` is `python -m MODULE ARGUMENTS`; `run_ranks` is torchrun of it on this machine. A command that would start
+ranks (`launch.on_ranks`) has them forked instead. Where the launcher itself is the promise, `afresh` and `torchrun`
+start what a user starts; such tests are marked `launcher`.
 
 The server is one process for all of pytest, which it ends with. It imports, and nothing else: each request is answered
 by a fork of it, the manager, which forks the processes asked for, waits, ends all when one fails, and replies.
-Forks share the server's seed of string hashes, which torchrun's ranks do not: what hangs on the order of a set shows
+Forks share the server's seed of string hashes, which a launcher's ranks do not: what hangs on the order of a set shows
 only in tests marked `launcher`.
 """
 
@@ -39,6 +39,8 @@ from typing import Any
 
 import psutil
 
+from ppcl_ds import launcher
+
 ADDRESS = "PPCL_TEST_SERVER"
 """Environment variable with the server's socket, for the workers of pytest-xdist."""
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,10 @@ IMPORTED = (
     "diffusers.models.transformers.transformer_qwenimage",
     "diffusers.models.transformers.transformer_sd3",
     "diffusers.optimization",
+    "diffusers.pipelines.flux.pipeline_flux",
+    "diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3",
     "ppcl_ds.cli",
+    "ppcl_ds.demo.pipeline",
     "ppcl_ds.distill.trainer",
     "ppcl_ds.estimate.estimate",
     "ppcl_ds.evaluate.evaluate",
@@ -67,11 +72,11 @@ IMPORTED = (
     "ppcl_ds.planning.replan",
     "ppcl_ds.probing.probe",
     "torch.utils.flop_counter",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
 )
 TIME_IS_UP = 124
 """The exit code of a process that a test has waited for too long, as `timeout` has it."""
-_GRACE = 10.0
-"""Seconds that ranks have to end after one of them has failed, as under torchrun."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,12 @@ class Done:
     stderr: str
 
 
-def run(module: str, *arguments: str | Path, env: Mapping[str, str] | None = None, timeout: float = 600) -> Done:
+def run(
+    module: str,
+    *arguments: str | Path,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 600,
+) -> Done:
     """`python -m MODULE ARGUMENTS` in the current folder, and its ranks if it starts some.
 
     Args:
@@ -124,10 +134,10 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def ranks_of(path: Path) -> list[int]:
-    """Processes whose command line names this file, the launcher left out."""
-    processes = psutil.process_iter(["cmdline"])
+    """Processes whose command line names this file, and that have been told which rank they are."""
+    processes = psutil.process_iter(["cmdline", "environ"])
     found = [process for process in processes if str(path) in (process.info["cmdline"] or [])]
-    return [process.pid for process in found if "torch.distributed.run" not in process.info["cmdline"]]
+    return [process.pid for process in found if "RANK" in (process.info["environ"] or {})]
 
 
 def _spawn(command: Sequence[str], env: Mapping[str, str] | None, timeout: float) -> Done:
@@ -248,7 +258,7 @@ def _manage(connection: socket.socket) -> int:
 
 
 def _launch(request: dict[str, Any], world: int, end: float, connection: socket.socket) -> int:
-    """What torchrun does on one node: a rendezvous store, and the ranks."""
+    """What the launcher does on one node: a rendezvous store, and the ranks."""
     port = socket.socket()
     port.bind(("127.0.0.1", 0))
     port.listen(64)
@@ -270,7 +280,7 @@ def _launch(request: dict[str, Any], world: int, end: float, connection: socket.
     )
     code = _wait(ranks, end, Path(request["folder"]), connection)
     del store
-    return 1 if code else 0
+    return code if code >= 0 else 128 - code
 
 
 def _wait(processes: Sequence[int], end: float, folder: Path, connection: socket.socket) -> int:
@@ -290,8 +300,7 @@ def _wait(processes: Sequence[int], end: float, folder: Path, connection: socket
                     failed = code
                     if code < 0:
                         _say(folder, f"process {processes.index(process)} was ended by {signal.Signals(-code).name}")
-                    _signal(alive, signal.SIGTERM)
-                    end = min(end, time.monotonic() + _GRACE)
+                    end = min(end, time.monotonic() + launcher.GRACE)
         if alive and time.monotonic() > end:
             if not failed:
                 _say(folder, "the test's time is up")

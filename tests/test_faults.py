@@ -110,8 +110,12 @@ def uneven_copies(path: Path) -> None:
     edit(path, lambda recipe: recipe["teacher"].update(ranks_per_copy=3))
 
 
-def narrow_captions(path: Path) -> None:
-    edit(path, lambda recipe: recipe["data"]["captions"].update(width=8))
+def other_component(path: Path) -> None:
+    edit(path, lambda recipe: recipe["teacher"].update(component="transformer_2"))
+
+
+def other_options(path: Path) -> None:
+    edit(path, lambda recipe: recipe["teacher"].update(options={"num_steps": 3}))
 
 
 def no_heldout(path: Path) -> None:
@@ -125,7 +129,7 @@ def no_plan(path: Path) -> None:
 
 FAULTS: list[tuple[Change, list[str]]] = [
     (wrong_key, ["unknown key 'distill.micro_bach'", "did you mean 'micro_batch'?"]),
-    (wrong_value, ["distill.steps", "integer"]),
+    (wrong_value, ["distill.steps", "whole number"]),
     (lost_shard, ["train-", "missing"]),
     (no_teacher, ["images", "config.json"]),
     (overlapping_spans, ["variant 'only'", "[0, 2]", "[2, 4]", "overlap"]),
@@ -138,7 +142,8 @@ FAULTS: list[tuple[Change, list[str]]] = [
     (clipping, ["students.json", "gradient_clipping must not be set", "distill.optimizer.clip_norm"]),
     (offloading, ["students.json", "offload_optimizer must not be set", "distill.optimizer.offload"]),
     (uneven_copies, ["teacher.ranks_per_copy is 3", "2 processes"]),
-    (narrow_captions, ["data.captions", "8 channels", "joint_attention_dim is 16"]),
+    (other_component, ["teacher", "transformer_2"]),
+    (other_options, ["teacher.options", "no argument 'num_steps'"]),
     (no_heldout, ["heldout-", "missing"]),
     (no_plan, ["plan.yaml", "ppcl plan"]),
 ]

@@ -42,7 +42,7 @@ def test_a_family_goes_from_shards_to_stock_models(new_run: Callable[..., Path],
     teacher = open_teacher(recipe)
     plan = load_plan(recipe.plan_file, teacher)
     class_name = TEACHERS[family][0]
-    stock = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path)
+    stock = getattr(diffusers, class_name).from_pretrained(recipe.teacher.path / "transformer")
     whole = sum(block.parameters for block in teacher.blocks)
     models = {row["name"]: row for row in json.loads((recipe.run / "report.json").read_text())["models"]}
     assert set(models) == {"teacher", *plan.variants, *(f"{variant}-undistilled" for variant in plan.variants)}

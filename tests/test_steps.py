@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.prompt_sets import PromptSet
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Finetune
 from ppcl_ds.steps import Step, due, steps
@@ -51,6 +52,13 @@ def test_what_is_done_is_left_out(recipe: Recipe) -> None:
     for name in FIGURES:
         touch(recipe.run / name)
     assert names(recipe) == []
+
+
+def test_prompt_sets_are_drawn_on_all_processes(recipe: Recipe) -> None:
+    assert not jobs(recipe)[-1].ranks
+    one = PromptSet(name="words", prompts=Path("prompts.txt"))
+    drawing = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"sets": (one,)})})
+    assert (jobs(drawing)[-1].name, jobs(drawing)[-1].ranks) == ("evaluate", True)
 
 
 def test_fine_tuned_variants_are_consolidated_too(recipe: Recipe) -> None:

@@ -1,4 +1,4 @@
-"""What the sbatch scripts need to know of a recipe, a line each: run folder, processes, how many requeues."""
+"""What the sbatch scripts need to know, a line each: run folder, processes, requeues, processes that evaluate."""
 
 from __future__ import annotations
 
@@ -13,4 +13,5 @@ if __name__ == "__main__":
         recipe = load_recipe(Path(sys.argv[1]))
     except UserError as fault:
         sys.exit(f"error: {fault}")
-    print(recipe.run, recipe.topology.world, recipe.cluster.requeues, sep="\n")
+    drawing = recipe.topology.world if recipe.evaluate.sets else 1
+    print(recipe.run, recipe.topology.world, recipe.cluster.requeues, drawing, sep="\n")

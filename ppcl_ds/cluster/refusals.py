@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from ppcl_ds.atomic import require_space
 from ppcl_ds.data.index import Index
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.distill import distill as distill
 from ppcl_ds.errors import UserError
@@ -18,6 +17,7 @@ from ppcl_ds.finetune import finetune as finetune
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.steps import Step
+from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.units.plan import Plan, load_plan
 
@@ -125,7 +125,7 @@ def _most_units(recipe: Recipe, teacher: Teacher) -> int:
     spans = [span for span in teacher.allowed_spans if span[1] - span[0] < section.max_span]
     chosen = len(section.variants) * (1 + len(section.candidates)) * (len(teacher.blocks) // 2)
     given = len(load_plan(section.given, teacher).units) if section.given else 0
-    return min(len(spans), chosen) + given + len(width_candidates(section, teacher.anatomy))
+    return min(len(spans), chosen) + given + len(width_candidates(section, teacher))
 
 
 def _bytes_to_write(recipe: Recipe, distilling: Estimate, tunings: Sequence[Estimate], variants: int) -> int:

@@ -1,101 +1,102 @@
-"""What a teacher reads: encoded prompts, and batches of latents with their prompts.
+"""What is asked of a teacher: sizes, encoded captions, and samples that lie encoded on disk.
 
-Shapes: B batch, C latent channels, H and W latent height and width, S text tokens, E embedding channels.
+Shapes: B samples, C latent channels, F latent frames, H and W latent height and width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.utils import _pytree as pytree
+
+from ppcl_ds.data.text import Tree
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Encoded captions.
+class Size:
+    """What a sample is asked for as: pixels, frames of a clip, and width and height of the source image, if any."""
+
+    height: int
+    width: int
+    frames: int = 1
+    source: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a pipeline made of a caption, and of a source image if it takes one, when the data were encoded.
 
     Attributes:
-        embeds: (B, S, E) float.
-        mask: (B, S) bool, True for real tokens; None where the family reads padding as it reads text.
-        pooled: (B, P) float, or None for families without a pooled embedding.
+        text: what `encode_prompt` returned, call by call.
+        images: what the VAE and `encode_image` made of the source, call by call.
+        source: its width and height in pixels.
     """
 
-    embeds: Tensor
-    mask: Tensor | None = None
-    pooled: Tensor | None = None
+    text: Sequence[Tree]
+    images: Sequence[Tree] = ()
+    source: tuple[int, int] | None = None
 
-    @staticmethod
-    def stack(prompts: Sequence[Prompts]) -> Prompts:
-        """Join single prompts (each with B = 1) into one batch, padded with zeros to the longest."""
-        embeds = pad_sequence([p.embeds[0] for p in prompts], batch_first=True)
-        mask = None
-        if prompts[0].mask is not None:
-            mask = pad_sequence([p.mask[0] for p in prompts if p.mask is not None], batch_first=True)
-        pooled = None
-        if prompts[0].pooled is not None:
-            pooled = torch.cat([p.pooled for p in prompts if p.pooled is not None])
-        return Prompts(embeds, mask, pooled)
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Prompt:
+        """The same with floats of a dtype, on a device."""
 
-    def row(self, index: int) -> Prompts:
-        """One prompt of the batch, trimmed to its own length."""
-        mask = None if self.mask is None else self.mask[index : index + 1]
-        length = self.embeds.shape[1] if mask is None else int(mask.sum())
-        return Prompts(
-            self.embeds[index : index + 1, :length],
-            None if mask is None else mask[:, :length],
-            None if self.pooled is None else self.pooled[index : index + 1],
-        )
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Prompts:
-        return Prompts(
-            self.embeds.to(device, dtype),
-            None if self.mask is None else self.mask.to(device),
-            None if self.pooled is None else self.pooled.to(device, dtype),
-        )
+        text, images = pytree.tree_map_only(Tensor, moved, (tuple(self.text), tuple(self.images)))
+        return replace(self, text=text, images=images)
+
+    def tensors(self) -> list[Tensor]:
+        """All that is in it."""
+        return [leaf for leaf in pytree.tree_leaves((self.text, self.images)) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded pair of an image, or a clip, and a caption.
+
+    Attributes:
+        latents: (1, C, H, W) or (1, C, F, H, W) float, clean: the mean of what the VAE says, as it says it.
+        caption: as it was before it was encoded.
+        empty: what the empty caption became beside this sample's source image; None: the same for all samples.
+    """
+
+    key: str
+    latents: Tensor
+    size: Size
+    prompt: Prompt
+    caption: str
+    empty: Prompt | None = None
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of encoded text-image pairs.
+    """One micro-batch of samples of one size."""
 
-    Attributes:
-        latents: (B, C, H, W) float, clean.
-        prompts: B encoded captions.
-        keys: B sample keys, for messages.
-        captions: B captions, as they were before they were encoded.
-    """
+    samples: tuple[Sample, ...]
 
-    latents: Tensor
-    prompts: Prompts
-    keys: tuple[str, ...]
-    captions: tuple[str, ...]
+    @property
+    def size(self) -> Size:
+        return self.samples[0].size
 
-    @staticmethod
-    def stack(batches: Sequence[Batch]) -> Batch:
-        """Join batches of one latent shape into one."""
-        rows = [batch.prompts.row(i) for batch in batches for i in range(len(batch.keys))]
-        return Batch(
-            torch.cat([batch.latents for batch in batches]),
-            Prompts.stack(rows),
-            tuple(key for batch in batches for key in batch.keys),
-            tuple(caption for batch in batches for caption in batch.captions),
-        )
+    @property
+    def captions(self) -> list[str]:
+        return [sample.caption for sample in self.samples]
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        return replace(self, latents=self.latents.to(device, dtype), prompts=self.prompts.to(device, dtype))
+    @property
+    def latents(self) -> Tensor:
+        """(B, C, H, W) or (B, C, F, H, W) float, clean, as the VAE says them."""
+        return torch.cat([sample.latents for sample in self.samples])
 
-    def drop_captions(self, empty: Prompts, share: float, generator: torch.Generator) -> Batch:
+    def drop_captions(self, empty: Callable[[Sample], Prompt], share: float, generator: torch.Generator) -> Batch:
         """Replace each caption by the empty one with probability `share`.
 
         Args:
-            empty: the encoded empty caption, B = 1.
+            empty: what the empty caption becomes beside a sample.
             generator: CPU generator; B numbers are drawn from it.
         """
-        dropped = (torch.rand(len(self.keys), generator=generator) < share).tolist()
-        if not any(dropped):
-            return self
-        rows = [empty if drop else self.prompts.row(i) for i, drop in enumerate(dropped)]
-        return replace(self, prompts=Prompts.stack(rows))
+        dropped = (torch.rand(len(self.samples), generator=generator) < share).tolist()
+        pairs = zip(self.samples, dropped, strict=True)
+        return Batch(tuple(replace(each, prompt=empty(each)) if drop else each for each, drop in pairs))

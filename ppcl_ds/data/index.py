@@ -18,14 +18,28 @@ from pydantic import BaseModel, ValidationError
 from webdataset.tariterators import base_plus_ext
 
 from ppcl_ds.atomic import atomic_write, sha256
-from ppcl_ds.errors import UserError
+from ppcl_ds.errors import UserError, brief, shown
 from ppcl_ds.sections import Data
 
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_SUFFIXES = (
+    "png", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jxl",
+)  # fmt: skip
 """Kinds of images that are read; the last part of a file name, in lower case."""
 
-_META = re.compile(r"__[^/]*__($|/)")
-"""Members that webdataset passes over."""
+CLIP_SUFFIXES = ("mp4", "mov", "mkv", "webm", "frames")
+"""Kinds of clips; `frames` is a tar of images."""
+
+SUFFIXES = IMAGE_SUFFIXES + CLIP_SUFFIXES
+"""What a sample can be of."""
+
+SIZE = "size"
+"""Of a caption without an image, KEY.size says at which size it is drawn: `1024x1024`, or `480x832x81` with frames."""
+
+_META = re.compile(r"__[^/]*__($|/)|(.*/)?(\.(?!\.?(/|$))|__MACOSX(/|$))")
+"""Members that are passed over: webdataset's own, and hidden ones, such as macOS writes beside every file."""
+
+_LONGEST_KEY = 4096
+"""Characters of a key; as in messages, what is no character is escaped."""
 
 _BLOCK = 512
 """A tar is made of blocks of so many bytes; two of them, all zeros, close it."""
@@ -129,17 +143,21 @@ class Member:
     offset: int
     parts: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    @property
-    def lacks(self) -> str:
-        """What is missing from a sample that can be used; empty: nothing."""
+    def lacks(self, captions: bool) -> str:
+        """What is missing from a sample that can be used; empty: nothing.
+
+        Args:
+            captions: whether captions can be used alone.
+        """
         if "safetensors" in self.parts:
             return "" if "txt" in self.parts else "no caption (.txt)"
-        if not any(suffix in self.parts for suffix in IMAGE_SUFFIXES):
-            return f"no image (.{', .'.join(IMAGE_SUFFIXES)})"
-        return "" if "txt" in self.parts or "json" in self.parts else "no caption (.txt or .json)"
+        kinds = {suffix.rpartition(".")[2] for suffix in self.parts}  # others than us have names such as KEY.front.jpg
+        if not captions and not kinds & {*SUFFIXES, SIZE}:
+            return f"no image (.{', .'.join(SUFFIXES)})"
+        return "" if kinds & {"txt", "json"} else "no caption (.txt or .json)"
 
 
-def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
+def scan(file: BinaryIO, closed: bool = True, captions: bool = False) -> tuple[list[Member], list[str]]:
     """Find the samples of a tar, and say what is wrong with the rest of it. Only headers are read.
 
     After a damaged place the search goes on at the next whole header, so a damaged header costs its own sample alone.
@@ -147,6 +165,7 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
     Args:
         file: an open tar, uncompressed; need not be whole.
         closed: whether it must end as a tar ends, which a part cut out of one does not.
+        captions: whether captions can be used alone.
 
     Returns:
         Samples that can be used, in stored order, and problems, `key: why` or `byte N: why`.
@@ -159,42 +178,43 @@ def scan(file: BinaryIO, closed: bool = True) -> tuple[list[Member], list[str]]:
     try:
         with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True) as tar:
             for entry in tar:
+                name = entry.name.removeprefix("./")
                 if not _all_zeros(file, end, entry.offset):
                     # What lay there may have been a part of the sample before or after.
                     bad[f"byte {end}"] = "damaged"
                     last = ""
                 end = entry.offset_data + (-(-entry.size // _BLOCK) * _BLOCK if entry.isreg() else 0)
-                key, suffix = _split_name(entry.name)
+                key, suffix = _split_name(name)
                 if entry.size < 0:  # the header is whole all the same; what follows it is looked at
-                    bad[key or entry.name] = "has a length below zero"
+                    bad[key or name] = "has a length below zero"
                     tar.offset = end = entry.offset_data
                     last = ""
                     continue
-                if entry.isdir() or _META.match(entry.name):
+                if entry.isdir() or _META.match(name):
                     continue
                 if not entry.isreg():
-                    bad[entry.name] = "not a file"
-                elif not suffix or entry.name.startswith("/") or ".." in entry.name.split("/"):
-                    bad[entry.name] = "not a name that a sample has"
+                    bad[name] = "not a file"
+                elif not suffix or name.startswith("/") or ".." in name.split("/"):
+                    bad[name] = "not a name that a sample has"
                 elif end > size:
                     bad[key] = "cut short"
                 elif key in found and (key != last or suffix in found[key].parts):
                     bad[key] = f"its .{suffix} comes twice, or apart from its other members"
                 else:
-                    found.setdefault(key, Member(_shown(key), entry.offset)).parts[suffix] = (
+                    found.setdefault(key, Member(shown(key, _LONGEST_KEY), entry.offset)).parts[suffix] = (
                         entry.offset_data,
                         entry.size,
                     )
                 last = key
     except Exception as fault:  # tarfile raises whatever the broken header led to
-        bad[f"byte {end}"] = f"not a whole tar ({fault})"
+        bad[f"byte {end}"] = f"not a whole tar ({brief(fault)})"
     if closed and (size - end < 2 * _BLOCK or not _all_zeros(file, end, size)):
         bad.setdefault(f"byte {end}", "cut short: the tar is not closed")
     for key, member in found.items():
-        if member.lacks:
-            bad.setdefault(key, member.lacks)
+        if lacks := member.lacks(captions):
+            bad.setdefault(key, lacks)
     good = [member for key, member in found.items() if key not in bad]
-    return good, [f"{_shown(key)}: {why}" for key, why in bad.items()]
+    return good, [f"{shown(key)}: {why}" for key, why in bad.items()]
 
 
 def describe(path: Path, members: Sequence[Member], **more: Any) -> ShardEntry:
@@ -208,11 +228,6 @@ def _split_name(name: str) -> tuple[str, str]:
     """Key and suffix as webdataset tells them apart; both empty for a name that has none."""
     key, suffix = base_plus_ext(name)
     return key or "", (suffix or "").lower()
-
-
-def _shown(name: str) -> str:
-    """A name as it can be printed on one line and stored: what is not UTF-8, or no character, is escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _all_zeros(file: BinaryIO, start: int, end: int) -> bool:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of an order.
+
+    Attributes:
+        shuffle: False keeps the stored order, bucket after bucket, in every epoch.
+        window, lanes: see `Order`.
+    """
+
+    seed: int
+    shuffle: bool = True
+    window: int = 2048
+    lanes: int = 1
 
 
 class Order:
@@ -28,25 +44,11 @@ class Order:
         shards: shard number of each sample, (N,), ascending.
         buckets: bucket number of each sample, (N,), every number from 0 on in use.
         micro_batch: samples in a micro-batch.
-        seed: of the order.
-        shuffle: False keeps the stored order, bucket after bucket, in every epoch.
-        window: see above.
-        lanes: see above.
     """
 
-    def __init__(
-        self,
-        shards: Numbers,
-        buckets: Numbers,
-        micro_batch: int,
-        seed: int,
-        *,
-        shuffle: bool = True,
-        window: int = 2048,
-        lanes: int = 1,
-    ) -> None:
-        self.shards, self.buckets, self.micro_batch, self.seed = shards, buckets, micro_batch, seed
-        self.shuffle, self.window, self.lanes = shuffle, window, lanes
+    def __init__(self, shards: Numbers, buckets: Numbers, micro_batch: int, settings: Settings) -> None:
+        self.shards, self.buckets, self.micro_batch = shards, buckets, micro_batch
+        self.seed, self.shuffle, self.window, self.lanes = astuple(settings)
         self.counts = np.bincount(buckets).tolist()
         # An epoch's order is needed again and again, and with it the one before.
         self._epoch = lru_cache(maxsize=2 * len(self.counts) + 1)(self._make_epoch)
@@ -111,6 +113,11 @@ class Order:
         lanes[: len(full)] = (self._first(epoch) + full) % self.lanes
         result: Numbers = lanes[own]
         return result
+
+
+def is_alone(shape: str) -> bool:
+    """Whether samples of a bucket are captions without an image: their latents have no channels."""
+    return shape.startswith("0x")
 
 
 def buckets_of(shapes: Sequence[dict[str, list[int]]], counts: Sequence[int]) -> tuple[Numbers, list[str]]:

@@ -1,6 +1,6 @@
 """From shards to micro-batches: numbered, the same for any number of ranks and workers, resumable at any number.
 
-Shapes: C latent channels, H and W latent height and width, S text tokens, E embedding channels, P pooled channels.
+Shapes: C latent channels, H and W latent height and width.
 """
 
 from __future__ import annotations
@@ -16,21 +16,33 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import safetensors.torch
-import torch
-from safetensors import SafetensorError
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ppcl_ds import launch
-from ppcl_ds.data.batch import Batch, Prompts
+from ppcl_ds.data.batch import Batch, Sample
 from ppcl_ds.data.index import split_entries
-from ppcl_ds.data.order import Order, buckets_of
+from ppcl_ds.data.order import Numbers, Order, Settings, buckets_of, is_alone
 from ppcl_ds.data.shards import BadSampleError, Shards
-from ppcl_ds.errors import UserError, brief
-from ppcl_ds.sections import CaptionEncoding, Data
+from ppcl_ds.data.stored import EMPTY, Stored, Texts
+from ppcl_ds.errors import UserError, brief, problem
+from ppcl_ds.sections import Data
 
-FIXED = ("seed", "noise", "data.captions", "data.images", "data.window", "teacher.precision")
+TEXTS = "texts.safetensors"
+"""Beside the encoded shards: what all samples share, see `Texts`."""
+
+_EARLIER = "empty.safetensors"
+"""What earlier releases wrote instead."""
+
+FIXED = (
+    "seed",
+    "noise",
+    "data.images",
+    "data.window",
+    "data.real_share",
+    "teacher.precision",
+    "teacher.component",
+    "teacher.options",
+)
 """Recipe keys that samples, their order and their noise depend on: whatever was begun keeps them to its end."""
 
 _NAMED = 10
@@ -50,13 +62,21 @@ class MicroBatchStream:
         seed: of the order, and of the caption that is taken where a sample has several.
         log: file that names bad samples; lines are appended.
         lanes: see `Order`; of many ranks, each should read some lanes.
+        captions: whether captions without an image count, too; of micro-batches without latents, or see `sample`.
 
     Raises:
         UserError: nothing is encoded yet, a shard is missing or cut short, or the split is empty.
     """
 
     def __init__(
-        self, data: Data, split: Literal["train", "heldout"], micro_batch: int, seed: int, log: Path, lanes: int = 1
+        self,
+        data: Data,
+        split: Literal["train", "heldout"],
+        micro_batch: int,
+        seed: int,
+        log: Path,
+        lanes: int = 1,
+        captions: bool = False,
     ) -> None:
         entries = split_entries(data, split)
         self.workers = data.workers if split == "train" else 0
@@ -73,19 +93,22 @@ class MicroBatchStream:
             if sum(map(len, entry.shapes.values())) != entry.samples:
                 raise UserError(f"{entry.name}: no latents in its index; `ppcl-data encode` or `index` writes one")
         buckets, shapes = buckets_of([entry.shapes for entry in entries], counts)
-        self.decoder = _Decoder(shards, buckets, shapes, data.captions, seed)
-        self.order = Order(
-            np.repeat(np.arange(len(entries)), counts),
-            buckets,
-            micro_batch,
-            seed,
-            shuffle=split == "train",
-            window=data.window,
-            lanes=lanes,
-        )
+        self.decoder = _Decoder(shards, buckets, shapes, seed)
+        self.settings = Settings(seed, shuffle=split == "train", window=data.window, lanes=lanes)
+        self.shards = np.repeat(np.arange(len(entries)), counts)
+        pictures = np.array([captions or not is_alone(shape) for shape in shapes])
+        (self.numbers,) = np.nonzero(pictures[buckets])
+        if not len(self.numbers):
+            raise UserError(
+                f"{data.shards}: its {split} samples are captions alone; set `trajectories`, or give images"
+            )
+        # The buckets that count, numbered anew.
+        own = (np.cumsum(pictures) - 1)[buckets[self.numbers]]
+        self.order = Order(self.shards[self.numbers], own, micro_batch, self.settings)
         self.bad: set[str] = set()
         """Samples that were skipped since this process began, `shard:key: why`; see `share`."""
         self.news: list[str] = []
+        self._orders: dict[int, tuple[Numbers, Order]] = {}
 
     def __len__(self) -> int:
         return len(self.decoder.shards)
@@ -96,12 +119,12 @@ class MicroBatchStream:
         Rank r of W calls `take(r, W)`. Nothing but these micro-batches is read.
 
         Yields:
-            The number, and the micro-batch: one latent shape, float32 on the CPU.
+            The number, and the micro-batch: one size, float32 on the CPU.
 
         Raises:
             UserError: a shard cannot be opened, or more than `data.max_bad_fraction` of the samples are bad.
         """
-        numbers = ((number, self.order[number]) for number in count(start, stride))
+        numbers = ((number, self.numbers[self.order[number]]) for number in count(start, stride))
         # Not forked: this process has threads and sockets that a copy must not hold.
         context = multiprocessing.get_context("forkserver") if self.workers else None
         if context:
@@ -127,8 +150,25 @@ class MicroBatchStream:
             yield read.number, read.batch
 
     def first(self) -> Batch:
-        """The first stored sample that can be used, B = 1."""
-        read = self.decoder[0, np.zeros(1, dtype=np.int64)]
+        """The first stored sample that can be used."""
+        return self._now(0, self.numbers[:1])
+
+    def batch(self, number: int) -> Batch:
+        """Micro-batch `number`, read when it is asked for."""
+        return self._now(number, self.numbers[self.order[number]])
+
+    def sample(self, bucket: int, number: int) -> Sample:
+        """Sample 0, 1, 2, ... of a bucket, without end, in an order of its own; number n is of lane n mod lanes."""
+        if bucket not in self._orders:
+            (members,) = np.nonzero(self.decoder.buckets == bucket)
+            order = Order(self.shards[members], np.zeros(len(members), dtype=np.int64), 1, self.settings)
+            self._orders[bucket] = members, order
+        members, order = self._orders[bucket]
+        return self._now(number, members[order[number]]).samples[0]
+
+    def _now(self, number: int, samples: Numbers) -> Batch:
+        read = self.decoder[number, samples]
+        self._note(read.bad)
         if read.batch is None:
             raise UserError(read.fault)
         return read.batch
@@ -182,10 +222,8 @@ class _Read:
 class _Decoder(Dataset[_Read]):
     """Samples by number to micro-batches; what a worker process runs."""
 
-    def __init__(
-        self, shards: Shards, buckets: np.ndarray, shapes: list[str], captions: CaptionEncoding, seed: int
-    ) -> None:
-        self.shards, self.buckets, self.shapes, self.captions, self.seed = shards, buckets, shapes, captions, seed
+    def __init__(self, shards: Shards, buckets: np.ndarray, shapes: list[str], seed: int) -> None:
+        self.shards, self.buckets, self.shapes, self.seed = shards, buckets, shapes, seed
         self.known_bad: dict[int, str] = {}
 
     def __getitem__(self, asked: tuple[int, np.ndarray]) -> _Read:
@@ -196,9 +234,9 @@ class _Decoder(Dataset[_Read]):
             rows = [self._usable(int(sample), bad, random) for sample in samples]
         except UserError as fault:
             return _Read(number, None, bad, str(fault))
-        return _Read(number, Batch.stack(rows), bad)
+        return _Read(number, Batch(tuple(rows)), bad)
 
-    def _usable(self, sample: int, bad: list[str], random: np.random.RandomState) -> Batch:
+    def _usable(self, sample: int, bad: list[str], random: np.random.RandomState) -> Sample:
         """The sample itself, or another one of its bucket that can be used."""
         draw = random.random_sample()  # one for each place, whoever takes it
         for number in self._candidates(sample):
@@ -219,20 +257,20 @@ class _Decoder(Dataset[_Read]):
             if number != sample and self.buckets[number] == self.buckets[sample]:
                 yield number
 
-    def _decode(self, number: int, draw: float) -> Batch:
+    def _decode(self, number: int, draw: float) -> Sample:
         name, parts = self.shards.read(number)
         try:
-            return decode(name, parts, self.captions, draw, self.shapes[self.buckets[number]])
+            return decode(name, parts, draw, self.shapes[self.buckets[number]])
         except ValueError as fault:
-            raise BadSampleError(f"{name}: {fault}") from None
+            raise BadSampleError(problem(name, fault)) from None
 
 
 def _random(*seed: int) -> np.random.RandomState:
     return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
 
 
-def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: float = 0.0, shape: str = "") -> Batch:
-    """One encoded sample, B = 1, float32.
+def decode(name: str, parts: dict[str, bytes], draw: float = 0.0, shape: str = "") -> Sample:
+    """One encoded sample, float32.
 
     Args:
         name: `shard:key`.
@@ -244,72 +282,66 @@ def decode(name: str, parts: dict[str, bytes], captions: CaptionEncoding, draw: 
         ValueError: it cannot be used; the message says why.
     """
     try:
-        tensors = safetensors.torch.load(parts["safetensors"])
-        texts = {"": parts["txt"].decode()} | {f".{n}": t for n, t in json.loads(parts.get("json", b"{}")).items()}
+        stored = Stored.read(parts["safetensors"])
+        texts = {"": parts["txt"].decode()} | dict(json.loads(parts.get("json", b"{}")))
     except KeyError as fault:
         raise ValueError(f"no .{fault.args[0]}") from None
-    except Exception as fault:  # whatever the broken byte led to
-        raise ValueError(f"damaged ({brief(fault)})") from None
-    kinds = sorted(key.partition(".") for key in tensors)
-    names = [dot + caption for kind, dot, caption in kinds if kind == "prompt_embeds"]
-    if "latents" not in tensors or not names:
-        raise ValueError(f"no tensor `{'prompt_embeds' if 'latents' in tensors else 'latents'}`")
-    own = "x".join(map(str, tensors["latents"].shape))
-    if tensors["latents"].ndim != 3 or own != (shape or own):
-        raise ValueError(f"latents of shape {own}, not {shape or 'C x H x W'}")
+    except UnicodeDecodeError:
+        raise ValueError("damaged (its .txt is not UTF-8)") from None
+    except (TypeError, RecursionError, json.JSONDecodeError) as fault:
+        raise ValueError(f"damaged (its .json: {fault})") from None
+    own = "x".join(map(str, stored.latents.shape))
+    if own != (shape or own):
+        raise ValueError(f"latents of shape {own}, not {shape}")
+    names = sorted(name for name in stored.prompts if name != EMPTY)
     caption = names[int(draw * len(names))]
-    prompt = prompt_of(tensors, captions, caption)
-    for tensor in (tensors["latents"], prompt.embeds, prompt.pooled):
-        if tensor is not None and not bool(tensor.isfinite().all()):
-            raise ValueError("NaN or infinity in its latents or prompt")
-    key = name.partition(":")[2]
-    return Batch(tensors["latents"].float()[None], prompt, (key,), (str(texts.get(caption, "")),))
+    prompt = stored.prompts[caption]
+    if not all(bool(tensor.isfinite().all()) for tensor in (stored.latents, *prompt.tensors())):
+        raise ValueError("NaN or infinity in its latents or prompt")
+    key, said = name.partition(":")[2], str(texts.get(caption, ""))
+    return Sample(key, stored.latents[None], stored.size, prompt, said, stored.prompts.get(EMPTY))
 
 
-def prompt_of(tensors: dict[str, Tensor], captions: CaptionEncoding, caption: str = "") -> Prompts:
-    """The stored `prompt_embeds` (S, E) and, if any, `pooled` (P,) of a caption as a prompt, B = 1, float32.
-
-    Raises:
-        ValueError: they are not of the shapes that the recipe says.
-    """
-    embeds = tensors[f"prompt_embeds{caption}"].float()[None]
-    pooled = tensors[f"pooled{caption}"].float()[None] if f"pooled{caption}" in tensors else None
-    if embeds.ndim != 3 or embeds.shape[-1] != captions.width or not embeds.shape[1]:
-        raise ValueError(f"prompt_embeds of shape {tuple(embeds.shape[1:])}, not (tokens, {captions.width})")
-    if (() if pooled is None else pooled.shape[1:]) != ((captions.pooled_width,) if captions.pooled_width else ()):
-        raise ValueError(f"no tensor `pooled` of {captions.pooled_width} channels")
-    if captions.masked:
-        return Prompts(embeds, torch.ones(embeds.shape[:2], dtype=torch.bool), pooled)
-    # Padding of zeros is not stored.
-    missing = captions.max_tokens - embeds.shape[1]
-    if missing < 0:
-        raise ValueError(f"a prompt of {embeds.shape[1]} tokens, more than data.captions.max_tokens")
-    return Prompts(torch.nn.functional.pad(embeds, (0, 0, 0, missing)), None, pooled)
-
-
-def empty_prompt(data: Data) -> Prompts:
-    """The encoded empty caption, B = 1.
+def read_texts(data: Data) -> Texts:
+    """What all encoded samples share.
 
     Raises:
         UserError: it is not there, or it is damaged.
     """
-    path = data.shards / "encoded" / "empty.safetensors"
+    path = data.shards / "encoded" / TEXTS
+    if not path.is_file() and path.with_name(_EARLIER).is_file():
+        raise UserError(f"{path.parent} was encoded by an earlier release; run `ppcl-data encode RECIPE` again")
     if not path.is_file():
         raise UserError(f"{path} is missing; run `ppcl-data encode RECIPE` first")
     try:
-        return prompt_of(safetensors.torch.load(path.read_bytes()), data.captions)
-    except (SafetensorError, KeyError, ValueError) as fault:
-        raise UserError(f"{path}: damaged ({fault}); delete it and run `ppcl-data encode RECIPE`") from None
+        return Texts.read(path.read_bytes())
+    except ValueError as fault:
+        raise UserError(f"{path}: {brief(fault)}; delete it and run `ppcl-data encode RECIPE`") from None
 
 
-def check_data(data: Data, *, train: bool = True, heldout: bool = True) -> None:
-    """That the encoded shards of the splits that will be read are there, and the empty caption with them.
+def has_images(data: Data, split: Literal["train", "heldout"]) -> bool:
+    """Whether a split has any sample that is not a caption alone.
+
+    Raises:
+        UserError: it is not there.
+    """
+    return any(not is_alone(shape) for entry in split_entries(data, split) for shape in entry.shapes)
+
+
+def check_data(
+    data: Data, *, train: bool = True, heldout: bool = True, section: str = "", images: bool = False
+) -> None:
+    """That the encoded shards of the splits that will be read are there, and what they share with them.
+
+    Args:
+        section: of the recipe, of a training.
+        images: whether it reads images.
 
     Raises:
         UserError: one line that says what is missing.
     """
-    if train:
-        split_entries(data, "train")
+    if train and not has_images(data, "train") and images:
+        raise UserError(f"{data.shards} holds captions alone; set {section}.trajectories: {{}}, or give images")
     if heldout:
         split_entries(data, "heldout")
-    empty_prompt(data)
+    read_texts(data)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ppcl_ds.demo.digits import write_images
+from ppcl_ds.demo.digits import write_captions, write_images
 from ppcl_ds.demo.teacher import train_teacher
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.steps import Step, steps
 
-_DIGITS, _TEACHER = "write the digits as images with captions", "train a teacher from scratch"
+_DIGITS, _TEACHER = "write the digits as images with captions, or captions alone", "train a teacher from scratch"
 """What the demo does beside the road: what others bring."""
 
 
@@ -55,7 +55,8 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
             for made in later.makes:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
         if step.name == _DIGITS:
-            write_images(Path(recipe.data.source))
+            source = Path(recipe.data.sources[0])
+            (write_captions if source.suffix == ".txt" else write_images)(source)
         elif step.name == _TEACHER:
             train_teacher(recipe)
         for line in lines:
@@ -66,9 +67,9 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
 def _road(recipe: Recipe) -> list[Step]:
     """The road, and what the demo does beside it."""
     shard, encode, *rest = steps(recipe, list(recipe.plan.variants))
-    digits = Step(_DIGITS, (Path(recipe.data.source),), shard.done)
-    teacher = Step(_TEACHER, (recipe.teacher.path,), (recipe.teacher.path / "config.json").exists)
-    return [digits, shard, encode, teacher, *rest]
+    digits = Step(_DIGITS, (Path(recipe.data.sources[0]),), shard.done)
+    teacher = Step(_TEACHER, (recipe.teacher.path,), (recipe.teacher.path / "model_index.json").exists)
+    return [digits, shard, teacher, encode, *rest]
 
 
 def _lines(step: Step, recipe: str) -> list[list[str]]:

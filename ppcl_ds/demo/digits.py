@@ -47,6 +47,18 @@ def write_images(folder: Path) -> None:
         (folder / f"{name}.txt").write_text(caption.format(WORDS[label]) + "\n")
 
 
+def write_captions(path: Path) -> None:
+    """Write a caption for every digit, a line each; no pictures."""
+    labels = real_digits()[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in digit_captions(labels)))
+
+
+def digit_captions(labels: NDArray[np.int64]) -> list[str]:
+    """The caption of every digit."""
+    return [caption.format(WORDS[label]) for caption, label in zip(_captions(len(labels)), labels, strict=True)]
+
+
 def _captions(count: int) -> list[str]:
     """A template for every sample, always the same ones."""
     return [TEMPLATES[choice] for choice in np.random.RandomState(0).randint(len(TEMPLATES), size=count)]

@@ -9,16 +9,25 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.svm import SVC
 from torch import Tensor
 
 from ppcl_ds.demo.digits import digit_in, real_digits
+from ppcl_ds.distances import frechet_distance
 
 Array = NDArray[np.float64]
 
 _COMPONENTS = 20
 """Principal components of the real digits in which the Frechet distance is taken: 89 % of their variance."""
+
+
+def shown(images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
+    """1 for each drawn digit in which the classifier sees the digit of its prompt, else 0; for `evaluate.scores`."""
+    pictures = np.stack([np.asarray(image.convert("L"), dtype=float).reshape(-1) / 127.5 - 1 for image in images])
+    asked = np.array([digit_in(caption) for caption in captions])
+    return (_judge().classifier.predict(pictures) == asked).astype(float).tolist()
 
 
 def score(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
@@ -44,20 +53,6 @@ def score(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
         "accuracy": float(np.mean(judge.classifier.predict(pictures) == asked)),
         "frechet": frechet_distance(*_moments(drawn), *judge.real),
     }
-
-
-def frechet_distance(mean_a: Array, covariance_a: Array, mean_b: Array, covariance_b: Array) -> float:
-    """Frechet distance of two Gaussians, means (D,) and covariances (D, D).
-
-    `|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2))`. The trace of the root is taken from the symmetric
-    `A^(1/2) B A^(1/2)`, which has the same eigenvalues as `A B` and stays real for singular covariances.
-    """
-    values, vectors = np.linalg.eigh(covariance_a)
-    root = (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ covariance_b @ root)
-    shift = mean_a - mean_b
-    distance = shift @ shift + np.trace(covariance_a + covariance_b) - 2.0 * np.sqrt(cross.clip(min=0.0)).sum()
-    return float(max(distance, 0.0))
 
 
 def digit_classifier() -> SVC:

@@ -1,32 +1,38 @@
-"""The demo's teacher: a stock diffusers Qwen-Image transformer, tiny, trained from scratch on the digits in minutes."""
+"""The demo's teacher: a small pipeline around a stock Qwen-Image transformer, trained from scratch on the digits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImageTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 
 from ppcl_ds import launch
 from ppcl_ds.atomic import atomic_folder
 from ppcl_ds.console import track
-from ppcl_ds.data.batch import Batch, Prompts
-from ppcl_ds.data.noising import add_noise, draw_sigmas
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
+from ppcl_ds.data.images import as_rgb, decode
+from ppcl_ds.data.index import Index
+from ppcl_ds.data.shards import Shards
+from ppcl_ds.demo.digits import digit_captions, real_digits
+from ppcl_ds.demo.pipeline import DigitsPipeline, PixelVae, WordTable
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import DemoTeacher, Noise
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.noising import draw_places
 
 _WARMUP_STEPS = 50
 """Enough for AdamW's second moments; zero-initialised modulation tolerates a short warm-up."""
 
 
 def train_teacher(recipe: Recipe) -> None:
-    """Train the demo's teacher on the encoded shards and save it as the diffusers folder `recipe.teacher.path`.
+    """Train the demo's teacher and save it as the pipeline folder `recipe.teacher.path`.
+
+    It is trained on the raw shards, or on all digits where those hold captions alone.
 
     The folder appears whole or not at all; one that is there already is kept. Runs in one process, on a GPU if there
     is one, and leaves torch's global random state as it was.
@@ -38,17 +44,21 @@ def train_teacher(recipe: Recipe) -> None:
         raise UserError("key 'demo' is missing from the recipe: it says how large the demo's teacher is")
     if recipe.teacher.path.exists():
         return
-    stream = MicroBatchStream(recipe.data, "train", recipe.demo.batch_size, recipe.seed, recipe.bad_samples)
-    batches = (batch for _, batch in stream.take(start=0, stride=1))
-    empty = empty_prompt(recipe.data)
-    model = fresh_model(recipe.demo, recipe.seed).to(launch.device())
-    fit(model, batches, empty, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
+    pipeline = fresh_pipeline(recipe.demo, recipe.seed)
+    pipeline.transformer.to(launch.device())
+    if recipe.data.sizes:  # which is what those who bring captions alone do not have
+        pictures, labels = real_digits()
+        images = torch.from_numpy(pictures).float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+        captions = digit_captions(labels)
+    else:
+        images, captions = read_images(recipe.data.shards / "raw")
+    fit(pipeline, images, captions, recipe.noise, recipe.demo, torch.Generator().manual_seed(recipe.seed))
     with atomic_folder(recipe.teacher.path) as folder:
-        model.save_pretrained(folder)
+        pipeline.save_pretrained(folder)
 
 
-def fresh_model(demo: DemoTeacher, seed: int) -> QwenImageTransformer2DModel:
-    """A new transformer whose blocks are the identity and whose output is 0 (adaLN-zero, as in DiT)."""
+def fresh_pipeline(demo: DemoTeacher, seed: int) -> DigitsPipeline:
+    """A pipeline whose new transformer's blocks are the identity and whose output is 0 (adaLN-zero, as in DiT)."""
     with torch.random.fork_rng(devices=[]):  # torch's layers draw their weights from the global state only
         torch.manual_seed(seed)
         try:
@@ -61,13 +71,28 @@ def fresh_model(demo: DemoTeacher, seed: int) -> QwenImageTransformer2DModel:
     for linear in zeroed:
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
-    return model
+    return DigitsPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=PixelVae(model.config.in_channels // 4),
+        text_encoder=WordTable(model.config.joint_attention_dim),
+        transformer=model,
+    )
+
+
+def read_images(raw: Path) -> tuple[Tensor, list[str]]:
+    """All training images of raw shards, (N, 3, H, W) float32 in [-1, 1], and their captions."""
+    index = Index.read(raw / "index.json", "ppcl-data shard")
+    shards = Shards([entry for entry in index.shards if entry.name.startswith("train-")], raw)
+    samples = [shards.read(number)[1] for number in range(len(shards))]
+    pixels = np.stack([np.asarray(as_rgb(decode(parts["png"]))) for parts in samples])  # (N, H, W, 3) uint8
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images, [parts["txt"].decode() for parts in samples]
 
 
 def fit(
-    model: QwenImageTransformer2DModel,
-    batches: Iterable[Batch],
-    empty: Prompts,
+    pipeline: DigitsPipeline,
+    images: Tensor,
+    captions: list[str],
     noise: Noise,
     demo: DemoTeacher,
     generator: torch.Generator,
@@ -75,27 +100,39 @@ def fit(
     """Flow matching: the model learns the velocity `noise - data`; it ends with the average of its weights.
 
     Args:
-        model: float32, trained in place.
-        batches: at least `demo.steps` of them.
-        empty: the encoded empty caption, B = 1; stands in for dropped captions.
+        pipeline: its transformer, float32, is trained in place.
+        images: (N, 3, H, W) in [-1, 1].
         noise: which noise levels, and how many captions are dropped.
-        demo: steps, learning rate and averaging.
-        generator: CPU generator for dropped captions, noise levels and noise.
+        demo: steps, batch size, learning rate and averaging.
+        generator: CPU generator for all that is drawn.
     """
-    caller = caller_for(type(model).__name__)
+    model = pipeline.transformer
+    latents = pipeline.vae.encode(images).latent_dist.mode()  # (N, C, H, W)
+    height, width = latents.shape[-2:]
+    shapes = [[(1, height // 2, width // 2)]] * demo.batch_size
     optimizer = torch.optim.AdamW(model.parameters(), lr=demo.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARMUP_STEPS, demo.steps)
     # Its decay grows from 0.1, so that a short run does not remember the initial weights.
     average = EMAModel(model.parameters(), decay=demo.ema, foreach=True)
-    steps = track(range(demo.steps), "training the teacher", demo.steps)
-    for _, batch in zip(steps, batches, strict=False):
-        seen = batch.drop_captions(empty, noise.caption_dropout, generator).to(model.device, torch.float32)
-        sigmas = draw_sigmas(noise, len(seen.keys), generator).to(model.device)
-        noisy, velocity = add_noise(seen.latents, sigmas, generator)
-        loss = F.mse_loss(caller(model, noisy, seen.prompts, sigmas), velocity)
-        loss.backward()
+    for step in track(range(demo.steps), "training the teacher", demo.steps):
+        start = step * demo.batch_size % len(latents)
+        if start < demo.batch_size:  # an epoch begins
+            order = torch.randperm(len(latents), generator=generator)
+        chosen = order[torch.arange(start, start + demo.batch_size) % len(latents)]
+        dropped = torch.rand(demo.batch_size, generator=generator) < noise.caption_dropout
+        words = ["" if drop else captions[row] for row, drop in zip(chosen.tolist(), dropped.tolist(), strict=True)]
+        embeds, mask = pipeline.encode_prompt(words, torch.device("cpu"))
+        sigmas = 1 - draw_places(noise, demo.batch_size, generator)
+        data = latents[chosen]
+        fresh = torch.randn(data.shape, generator=generator)
+        noisy = torch.lerp(data, fresh, sigmas.view(-1, 1, 1, 1))
+        inputs = [pipeline.pack_latents(each).to(model.device) for each in (noisy, fresh - data)]
+        text = embeds.to(model.device), None if mask is None else mask.to(model.device)
+        predicted = pipeline.velocity("cond", inputs[0], sigmas.to(model.device) * 1000, shapes, *text)
+        F.mse_loss(predicted, inputs[1]).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         average.step(model.parameters())
     average.copy_to(model.parameters())
+    model.eval()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
+
 from ppcl_ds import launch
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.training.checks import check_held, check_resume, check_students
+from ppcl_ds.training.checks import check_folder, check_held, check_resume, check_students
+from ppcl_ds.units.kinds import empty_unit
 from ppcl_ds.units.plan import Plan, load_plan
+from ppcl_ds.units.unit import count_parameters
 
 
 def check(recipe: Recipe) -> tuple[Teacher, Plan]:
@@ -25,9 +29,12 @@ def check(recipe: Recipe) -> tuple[Teacher, Plan]:
             "use at most one stage a unit"
         )
     launch.check_world(recipe.topology.world)
-    check_data(recipe.data, heldout=bool(recipe.distill.sample_every))
+    images = recipe.distill.trajectories is None or recipe.data.real_share > 0
+    check_data(recipe.data, heldout=bool(recipe.distill.sample_every), section="distill", images=images)
     folder = recipe.distillation
     check_students(recipe, folder)
+    parameters = sum(count_parameters(empty_unit(unit, teacher, torch.float32)) for unit in plan.units)
+    check_folder(folder, parameters, recipe.distill.keep_checkpoints)
     if folder.begun:
         check_resume(recipe, folder, plan.units, load_plan(folder.plan, teacher))
         check_held(recipe, folder, plan.units)
@@ -39,5 +46,6 @@ def distill(recipe: Recipe, teacher: Teacher, plan: Plan, until: int | None = No
     launch.join(recipe.distill.timeout)
     from ppcl_ds.distill.trainer import Trainer
 
-    Trainer(recipe, plan, teacher).train(until)
-    launch.leave()
+    trainer = Trainer(recipe, plan, teacher)
+    trainer.train(until)
+    launch.leave(trainer.preemption.exit_code)

@@ -72,9 +72,17 @@ def _solve(layers: list[UnitLayer], arrivals: Arrivals, group: dist.ProcessGroup
         sums[key] = _add(sums.get(key), counted(regression.x, mask), counted(regression.y, mask))
         linears[key] = regression.linear
     for key, linear in linears.items():
-        moments = Moments(*(_total(part, group) for part in sums[key]))
-        solution = fit_linear(moments, ridge)
-        linear.weight.copy_(solution.weight.T)
+        settle(linear, Moments(*(_total(part, group) for part in sums[key])), ridge)
+
+
+@torch.no_grad()
+def settle(linear: nn.Linear, sums: Moments, ridge: float) -> None:
+    """Give a linear the least-squares solution; one without a bias has no constant to be solved for."""
+    if linear.bias is None:  # means that are taken for zero leave nothing to a constant
+        sums = sums._replace(x=torch.zeros_like(sums.x), y=torch.zeros_like(sums.y))
+    solution = fit_linear(sums, ridge)
+    linear.weight.copy_(solution.weight.T)
+    if linear.bias is not None:
         linear.bias.copy_(solution.bias)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ppcl_ds.sections import Distill
 from ppcl_ds.training.phases import Account, LayerCosts, Phase
 from ppcl_ds.training.traffic import Cluster, exchanged, most
 
@@ -20,13 +21,20 @@ class Distilling(Account):
     - Exchange (more than one stage): that; the message to other stages; and what arrives from them. Most of it arrives
       while the units train on the first micro-batches.
     - Unit training: what the stage's units read, of every micro-batch of the round, with the message that may still be
-      under way; the activations of one unit, as each unit's backward follows its forward; and, in float32, the gradient
-      of one parameter that is being added to its sum. Units and the float32 sums of their gradients are whole on each
-      replica.
+      under way; and the activations of one unit, as each unit's backward follows its forward. Units and the float32
+      sums of their gradients are whole on each replica.
+    - Replay: what has arrived of the last readings stays, on the accelerator or in pinned CPU memory, and nothing is
+      under way while units train but copies from there. Teacher forward and exchange are shared by several steps.
     """
 
     section = "distill"
     what = "the plan's {} units"
+
+    settings: Distill
+
+    @property
+    def uses(self) -> int:
+        return self.settings.replay.uses
 
     def phases(self, cluster: Cluster) -> list[list[Phase]]:
         spread = self.cut(cluster.stages)
@@ -36,29 +44,30 @@ class Distilling(Account):
     def _stage(
         self, stage: int, units: Sequence[LayerCosts], messages: Sequence[int], recorded: int, cluster: Cluster
     ) -> list[Phase]:
-        ranks, rounds = cluster.ranks_of(stage), self.rounds(cluster)
+        ranks, rounds, replay = cluster.ranks_of(stage), self.rounds(cluster), self.settings.replay
         parameters = sum(unit.parameters for unit in units)
         boundaries = {"boundaries for units": recorded}
         outgoing, incoming = sum(messages) - messages[stage], (cluster.stages - 1) * messages[stage]
         under_way = {"outgoing": outgoing, "incoming": incoming}
+        training = {"batches": held(units) + incoming, "outgoing": outgoing}
+        ring = {"replay": replay.ring * rounds * (held(units) + incoming)}
+        if replay.uses > 1:
+            training = {"batches": 2 * messages[stage] if replay.offload else 0}
         return [
             self.teacher_forward(cluster, ranks, boundaries),
             Phase(
                 "exchange",
-                moved=most(exchanged(rank, messages, cluster) for rank in ranks).times(rounds),
+                moved=most(exchanged(rank, messages, cluster) for rank in ranks).times(rounds / replay.uses),
                 transient=boundaries | under_way if cluster.stages > 1 else {},
                 beside_next=True,
             ),
             Phase(
                 "unit training",
                 flops=rounds * cluster.stages * self.settings.micro_batch * self.training_flops(units),
-                resident={"units": parameters * self.teacher.element, "gradients": parameters * 4},
-                transient={
-                    "batches": held(units) + incoming,
-                    "outgoing": outgoing,
-                    "activations": max(unit.activations for unit in units),
-                    "gradient on its way to its sum": self.summed_gradient(units),
-                },
+                resident={"units": parameters * self.teacher.element, "gradients": parameters * 4}
+                | (ring if replay.uses > 1 and not replay.offload else {}),
+                transient=training | {"activations": max(unit.activations for unit in units)},
+                host=ring if replay.uses > 1 and replay.offload else {},
             ),
             self.update(cluster, ranks, parameters),
         ]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.sharded import forget_order
-from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.teacher.teacher import Teacher, forward
 from ppcl_ds.training.preview import Preview
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.plugging import plugged
@@ -39,16 +39,16 @@ def look(
     Returns:
         `heldout/velocity_mse/VARIANT` -> error, and on rank 0, model -> images (N, C, H, W) in [-1, 1].
     """
-    preview = Preview(recipe, device)
-    batch = preview.noisy
+    preview = Preview(recipe, teacher, device)
+    batch = preview.noisy(sharded)
     errors: dict[str, float] = {}
     images: dict[str, Tensor] = {}
     reference: Tensor | None = None
     for name in ["teacher", *plan.variants]:
         inside = plugged(sharded.module, teacher.anatomy, plan, name, units, group, owner)
         with nullcontext() if name == "teacher" else inside, torch.no_grad():
-            velocity = teacher.caller(sharded, batch.latents, batch.prompts, batch.sigmas)
-            drawn = preview.draw(partial(teacher.caller, sharded), batch.prompts)
+            velocity = teacher.answer(sharded, batch)
+            drawn = preview.draw(partial(forward, sharded))
         if reference is None:
             reference = velocity
         else:

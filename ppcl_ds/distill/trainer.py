@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from ppcl_ds.console import track
-from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.distill.least_squares import calibrate
 from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.preview import look
+from ppcl_ds.distill.replay import Ring
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.teacher import Teacher, read_teacher
+from ppcl_ds.teacher.noising import NoisyBatch
+from ppcl_ds.teacher.teacher import Teacher, read_teacher, text_mask
+from ppcl_ds.teacher.trajectories import TrajectoryStream
+from ppcl_ds.training.delivery import Deliveries
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import measure_work
 from ppcl_ds.training.log import print_units
@@ -35,8 +41,10 @@ class Trainer(Training):
 
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         recipe, settings = self.recipe, self.recipe.distill
-        self.wanted = taps_of(self.plan, self.teacher.anatomy)
-        self.work = measure_work(self.teacher, self.plan, *self.sample_shape())
+        wanted = taps_of(self.plan, self.teacher.anatomy)
+        self.wanted = replace(wanted, to_the_end=wanted.to_the_end or settings.trajectories is not None)
+        self.work = measure_work(self.teacher, self.plan, self.sample_size(), settings.trajectories)
+        self.ring = Ring(settings.replay, recipe.seed, self.device)
         self.library = Library(
             self.plan,
             self.teacher,
@@ -50,14 +58,27 @@ class Trainer(Training):
         engine = StudentsEngine(self.library, students, settings, recipe.teacher.precision)
         return engine, self.library.stage_units
 
-    def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
-        """One teacher forward, as far as units need it."""
-        capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
-        return batches_of(capture, batch.prompts.mask, self.plan, self.teacher.anatomy)
+    def readings(self, step: int) -> range:
+        return self.ring.readings(step, self.settings.steps)
 
-    def step(self, batches: Iterator[NoisyBatch]) -> None:
+    def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
+        """One teacher forward, as far as units need it; of trajectories, as far as they need it."""
+        capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
+        self.advance(batch, capture.output)
+        return batches_of(capture, text_mask(batch.arguments, capture), self.plan, self.teacher.anatomy)
+
+    @property
+    def kept_pictures(self) -> int:
+        return self.recipe.distill.keep_pictures
+
+    @property
+    def kept(self) -> int:
+        replay = self.recipe.distill.replay
+        return replay.ring if replay.uses > 1 else 1
+
+    def step(self, batches: Deliveries) -> None:
         with self.timer.phase("students"):
-            for arrived in self.arrivals(batches):
+            for arrived in self.ring.members(self.engine.global_steps, partial(self.arrivals, batches)):
                 for layer in self.library.layers:  # backward follows forward: one unit's activations in memory
                     self.engine.accumulate(layer.loss(arrived[layer.name]))
             self.engine.finish_step()
@@ -87,11 +108,13 @@ class Trainer(Training):
 
         replicas = self.engine.grid.get_data_parallel_group()
         narrows = any(unit.keep for unit in width)
-        calibrate(self.library.layers, arrivals, replicas, self.recipe.probe.ridge, narrows)
+        with self.data.aside() if isinstance(self.data, TrajectoryStream) else nullcontext():
+            calibrate(self.library.layers, arrivals, replicas, self.recipe.probe.ridge, narrows)
         self.engine.optimizer.refresh_fp32_params()
 
     def flops(self, samples: int) -> float:
-        return self.work.per_step(samples, self.settings.activation_checkpointing)
+        settings = self.recipe.distill
+        return self.work.per_step(samples, settings.activation_checkpointing, settings.replay.uses)
 
     def measured(self) -> dict[str, float]:
         """Losses, norm ratios and gradient norms of this stage's units."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.data.batch import Size
 from ppcl_ds.data.index import split_entries
+from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
 from ppcl_ds.estimate.inputs import Inputs, growing_clusters, read_inputs
 from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
-from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, add_up, least_time
+from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, WholeRun, add_up, least_time
 from ppcl_ds.estimate.show import show
+from ppcl_ds.estimate.whole import whole_runs
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision, Topology
@@ -35,8 +39,7 @@ def estimate(
     *,
     accelerator: str = "h100",
     utilisation: float = 0.4,
-    latent_size: str | None = None,
-    text_tokens: int | None = None,
+    pixels: str | None = None,
     variant: str | None = None,
     json: Path | None = None,
 ) -> bool:
@@ -45,7 +48,7 @@ def estimate(
     Args:
         variant: that is to be fine-tuned; None: distilling is estimated.
         gpus_per_node: all processes of the recipe's topology by default.
-        latent_size: as on the command line, see `read_size`.
+        pixels: of a sample, as on the command line, see `read_size`.
 
     Returns:
         Whether the run fits.
@@ -55,11 +58,9 @@ def estimate(
     """
     if not 0 < utilisation <= 1:
         raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
-    if text_tokens is not None and text_tokens < 1:
-        raise UserError(f"--text-tokens {text_tokens}: a prompt has a token or more")
-    machine, sides = accelerator_called(accelerator), None if latent_size is None else read_size(latent_size)
+    machine, sides = accelerator_called(accelerator), None if pixels is None else read_size(pixels)
     gpus_per_node = recipe.topology.world if gpus_per_node is None else gpus_per_node
-    found = size(read_inputs(recipe, nodes, gpus_per_node, variant, sides, text_tokens), machine, utilisation)
+    found = size(read_inputs(recipe, nodes, gpus_per_node, variant, sides), machine, utilisation)
     show(found)
     if json is not None:
         try:
@@ -83,17 +84,17 @@ def print_estimate(recipe: Recipe, teacher: Teacher, variant: str | None = None)
     print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
 
 
-def read_size(text: str) -> tuple[int, int]:
-    """`128` or `96x160` -> (H, W) of the latents.
+def read_size(text: str) -> Size:
+    """`1024` or `768x1344`, height and width, in pixels.
 
     Raises:
         UserError: it is neither.
     """
     found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if found is None:
-        raise UserError(f"--latent-size {text}: give one number, or height and width such as 96x160")
+        raise UserError(f"--size {text}: give one number, or height and width such as 768x1344")
     height, width = found.groups()
-    return int(height), int(width or height)
+    return Size(int(height), int(width or height))
 
 
 def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> Estimate:
@@ -114,6 +115,9 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
     memories = [add_up(stage) for stage in phases]
     step, seconds = least_time(phases, accelerator, utilisation)
     probing = None
+    runs: tuple[WholeRun, ...] = ()
+    if isinstance(account, Distilling):
+        runs = tuple(whole_runs(account, inputs, forward, accelerator, utilisation))
     if inputs.variant is None:
         anatomy, batch = inputs.teacher.anatomy, inputs.training.micro_batch
         probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
@@ -124,12 +128,12 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         teacher_parameters=sum(elements for elements, _ in account.teacher.parameters),
         plan=inputs.source,
         parameters=account.parameters,
-        latents=inputs.latents,
-        text_tokens=inputs.tokens,
+        pixels=(inputs.size.height, inputs.size.width),
+        tokens={stream: tensor.shape[1] for stream, tensor in forward.capture.streams[0].items()},
         precision=precision,
         cluster=cluster,
         accelerator=accelerator,
-        notes=tuple(_notes(account, cluster, precision)),
+        notes=tuple(_notes(account, cluster, precision, accelerator)),
         stages=tuple(_stages(account, cluster, memories)),
         fits=_fits(memories, accelerator),
         smallest=_smallest(account, recipe.topology, cluster.gpus_per_node, accelerator),
@@ -139,6 +143,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         utilisation=utilisation,
         step=step,
         seconds=seconds,
+        runs=runs,
         probing=probing,
         probing_seconds=_probing_seconds(probing, cluster, accelerator, utilisation) if probing else 0.0,
     )
@@ -157,15 +162,30 @@ def _stages(account: Account, cluster: Cluster, memories: Sequence[Memory]) -> I
         )
 
 
-def _notes(account: Account, cluster: Cluster, precision: Precision) -> Iterator[str]:
+def _notes(account: Account, cluster: Cluster, precision: Precision, accelerator: Accelerator) -> Iterator[str]:
     asked, micro_batches = account.settings.micro_batches_per_step, account.rounds(cluster) * cluster.world
     if micro_batches != asked:
         yield (
             f"{account.section}.micro_batches_per_step is {asked}, not a multiple of {cluster.world} processes: "
             f"{micro_batches} assumed"
         )
+    if isinstance(account, Distilling) and account.uses > 1:
+        yield from _places(account, cluster, accelerator)
     if precision != "bf16":
         yield "times are those of bf16; memory is that of the recipe's precision"
+
+
+def _places(account: Distilling, cluster: Cluster, accelerator: Accelerator) -> Iterator[str]:
+    """What should be changed about where the replayed readings lie."""
+    replay = account.settings.replay
+    other = replay.model_copy(update={"offload": not replay.offload})
+    elsewhere = replace(account, settings=account.settings.model_copy(update={"replay": other}))
+    here, there = (
+        _fits([add_up(stage) for stage in each.phases(cluster)], accelerator) for each in (account, elsewhere)
+    )
+    if there and (replay.offload or not here):
+        has = "has room for" if replay.offload else "is too small for"
+        yield f"set distill.replay.offload: {str(other.offload).lower()}; the accelerator {has} what is replayed"
 
 
 def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:

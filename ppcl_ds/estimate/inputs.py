@@ -7,19 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
-from ppcl_ds.data.noising import DTYPES
+from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.sections import Topology, Training
-from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.training.meta_forward import latent_channels
+from ppcl_ds.teacher.gathering import with_gathering
+from ppcl_ds.teacher.noising import DTYPES
+from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.training.phases import Sharding
 from ppcl_ds.training.traffic import Cluster
 from ppcl_ds.units.plan import Plan, load_plan
-
-_TEXT_TOKENS = 32
-"""Tokens of a prompt where the recipe does not say: captions of a sentence or two."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +29,7 @@ class Inputs:
         teacher: weights are not needed.
         plan: the run's, or what stands in for it.
         source: where the plan comes from, in words.
-        latents: (C, H, W) of a sample.
-        tokens: of its prompt.
+        size: of a sample.
     """
 
     recipe: Recipe
@@ -41,8 +38,7 @@ class Inputs:
     teacher: Teacher
     plan: Plan
     source: str
-    latents: tuple[int, int, int]
-    tokens: int
+    size: Size
     sharding: Sharding
 
     @property
@@ -61,23 +57,21 @@ def read_inputs(
     nodes: int,
     gpus_per_node: int,
     variant: str | None = None,
-    latent_size: tuple[int, int] | None = None,
-    text_tokens: int | None = None,
+    size: Size | None = None,
     teacher: Teacher | None = None,
 ) -> Inputs:
     """Everything that an estimate needs.
 
     Args:
         variant: that is to be fine-tuned; None: the library is to be distilled.
-        latent_size: H and W of a sample; the recipe's by default.
-        text_tokens: tokens of its prompt; the recipe's by default.
+        size: of a sample; the recipe's by default.
         teacher: the recipe's, if it is open already.
 
     Raises:
         UserError: recipe, plan, teacher and cluster do not go together; the message says which.
     """
     cluster = cluster_for(recipe.topology, nodes, gpus_per_node)
-    teacher = teacher or Teacher(recipe.teacher.path, weights=False)
+    teacher = teacher or open_teacher(recipe, weights=False)
     if recipe.plan_file.exists():
         plan, source = load_plan(recipe.plan_file, teacher), str(recipe.plan_file)
     elif recipe.plan.rule == "given" and recipe.plan.given:
@@ -87,15 +81,13 @@ def read_inputs(
         if not shares:
             raise UserError(f"variant '{variant}' is not in plan.variants: {', '.join(recipe.plan.variants)}")
         plan, source = assume_plan(shares, teacher), f"assumed, as there is no {recipe.plan_file}"
-    sharding = sharding_of(recipe, gpus_per_node)
+    sharding = sharding_of(recipe, teacher, gpus_per_node)
     if cluster.world % sharding.ranks_per_copy:
         raise UserError(
             f"teacher.ranks_per_copy is {sharding.ranks_per_copy}, which does not divide the {cluster.world} processes"
         )
-    side = recipe.data.images.latent_size
-    latents = (latent_channels(teacher.empty), *(latent_size or (side, side)))
-    tokens = text_tokens or recipe.data.captions.max_tokens or _TEXT_TOKENS
-    return Inputs(recipe, variant, cluster, teacher, plan, source, latents, tokens, sharding)
+    side = recipe.data.images.size
+    return Inputs(recipe, variant, cluster, teacher, plan, source, size or Size(side, side), sharding)
 
 
 def cluster_for(topology: Topology, nodes: int, gpus_per_node: int) -> Cluster:
@@ -130,16 +122,16 @@ def growing_clusters(topology: Topology, gpus_per_node: int, layers: int, most: 
         nodes *= 2
 
 
-def sharding_of(recipe: Recipe, gpus_per_node: int) -> Sharding:
-    """From recipe and the teacher's DeepSpeed file; what that leaves out has DeepSpeed's defaults.
+def sharding_of(recipe: Recipe, teacher: Teacher, gpus_per_node: int) -> Sharding:
+    """From recipe and the teacher's DeepSpeed file; gathers are sized to the teacher, the rest is DeepSpeed's.
 
     Raises:
         UserError: the file cannot be read.
     """
-    zero = read_deepspeed_file(recipe.deepspeed.teacher).get("zero_optimization", {})
+    zero = with_gathering(read_deepspeed_file(recipe.deepspeed.teacher), teacher)["zero_optimization"]
     return Sharding(
         ranks_per_copy=recipe.teacher.ranks_per_copy or gpus_per_node,
-        max_live=int(zero.get("stage3_max_live_parameters", 1e9)),
-        prefetch=int(zero.get("stage3_prefetch_bucket_size", 5e7)),
+        max_live=int(zero["stage3_max_live_parameters"]),
+        prefetch=int(zero["stage3_prefetch_bucket_size"]),
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
     )

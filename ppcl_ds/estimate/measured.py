@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
+from dataclasses import replace
 from functools import partial
 
 from ppcl_ds.distill.phases import Distilling
@@ -33,7 +34,7 @@ def run_once(inputs: Inputs) -> MetaForward:
         raise UserError(f"plan {inputs.recipe.plan_file}: it has no units, so there is nothing to train")
     taps = () if inputs.variant else taps_of(inputs.plan, inputs.teacher.anatomy).parts
     batch = inputs.training.micro_batch
-    return meta_forward(inputs.teacher, inputs.latents, inputs.tokens, batch, inputs.dtype, taps)
+    return meta_forward(inputs.teacher, inputs.size, batch, taps)
 
 
 def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
@@ -51,13 +52,16 @@ def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
                 name=unit.name,
                 parameters=sum(sizes),
                 trained=sum(sizes),
-                largest=max(sizes),
                 flops=work.units[unit.name],
                 activations=meter(module, batch),
                 batch=batch,
             )
         )
-    teacher = teacher_costs(inputs, forward, taps_of(plan, anatomy).last)
+    if settings.trajectories:  # to the end, for what it says
+        teacher = teacher_costs(inputs, forward, len(anatomy.blocks) - 1)
+        teacher = replace(teacher, forwards=settings.trajectories.forwards)
+    else:
+        teacher = teacher_costs(inputs, forward, taps_of(plan, anatomy).last)
     return Distilling(teacher, tuple(layers), settings)
 
 
@@ -75,10 +79,11 @@ def fine_tuning(inputs: Inputs, forward: MetaForward) -> FineTuning:
     places = plan.places(variant)
     whole = layout(teacher, plan, variant, partial(blank_unit, teacher=teacher))
     model = empty_model(whole.config)
-    blocks = Anatomy(model).blocks
+    own = Anatomy(model, teacher.flows)
+    blocks = own.blocks
     shapes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained: dict[int | None, int] = dict.fromkeys([None, *range(len(blocks))], 0)
-    for part in parts_of(model, whole.tensors, settings.trainable):
+    for part in parts_of(own, model, whole.tensors, settings.trainable):
         trained[part.place] += sum(shapes[name] for name in part.parameters)
     costs = block_costs(forward.block_flops, teacher.anatomy, model, places)
     stays = joined(whole.config, [block.key for block in blocks])
@@ -97,21 +102,23 @@ def fine_tuning(inputs: Inputs, forward: MetaForward) -> FineTuning:
                 name=block.key,
                 parameters=block.parameters,
                 trained=trained[block.index],
-                largest=max(parameter.numel() for parameter in module.parameters()),
                 flops=costs[block.index] / settings.micro_batch,
                 activations=meter(unit, UnitBatch(entering, forward.capture.conditioning[origin], image, None)),
                 batch=UnitBatch(entering, {}, targets, None),
                 joined=stays[block.index],
             )
         )
+    costs_of_teacher = teacher_costs(inputs, forward, len(teacher.blocks) - 1)
+    if settings.trajectories:
+        costs_of_teacher = replace(costs_of_teacher, forwards=settings.trajectories.forwards)
     return FineTuning(
-        teacher_costs(inputs, forward, len(teacher.blocks) - 1),
+        costs_of_teacher,
         tuple(layers),
         settings,
         rest=whole.parameters - sum(block.parameters for block in blocks),
         trained_rest=trained[None],
         inputs=sum(tensor.nbytes for tensor in forward.read),
-        velocities=forward.velocity.nbytes + forward.velocity.numel() * 4,  # the teacher's, and the data's in float32
+        velocities=forward.output.nbytes + forward.output.numel() * 4,  # the teacher's, and the data's in float32
     )
 
 

@@ -27,12 +27,14 @@ class Memory(Numbers):
         phases: phase of a step -> parts on top.
         worst: the phase that takes most.
         peak: resident parts and those of the worst phase.
+        host: pinned CPU memory.
     """
 
     resident: Parts
     phases: dict[str, Parts]
     worst: str
     peak: int
+    host: Parts = {}
 
 
 class Stage(Numbers):
@@ -70,6 +72,22 @@ class Bound(Numbers):
     seconds: float
 
 
+class WholeRun(Numbers):
+    """A distillation from its first step to its last.
+
+    Attributes:
+        name: in words.
+        forwards: of the teacher, samples.
+        flops: of everything.
+        hours: of one accelerator, at least.
+    """
+
+    name: str
+    forwards: float
+    flops: float
+    hours: float
+
+
 class Estimate(Numbers):
     """What a training needs on a cluster, and whether the cluster has it.
 
@@ -80,8 +98,8 @@ class Estimate(Numbers):
         teacher_parameters: how many it has.
         plan: where the units come from, in words.
         parameters: of all units together, or of the variant.
-        latents: (C, H, W) of a sample.
-        text_tokens: tokens of its prompt.
+        pixels: height and width of a sample.
+        tokens: of each stream that enters the first block.
         precision: dtype of teacher and students while they run.
         cluster: the one asked about.
         accelerator: the one in it.
@@ -95,6 +113,7 @@ class Estimate(Numbers):
         utilisation: share of the accelerator's peak that matrix products are taken to reach.
         step: phase by phase.
         seconds: of a step, at least.
+        runs: the whole distillation, and what it would cost otherwise; none for fine-tuning.
         probing: what `ppcl probe` needs; None for fine-tuning.
         probing_seconds: of it on this cluster, at least; communication is left out.
     """
@@ -105,8 +124,8 @@ class Estimate(Numbers):
     teacher_parameters: int
     plan: str
     parameters: int
-    latents: tuple[int, int, int]
-    text_tokens: int
+    pixels: tuple[int, int]
+    tokens: dict[str, int]
     precision: str
     cluster: Cluster
     accelerator: Accelerator
@@ -120,6 +139,7 @@ class Estimate(Numbers):
     utilisation: float
     step: tuple[Bound, ...]
     seconds: float
+    runs: tuple[WholeRun, ...]
     probing: ProbingCosts | None
     probing_seconds: float
 
@@ -139,7 +159,8 @@ def add_up(phases: Sequence[Phase]) -> Memory:
     on_top = {phase.name: phase.transient for phase in phases if phase.transient}
     worst = max(on_top, key=lambda name: sum(on_top[name].values()))
     peak = sum(resident.values()) + sum(on_top[worst].values())
-    return Memory(resident=resident, phases=on_top, worst=worst, peak=peak)
+    host = {part: size for phase in phases for part, size in phase.host.items()}
+    return Memory(resident=resident, phases=on_top, worst=worst, peak=peak, host=host)
 
 
 def least_time(

@@ -29,6 +29,8 @@ def show(estimate: Estimate) -> None:
         console.print(line, soft_wrap=True, markup=False)
     console.print(_step(estimate))
     console.print(_least(estimate), soft_wrap=True, markup=False)
+    if estimate.runs:
+        console.print(_runs(estimate))
     if estimate.probing is not None:
         console.print(_probing(estimate.probing, estimate.probing_seconds))
 
@@ -39,9 +41,9 @@ def _assumptions(e: Estimate) -> Iterator[str]:
     what = f"variant: {e.variant}" if e.variant else "library"
     yield f"plan: {e.plan}"
     yield f"{what}: {number} {_LAYERS[e.training]}, {_count(e.parameters)} parameters"
-    size = "x".join(map(str, e.latents))
+    size, tokens = "x".join(map(str, e.pixels)), ", ".join(f"{count} {name}" for name, count in e.tokens.items())
     yield (
-        f"sample: latents {size}, {e.text_tokens} text tokens, {e.precision}; {e.samples} samples a step, in "
+        f"sample: {size} pixels ({tokens} tokens), {e.precision}; {e.samples} samples a step, in "
         f"{e.micro_batches} micro-batches"
     )
     yield f"cluster: {_words(e.cluster)}; {e.accelerator.name}"
@@ -62,6 +64,9 @@ def _memory(e: Estimate) -> Table:
     table.add_section()
     table.add_row("peak", _bytes(memory.peak), f"in {memory.worst}")
     table.add_row(e.accelerator.name, _bytes(e.accelerator.usable_bytes), f"{RESERVED:.0%} are left alone")
+    if memory.host:
+        table.add_section()
+        table.add_row("pinned CPU memory", _bytes(sum(memory.host.values())), _list(memory.host))
     return table
 
 
@@ -96,6 +101,15 @@ def _step(e: Estimate) -> Table:
             table.add_row(phase.name, computed, *_links(phase.moved), f"{phase.seconds:.3g}")
     waits = [f"\na stage waits {phase.waits:.0%} of the {phase.name}'s time" for phase in e.step if phase.waits]
     table.caption = f"{_flops(e.step_flops)} a step over all processes" + "".join(waits)
+    return table
+
+
+def _runs(e: Estimate) -> Table:
+    table = Table("", "teacher forwards", "computed", "accelerator hours", "of this", title="The whole distillation")
+    first = e.runs[0]
+    for run in e.runs:
+        share = f"{run.flops / first.flops:.0%}"
+        table.add_row(run.name, f"{_count(int(run.forwards))}", _flops(run.flops), f"{run.hours:.3g}", share)
     return table
 
 

@@ -1,6 +1,6 @@
 """What one model is worth: size, speed, and how far its velocities and images are from the teacher's.
 
-Shapes: N images, B batch, C latent channels, H and W latent height and width.
+Shapes: N images, C channels.
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ from itertools import islice
 import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.data.noising import DTYPES, NoisyBatch
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.load import load_model
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.call import Caller
+from ppcl_ds.teacher.drawing import Drawing
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
-from ppcl_ds.teacher.sampling import Sampling, draw, initial_noise
+from ppcl_ds.teacher.noising import DTYPES, NoisyStream
+from ppcl_ds.teacher.pipeline_call import Arguments
+from ppcl_ds.teacher.teacher import Teacher, forward
+
+_FIFTHS = 5
+"""Groups of held-out samples by noise."""
 
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 """Scores images (N, C, H, W) in [-1, 1] against their captions."""
@@ -41,6 +45,8 @@ class ModelFigures(BaseModel):
         frechet: Frechet distance of the images to real ones; None likewise.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
         sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
+        by_noise: mean place on the ladder of noise (0 is pure noise) and the same difference there, for fifths of the
+            held-out samples.
         weights: which files were measured (`weights_digest` of the variant's folder); None for other models.
     """
 
@@ -52,13 +58,8 @@ class ModelFigures(BaseModel):
     frechet: float | None = None
     velocity_mse: float
     sample_mse: float
+    by_noise: Sequence[tuple[float, float]] = ()
     weights: str | None = None
-
-
-class Figures(BaseModel):
-    """The content of report.json."""
-
-    models: Sequence[ModelFigures]
 
 
 class Bench:
@@ -67,34 +68,36 @@ class Bench:
     The first model measured must be the teacher; the others are compared with it.
     """
 
-    def __init__(self, recipe: Recipe, caller: Caller, device: torch.device) -> None:
-        self.recipe, self.caller, self.device = recipe, caller, device
+    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
+        self.recipe, self.teacher, self.device = recipe, teacher, device
         self.dtype = DTYPES[recipe.teacher.precision]
         settings = recipe.evaluate
-        self.heldout = HeldOut(recipe, caller, device)
-        stored = MicroBatchStream(recipe.data, "heldout", 1, recipe.seed, recipe.bad_samples)
-        samples = [batch for _, batch in islice(stored.take(0, 1), settings.samples)]
-        self.captions = [batch.captions[0] for batch in samples]
-        self.prompts = [batch.prompts for batch in samples]
-        shape = (settings.samples, *self.heldout.batches[0].latents.shape[1:])
-        self.noise = initial_noise(shape, recipe.seed)
+        self.heldout = HeldOut(recipe, teacher, device)
+        stored = NoisyStream(recipe, teacher.call, "heldout", 1, captions=True)
+        samples = [batch.samples[0] for _, batch in islice(stored.clean.take(0, 1), settings.samples)]
+        self.captions = [sample.caption for sample in samples]
+        self.drawings = Drawing.several(recipe, teacher.call, stored.noiser, samples, settings.batch_size)
+        self.others = {
+            name: load_model(teacher.path / name, self.dtype)
+            for name in teacher.call.transformers()
+            if name != teacher.component
+        }
         self.judge = load_judge(settings.judge) if settings.judge else None
         self.teacher_velocities: list[Tensor] = []
-        self.teacher_latents: Tensor | None = None
+        self.teacher_latents: list[Tensor] = []
         self.teacher_blocks = 0
 
-    def measure(self, name: str, model: nn.Module, decode: Callable[[Tensor], Tensor]) -> tuple[ModelFigures, Tensor]:
-        """All figures of one model, and its images (N, C, H, W) in [-1, 1].
+    def measure(self, name: str, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[ModelFigures, Tensor]:
+        """All figures of one model, and its images (N, C, height, width) in [-1, 1].
 
         Args:
             model: already in the recipe's dtype.
         """
         velocities = self.heldout.velocities(model)
-        latents = self._draw(model)
-        blocks = Anatomy(model).block_parameters
-        if self.teacher_latents is None:
+        latents, images = self._draw(model, decode)
+        blocks = Anatomy(model, self.teacher.flows).block_parameters
+        if not self.teacher_latents:
             self.teacher_velocities, self.teacher_latents, self.teacher_blocks = velocities, latents, blocks
-        images = decode(latents)
         scores = self.judge(images, self.captions) if self.judge else {}
         figures = ModelFigures(
             name=name,
@@ -104,32 +107,42 @@ class Bench:
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
             velocity_mse=mean_squared(velocities, self.teacher_velocities),
-            sample_mse=float((latents - self.teacher_latents).square().mean()),
+            by_noise=self._by_noise(velocities),
+            sample_mse=mean_squared(latents, self.teacher_latents),
         )
         return figures, images
 
-    def _draw(self, model: nn.Module) -> Tensor:
-        settings = self.recipe.evaluate
-        empty = empty_prompt(self.recipe.data).to(self.device, self.dtype)
-        drawn = []
-        for start in range(0, settings.samples, settings.batch_size):
-            part = slice(start, start + settings.batch_size)
-            latents = draw(
-                partial(self.caller, model),
-                self.noise[part].to(self.device, self.dtype),
-                Prompts.stack(self.prompts[part]).to(self.device, self.dtype),
-                empty,
-                Sampling.of(self.recipe),
-            )
-            drawn.append(latents.float().cpu())
-        return torch.cat(drawn)
+    def _by_noise(self, velocities: Sequence[Tensor]) -> list[tuple[float, float]]:
+        """Fifths of the held-out samples, the noisiest first: their mean place, and the mean squared difference."""
+        pairs = zip(velocities, self.teacher_velocities, strict=True)
+        errors = torch.cat([(one - other).square().flatten(1).mean(1) for one, other in pairs])
+        places = torch.cat([batch.places for batch in self.heldout.batches])
+        parts = places.argsort().tensor_split(_FIFTHS)
+        return [(float(places[part].mean()), float(errors[part].mean())) for part in parts if len(part)]
+
+    def _draw(self, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Latents, a batch at a time, and all images."""
+        models = self.others | {self.teacher.component: model}
+        answers = {name: partial(self._answer, each) for name, each in models.items()}
+        drawn = [drawing.draw(answers, decode) for drawing in self.drawings]
+        return [latents for latents, _ in drawn], torch.cat([images for _, images in drawn if images is not None])
+
+    def _answer(self, model: nn.Module, arguments: Arguments) -> Tensor:
+        """What a model puts out for arguments on the CPU; it is moved to the device."""
+        return forward(model.to(self.device), self._moved(arguments)).cpu()
+
+    def _moved(self, arguments: Arguments) -> Arguments:
+        return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), arguments)
 
     def latency(self, model: nn.Module) -> float:
         """Milliseconds of one forward of one sample, the median over a second."""
-        batch = self.heldout.batches[0]
-        one = NoisyBatch(batch.latents[:1], batch.prompts.row(0), batch.sigmas[:1], batch.velocity[:1])
-        forward = partial(self.heldout.velocity, model, one)
-        timer = Timer("forward()", globals={"forward": forward}, num_threads=torch.get_num_threads())
+        arguments = self._moved(self.teacher.example(self.drawings[0].size))
+
+        @torch.no_grad()
+        def run() -> None:
+            forward(model, arguments).cpu()  # which waits for the device
+
+        timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
         return 1000 * timer.blocked_autorange(min_run_time=1.0).median
 
 

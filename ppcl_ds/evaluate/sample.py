@@ -1,4 +1,4 @@
-"""`ppcl sample`: pictures by a whole pipeline, or by a transformer alone with a recipe that says what is around it."""
+"""`ppcl sample`: images by a whole pipeline, such as a variant's folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,14 @@ from torch import Tensor
 from ppcl_ds import launch
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import progress
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.data.encoders import image_encoder, text_encoder
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError, brief
-from ppcl_ds.export.load import load_model, load_pipeline
-from ppcl_ds.recipe import Recipe
-from ppcl_ds.sections import Data
-from ppcl_ds.teacher.call import caller_for
-from ppcl_ds.teacher.sampling import Sampling, draw, initial_noise
-from ppcl_ds.teacher.teacher import check_captions
+from ppcl_ds.evaluate.painter import guided
+from ppcl_ds.export.load import load_pipeline
 
 
 def sample(
     folder: Path,
     prompts: Sequence[str],
-    recipe: Recipe | None,
     out: Path,
     *,
     seed: int,
@@ -47,32 +38,20 @@ def sample(
     Every prompt starts from the same noise and is drawn by itself, so that its picture does not depend on the others.
 
     Args:
-        folder: a pipeline (`model_index.json`) or a transformer (`config.json`).
-        recipe: for a transformer.
+        folder: a pipeline.
         out: a PNG file.
-        steps, guidance, size: default: the recipe's, or the pipeline's own.
+        steps, guidance, size: default: the pipeline's own.
 
     Raises:
-        UserError: the folder is neither, the size is not possible, or something in the folder is damaged.
+        UserError: the folder is none, the size is not possible, or something in the folder is damaged.
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: pictures are written as PNG; give a name that ends in .png")
     if not folder.is_dir():
         raise UserError(f"model {folder}: there is no such folder")
-    if (folder / "model_index.json").exists():
-        if recipe is not None:
-            raise UserError(
-                f"{folder} is a whole pipeline, which needs no --recipe; leave it out, or give {folder / 'transformer'}"
-            )
-        pictures = _by_pipeline(folder, prompts, seed, steps, guidance, size)
-    elif (folder / "config.json").exists():
-        if recipe is None:
-            raise UserError(
-                f"{folder} is a transformer alone; give --recipe, which says how prompts and pictures are encoded"
-            )
-        pictures = _by_transformer(folder, prompts, recipe, seed, steps, guidance, size)
-    else:
-        raise UserError(f"model {folder}: no model_index.json (a pipeline) and no config.json (a transformer) in it")
+    if not (folder / "model_index.json").exists():
+        raise UserError(f"model {folder}: no model_index.json in it; give a pipeline folder, such as pruned/small")
+    pictures = _by_pipeline(folder, prompts, seed, steps, guidance, size)
     try:
         atomic_write(out, as_columns(pictures, prompts))
     except OSError as fault:
@@ -93,12 +72,7 @@ def _by_pipeline(
         if size % multiple:  # diffusers would draw another size, and not say so
             raise UserError(f"--size {size} is not possible: {folder} draws multiples of {multiple} pixels")
         options |= {"height": size, "width": size}
-    if guidance is not None:
-        distilled = pipeline.transformer.config.get("guidance_embeds")
-        if "true_cfg_scale" in known and not distilled:  # guided by an empty prompt only if it is given one
-            options |= {"true_cfg_scale": guidance, "negative_prompt": " "}
-        else:
-            options["guidance_scale"] = guidance
+    options |= guided(pipeline, pipeline.transformer, guidance)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     with _explained(folder, size), progress("steps", len(prompts) * options["num_inference_steps"]) as advance:
@@ -107,54 +81,16 @@ def _by_pipeline(
             advance(1)
             return tensors
 
+        watched = {"callback_on_step_end": on_step} if "callback_on_step_end" in known else {}
         pipeline.to(device)
         for prompt in prompts:
-            drawn = pipeline(
-                prompt, generator=torch.Generator().manual_seed(seed), callback_on_step_end=on_step, **options
-            )
+            drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **watched, **options)
+            if not watched:
+                advance(options["num_inference_steps"])
             if not hasattr(drawn, "images"):
                 raise UserError(f"{folder} is a {type(pipeline).__name__}, which draws no pictures")
             pictures.append(drawn.images[0])
     return pictures
-
-
-def _by_transformer(
-    folder: Path,
-    prompts: Sequence[str],
-    recipe: Recipe,
-    seed: int,
-    steps: int | None,
-    guidance: float | None,
-    size: int | None,
-) -> list[Image.Image]:
-    """As `ppcl evaluate` draws them."""
-    device, dtype, data = launch.device(), DTYPES[recipe.teacher.precision], recipe.data
-    steps, guidance = steps or recipe.evaluate.steps, guidance or recipe.evaluate.guidance
-    side = size or data.images.size
-    if side % data.images.step:
-        raise UserError(f"--size {size} is not possible: sides are multiples of data.images.step = {data.images.step}")
-    encoded = _encode(data, ["", *prompts], device)
-    images = image_encoder(data, device)
-    shape = images.encode([Image.new("RGB", (side, side))]).shape  # (1, C, H, W)
-    model = load_model(folder, dtype)
-    caller = caller_for(type(model).__name__.removeprefix("Pruned"))
-    check_captions(data.captions, model)
-    noise = initial_noise(shape, seed).to(device, dtype)
-    empty, *wanted = (prompt.to(device, dtype) for prompt in encoded)
-    pictures = []
-    forwards = len(prompts) * steps * (2 if guidance > 1 else 1)
-    with _explained(folder, size), progress("forwards", forwards) as advance:
-        model.to(device).register_forward_hook(lambda *_: advance(1))
-        for prompt in wanted:
-            latents = draw(partial(caller, model), noise, prompt, empty, Sampling(steps, recipe.noise.shift, guidance))
-            pictures.append(as_image(images.decode(latents.float())[0]))
-    return pictures
-
-
-def _encode(data: Data, captions: Sequence[str], device: torch.device) -> list[Prompts]:
-    """Each caption by itself; afterwards the text encoders, which may be large, are no longer in memory."""
-    encoder = text_encoder(data, device)
-    return [encoder.encode([caption]) for caption in captions]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
-from ppcl_ds.export.model_folder import CARD, weights_digest
+from ppcl_ds.export.model_folder import CARD, FACTS, weights_digest
 from ppcl_ds.pages import render
 from ppcl_ds.units.plan import UNDISTILLED, untuned
 
-FACTS = "variant.json"
-"""Beside the card: the facts it was made from. It also marks a folder as one that `ppcl consolidate` may replace."""
+TERMS = ("license", "license_name", "license_link", "pipeline_tag")
+"""What a variant's card takes over from the teacher's."""
 
 
 class UnitFacts(BaseModel):
@@ -50,24 +51,35 @@ class Facts(BaseModel):
 
     Attributes:
         teacher: where the teacher came from, a path or the name of a repository.
-        license: the teacher's, where its folder says so.
+        license, license_name, license_link, pipeline_tag: the teacher's, where its folder says so.
         model_class: class of the transformer.
         own_code: the module in the transformer's folder that has the class, where diffusers does not have it.
-        pipeline_class: class of the whole pipeline, where the folder is one.
+        component: the transformer, as the pipeline calls it.
+        pipeline_class: class of the whole pipeline.
+        pipeline_code: the module in the folder that has it, where diffusers does not have it.
         dtype: of most weights before quantising.
         block_share: parameters in the blocks over those in the teacher's.
         blocks, teacher_blocks: number of blocks.
         step: training steps of the units.
+        spans: for each list of blocks, in execution order, and each block of the variant: the first and the last of the
+            teacher's blocks that it stands for.
         finetuned: what was trained end to end after that, and how, in a sentence or two; None: nothing.
-        single_file: name of the file for ComfyUI, where there is one.
+        single_file: name of the file for another tool, where there is one.
+        single_file_for: the tool, and how the file is quantised.
+        gguf: name of the GGUF file, where there is one.
     """
 
     variant: str
     teacher: str
-    license: str | None
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    pipeline_tag: str | None = None
     model_class: str
     own_code: str | None = None
-    pipeline_class: str | None
+    component: str = "transformer"
+    pipeline_class: str
+    pipeline_code: str | None = None
     dtype: str
     parameters: int
     block_share: float
@@ -75,23 +87,30 @@ class Facts(BaseModel):
     teacher_blocks: int
     units: Sequence[UnitFacts]
     step: int
+    spans: list[list[tuple[int, int]]] = []
     finetuned: str | None = None
     single_file: str | None
+    single_file_for: str = "ComfyUI"
+    gguf: str | None = None
     quantised: Quantised | None = None
 
+    @property
+    def restricted(self) -> bool:
+        """Whether the teacher's licence seems to forbid commercial use, or use outside research."""
+        words = f"{self.license} {self.license_name} {self.license_link}"
+        return re.search(r"non-?commercial|research|\bnc\b|community", words, re.IGNORECASE) is not None
 
-def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
+
+def write_card(folder: Path, figures: Sequence[Mapping[str, Any]], sets: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write the card of a variant's folder, which must hold `variant.json`; a folder without it is left alone.
 
     Args:
         figures: rows of `report.json`; used if they were measured on the very weights that the folder holds.
+        sets: its prompt sets, likewise.
     """
-    try:
-        facts = Facts.model_validate_json((folder / FACTS).read_bytes())
-    except FileNotFoundError:
+    if not (folder / FACTS).exists():
         return
-    except (OSError, ValidationError) as fault:
-        raise UserError(f"{folder / FACTS} cannot be read ({brief(fault)}); consolidate again") from None
+    facts = read_facts(folder)
     rows = {str(row.get("name")): row for row in figures}
     measured = rows.get(facts.variant, {})
     current = measured.get("weights") is not None and measured["weights"] == weights_digest(folder)
@@ -103,14 +122,32 @@ def write_card(folder: Path, figures: Sequence[Mapping[str, Any]]) -> None:
         facts=facts,
         front=yaml.safe_dump(_front_matter(facts), sort_keys=False, allow_unicode=True),
         figures=[rows[name] for name in names if name in rows] if current else [],
+        sets=[each for each in sets if current and any(facts.variant in s["values"] for s in each["scores"])],
+        shown=[name for name in names if name in rows],
     )
     atomic_write(folder / CARD, card)
 
 
+def read_facts(folder: Path) -> Facts:
+    """What consolidation wrote of a variant into its folder.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return Facts.model_validate_json((folder / FACTS).read_bytes())
+    except (OSError, ValidationError) as fault:
+        raise UserError(f"{folder / FACTS} cannot be read ({brief(fault)}); consolidate again") from None
+
+
 def _front_matter(facts: Facts) -> dict[str, Any]:
     tags = ["ppcl", "pruned", "diffusion-transformer", *([facts.quantised.method] if facts.quantised else [])]
-    known = {"license": facts.license} if facts.license else {}
-    return {"base_model": facts.teacher, **known, "library_name": "diffusers", "tags": tags}
+    found: dict[str, Any] = {}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.teacher):  # a path would be no model to the hub
+        found["base_model"] = facts.teacher
+        found["base_model_relation"] = "quantized" if facts.quantised else "finetune"
+    found |= {key: value for key in TERMS if (value := getattr(facts, key))}
+    return found | {"library_name": "diffusers", "tags": tags}
 
 
 def read_figures(report: Path) -> list[dict[str, Any]]:
@@ -127,10 +164,10 @@ def teacher_name(path: Path) -> str:
     return cached[-1].removeprefix("models--").replace("--", "/") if cached else str(path)
 
 
-def teacher_license(path: Path) -> str | None:
-    """The licence in the front matter of the teacher's own card, if it has one."""
+def teacher_terms(path: Path) -> dict[str, Any]:
+    """What the front matter of the teacher's own card says under the names of `TERMS`."""
     try:
-        found = (metadata_load(path / CARD) or {}).get("license")
+        found = metadata_load(path / CARD) or {}
     except (OSError, ValueError, yaml.YAMLError):
-        return None
-    return found if isinstance(found, str) else None
+        return {}
+    return {key: found[key] for key in TERMS if isinstance(found.get(key), str)}

@@ -1,4 +1,4 @@
-"""The commands that read models of others: import, lora remap."""
+"""The commands that write models for others, and read theirs: consolidate, import, lora remap."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ppcl_ds.export import SHARD_SIZE
+from ppcl_ds.recipe import open_run
 
 app = typer.Typer()
 lora_app = typer.Typer(help="LoRAs of the teacher, for its variants.", no_args_is_help=True)
@@ -16,47 +17,151 @@ app.add_typer(lora_app, name="lora")
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")]
 
 
+@app.command()
+def consolidate(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_RECIPE", help="A recipe, or a run folder: then its training's recipe.")
+    ],
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Variant to write; repeat for several.", show_default="all"),
+    ] = None,
+    plug: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="UNIT=on|off",
+            help="Plug a unit of the library into the variant, or put the teacher's blocks back; repeat for several. "
+            "Needs one --variant, and --out.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the one variant into this folder.", show_default="pruned/VARIANT"),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="fp32|bf16|fp16", help="Dtype of the weights.", show_default="the teacher's files'"),
+    ] = None,
+    max_shard_size: ShardSize = SHARD_SIZE,
+    single_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="comfyui|comfyui-fp8|comfyui-int8|sd.cpp",
+            help="Also write VARIANT.safetensors, named, and quantised, as this tool wants it.",
+        ),
+    ] = None,
+    gguf: Annotated[
+        str | None,
+        typer.Option(
+            metavar="F16|BF16|Q8_0|Q5_0|Q4_0",
+            help="Also write VARIANT-TYPE.gguf, for ComfyUI unless --single-file names another tool.",
+        ),
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="int8|fp8|nf4",
+            help="Quantise the weights of linear layers, with torchao or bitsandbytes, and measure what that costs. "
+            "Needs the whole model in memory.",
+        ),
+    ] = None,
+) -> None:
+    """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
+
+    Each folder has transformer/, a model card, checksums, and the rest of the pipeline if the teacher is a pipeline
+    folder. A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed. Weights are
+    streamed, a file at a time; a folder appears whole or not at all.
+    """
+    recipe = open_run(source)
+    from ppcl_ds.export.consolidate import Form, consolidate
+
+    form = Form.checked(dtype, max_shard_size, single_file, gguf, quantize)
+    consolidate(recipe, variant or [], form, plug or [], out)
+
+
 @app.command("import")
 def import_(
     source: Annotated[
         Path,
-        typer.Argument(metavar="OPPO_FOLDER", help="A published Qwen-Image: a pipeline or transformer folder."),
+        typer.Argument(
+            metavar="FOLDER_OR_FILE",
+            help="A width-pruned Qwen-Image of PPCL's authors: a pipeline or transformer folder; or a single file.",
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Of a single file: the folder of the model that it was made from."),
+    ] = None,
     max_shard_size: ShardSize = SHARD_SIZE,
 ) -> None:
-    """Turn a width-pruned Qwen-Image that PPCL's authors published into one that loads without their code.
+    """Turn a pruned model that others published into a folder that loads without their code.
 
-    Theirs have single_stream_index, ffn_proj_index and ehs_proj_index in config.json. The result computes the same, and
-    carries its own modelling file: load it with trust_remote_code=True, or with ppcl_ds.load_pipeline.
+    PPCL's authors' Qwen-Images have single_stream_index, ffn_proj_index and ehs_proj_index in config.json. The result
+    computes the same, and carries its own modelling file: load it with trust_remote_code=True, or with
+    ppcl_ds.load_pipeline. A single .safetensors file, as for ComfyUI, may have fewer blocks than the model of --base;
+    the result is of the stock class.
     """
     from ppcl_ds.export.model_folder import shard_bytes
-    from ppcl_ds.export.published import import_published
 
-    import_published(source, out, shard_bytes(max_shard_size))
+    if source.is_dir():
+        from ppcl_ds.export.published import import_published
+
+        import_published(source, out, shard_bytes(max_shard_size))
+        return
+    from ppcl_ds.errors import UserError
+    from ppcl_ds.export.foreign import import_file
+
+    if base is None:
+        raise UserError(f"{source}: a single file needs --base, the folder of the model that it was made from")
+    import_file(source, base, out, shard_bytes(max_shard_size))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that ppcl consolidate wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one, if it has to be made.")] = False,
+) -> None:
+    """Upload a consolidated folder to the Hugging Face hub, once its checksums are right.
+
+    The account is the one of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another hub.
+    """
+    from ppcl_ds.export.push import push
+
+    push(folder, repository, private)
 
 
 @lora_app.command()
 def remap(
-    lora: Annotated[Path, typer.Argument(metavar="LORA", help="A .safetensors file, trained on the teacher.")],
+    lora: Annotated[
+        Path, typer.Argument(metavar="LORA", help="A .safetensors file, trained on the teacher; or a folder of them.")
+    ],
     plan: Annotated[Path, typer.Option(metavar="PLAN", help="The plan.yaml that the variant was made by.")],
     variant: Annotated[str, typer.Option(metavar="NAME", help="The variant that is to use the LoRA.")],
     teacher: Annotated[
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Folder with the teacher's config.json; needed for families with several lists of blocks (FLUX).",
+            help="The teacher's pipeline folder; configurations are enough.",
             show_default="the run's own, if it is there",
         ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What to write.", show_default="LORA-NAME.safetensors")
     ] = None,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            metavar="drop|nearest",
+            help="What becomes of the block that a depth unit started from: dropped, or given to the unit.",
+        ),
+    ] = "drop",
 ) -> None:
-    """Renumber the blocks of a LoRA for a variant, in the layout that the file has.
+    """Renumber the blocks of LoRAs for a variant, in the layout that each file has.
 
     What belongs to a block or a part that a unit replaces is dropped and listed: the LoRA was not trained on the unit.
     """
     from ppcl_ds.export.lora import remap
 
-    remap(lora, plan, variant, teacher, out)
+    remap(lora, plan, variant, teacher, out, strategy)

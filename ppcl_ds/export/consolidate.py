@@ -16,20 +16,20 @@ import torch
 from ppcl_ds import launch
 from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import SHARD_SIZE, quantise
 from ppcl_ds.export.card import (
-    FACTS,
     Facts,
     Quantised,
     UnitFacts,
     read_figures,
-    teacher_license,
     teacher_name,
+    teacher_terms,
     write_card,
 )
+from ppcl_ds.export.gguf_file import TYPES, check_package, gguf_tensors, write_gguf
 from ppcl_ds.export.model_folder import (
+    FACTS,
     MODELING,
     add_own_code,
     has_own_code,
@@ -38,12 +38,15 @@ from ppcl_ds.export.model_folder import (
     write_model,
     write_sums,
 )
-from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_class, pipeline_files, place
-from ppcl_ds.export.single_files import single_file_tensors
+from ppcl_ds.export.pipeline_folder import copied_bytes, name_transformer, pipeline_class, pipeline_files, place
+from ppcl_ds.export.scaled import scaled
+from ppcl_ds.export.single_files import TOOLS, single_file_tensors
 from ppcl_ds.export.tuned import Tuned, open_tuned
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.anatomy import Block
 from ppcl_ds.teacher.files import find_class
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
+from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
@@ -60,30 +63,41 @@ class Form:
     Attributes:
         dtype: of the weights; a key of `FORMATS`; None: that of the teacher's files.
         max_shard_size: bytes of a weights file.
-        single_file: whether to add one file for ComfyUI.
+        single_file: the tool to add one file for; a key of `TOOLS`, or None.
+        gguf: of `gguf_file.TYPES`, to add one GGUF file, for ComfyUI unless `single_file` names another tool; or None.
         quantize: a key of `quantise.PACKAGES`, or None.
     """
 
     dtype: str | None = None
     max_shard_size: int = shard_bytes(SHARD_SIZE)
-    single_file: bool = False
+    single_file: str | None = None
+    gguf: str | None = None
     quantize: str | None = None
 
     @classmethod
-    def checked(cls, dtype: str | None, max_shard_size: str, single_file: bool, quantize: str | None) -> Form:
+    def checked(
+        cls, dtype: str | None, max_shard_size: str, single_file: str | None, gguf: str | None, quantize: str | None
+    ) -> Form:
         """A form from what the user wrote.
 
         Raises:
             UserError: one of them makes no sense, or this machine cannot quantise so.
         """
-        for option, value, known in (("--dtype", dtype, FORMATS), ("--quantize", quantize, quantise.PACKAGES)):
+        for option, value, known in (
+            ("--dtype", dtype, FORMATS),
+            ("--single-file", single_file, TOOLS),
+            ("--gguf", gguf, TYPES),
+            ("--quantize", quantize, quantise.PACKAGES),
+        ):
             if value is not None and value not in known:
                 raise UserError(f"{option}: '{value}' is not one of {', '.join(known)}")
+        if gguf is not None:
+            check_package()
         if quantize is not None:
             quantise.check_backend(quantize)
             if single_file:
                 raise UserError("--single-file and --quantize: the single file holds plain weights; give one of them")
-        return cls(dtype, shard_bytes(max_shard_size), single_file, quantize)
+        return cls(dtype, shard_bytes(max_shard_size), single_file, gguf, quantize)
 
 
 def consolidate(
@@ -136,8 +150,7 @@ class Export:
         self.recipe, self.form = recipe, form
         self.teacher = open_teacher(recipe)
         self.plan = load_plan(recipe.plan_file, self.teacher)
-        self.is_pipeline = (recipe.teacher.path / INDEX).exists()
-        self.around = pipeline_files(recipe.teacher.path) if self.is_pipeline else {}
+        self.around = pipeline_files(recipe.teacher.path, recipe.teacher.component)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -195,20 +208,28 @@ class Export:
         """Write one variant: its transformer, what is around it, card and checksums."""
         form = self.form
         model = self._layout(plan, variant)
-        single = single_file_tensors(model) if form.single_file else None
+        single = single_file_tensors(model, form.single_file) if form.single_file else None
+        kind = (form.single_file or "").partition("-")[2]
+        single, metadata = scaled(single, kind) if single and kind else (single, {})
+        gguf = gguf_tensors(model, form.single_file or "comfyui") if form.gguf else None
+        needed = model.bytes * (1 + bool(single or form.quantize) + bool(gguf))
         # Quantising needs room for the plain weights and, at most, as much again for its own.
-        require_space(out, model.bytes * (2 if single or form.quantize else 1) + copied_bytes(self.around, out))
+        require_space(out, needed + copied_bytes(self.around, out))
         facts = self._facts(plan, variant, model)
         with disk_errors_as_one_line(out), atomic_folder(out) as folder:
             place(self.around, folder)
-            write_model(model, folder / "transformer", form.max_shard_size)
-            if self.is_pipeline and facts.own_code:
-                name_transformer(folder, facts.own_code, facts.model_class)
+            transformer = folder / facts.component
+            write_model(model, transformer, form.max_shard_size)
+            name_transformer(
+                folder, self.recipe.teacher.path, facts.component, facts.own_code or "diffusers", facts.model_class
+            )
             if single:
-                write_file(single, folder / str(facts.single_file))
+                write_file(single, folder / str(facts.single_file), metadata)
+            if gguf:
+                write_gguf(*gguf, folder / str(facts.gguf), str(form.gguf))
             if form.quantize:
-                facts.quantised = self._quantise(folder / "transformer", form.quantize, find_class(facts.model_class))
-                add_own_code(folder / "transformer")
+                facts.quantised = self._quantise(transformer, form.quantize, find_class(facts.model_class))
+                add_own_code(transformer)
             (folder / FACTS).write_text(facts.model_dump_json(indent=1) + "\n")
             write_sums(folder)
             write_card(folder, read_figures(self.recipe.run / "report.json"))
@@ -217,6 +238,7 @@ class Export:
         places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
         tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
         path, teacher = self.recipe.teacher.path, self.teacher
+        pipeline_code, pipeline = pipeline_class(path)
         saved = sum(parameters_saved(unit, teacher) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
         for source in model.tensors.values():
@@ -224,10 +246,12 @@ class Export:
         return Facts(
             variant=variant,
             teacher=teacher_name(path),
-            license=teacher_license(path),
+            **teacher_terms(path),
             model_class=model.config["_class_name"],
             own_code=MODELING if has_own_code(model.config) else None,
-            pipeline_class=pipeline_class(path) if self.is_pipeline else None,
+            component=teacher.component,
+            pipeline_class=pipeline,
+            pipeline_code=pipeline_code,
             dtype=str(bytes_of.most_common(1)[0][0]).removeprefix("torch."),
             parameters=model.parameters,
             block_share=1 - saved / teacher.anatomy.block_parameters,
@@ -235,8 +259,11 @@ class Export:
             teacher_blocks=len(teacher.blocks),
             units=[_unit_facts(unit) for unit in chosen],
             step=tuned.origin.step if tuned else self.checkpoint.contents.step,
+            spans=_spans(places, teacher.blocks),
             finetuned=tuned.words if tuned else None,
             single_file=f"{variant}.safetensors" if self.form.single_file else None,
+            single_file_for=TOOLS[self.form.single_file] if self.form.single_file else "",
+            gguf=f"{variant}-{self.form.gguf}.gguf" if self.form.gguf else None,
         )
 
     def _quantise(self, folder: Path, method: str, model_class: Any) -> Quantised:
@@ -247,7 +274,7 @@ class Export:
         dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
         quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
         device = launch.device()
-        heldout = HeldOut(recipe, self.teacher.caller, device)
+        heldout = HeldOut(recipe, self.teacher, device)
         running = DTYPES[recipe.teacher.precision]
         found = [
             heldout.velocities(model_class.from_pretrained(each, torch_dtype=running).eval())
@@ -260,6 +287,15 @@ class Export:
             velocity_mse=mean_squared(*found),
             velocity_power=mean_squared(found[0], [torch.zeros(())] * len(found[0])),
         )
+
+
+def _spans(places: Sequence[tuple[int, UnitPlan | None]], blocks: Sequence[Block]) -> list[list[tuple[int, int]]]:
+    """What each block of a variant stands for; see `Facts`."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for origin, unit in places:
+        last = blocks[unit.span[1] if unit else origin].position
+        found.setdefault(blocks[origin].list_name, []).append((blocks[origin].position, last))
+    return list(found.values())
 
 
 def _unit_facts(unit: UnitPlan) -> UnitFacts:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,12 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ppcl_ds.errors import UserError, brief
+from ppcl_ds.export.card import read_facts
+from ppcl_ds.export.controlnet import spread_residuals
+from ppcl_ds.export.model_folder import FACTS
 from ppcl_ds.teacher import modeling_pruned
 from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.pipeline_files import open_pipeline, read_index
 
 _FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, SafetensorError)
 """What diffusers raises for folders that are incomplete, damaged or of a release that it does not know."""
@@ -43,6 +47,8 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
 def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline in a diffusers folder, on the CPU; nothing is downloaded.
 
+    The transformer of a variant takes ControlNets of the teacher, see `spread_residuals`.
+
     Args:
         folder: with `model_index.json`.
         dtype: of all its models.
@@ -50,7 +56,19 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         UserError: there is no such pipeline, or its files cannot be read.
     """
-    own = _own_transformer(folder, dtype)
+    pipeline = _opened(folder, dtype)
+    if (folder / FACTS).exists():
+        facts = read_facts(folder)
+        if facts.spans:
+            spread_residuals(getattr(pipeline, facts.component), facts.spans)
+    return pipeline
+
+
+def _opened(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+    index = read_index(folder)
+    if isinstance(index["_class_name"], list):  # a class of ours
+        return open_pipeline(folder, ("",), dtype=dtype)
+    own = _own_models(index, folder, dtype)
     try:
         with warnings.catch_warnings():
             # The older ones of the supported releases know no other name for it.
@@ -60,14 +78,10 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         raise UserError(f"pipeline {folder}: cannot be loaded ({brief(fault)[:300]})") from None
 
 
-def _own_transformer(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The pipeline's transformer, if it is of one of our classes; the code in the folder need not be trusted then."""
-    try:
-        config = json.loads((folder / "transformer" / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    if not hasattr(modeling_pruned, str(config.get("_class_name"))):
-        return {}
+def _own_models(index: Mapping[str, Any], folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The pipeline's transformers that are of our classes; the code in the folder need not be trusted then."""
+    module = modeling_pruned.__name__.rpartition(".")[2]
     # diffusers looks up the class that the index names even where it is given the model, and imports nothing unknown.
-    sys.modules.setdefault(modeling_pruned.__name__.rpartition(".")[2], modeling_pruned)
-    return {"transformer": load_model(folder, dtype)}
+    sys.modules.setdefault(module, modeling_pruned)
+    ours = [name for name, value in index.items() if isinstance(value, list) and value[:1] == [module]]
+    return {name: load_model(folder / name, dtype) for name in ours}

@@ -23,6 +23,8 @@ from ppcl_ds.units.variant import Layout
 SUMS = "SHA256SUMS"
 MODELING = Path(modeling_pruned.__file__).stem
 CARD = "README.md"
+FACTS = "variant.json"
+"""What the card is made from. It also marks a folder as one that `ppcl consolidate` may replace."""
 
 
 def shard_bytes(size: str) -> int:
@@ -84,13 +86,14 @@ def _write_config(config: Mapping[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def write_file(tensors: Sources, path: Path) -> None:
+def write_file(tensors: Sources, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file; all its tensors are in memory meanwhile.
 
     Raises:
         UserError, OSError, SafetensorError: as for `write_model`.
     """
-    save_file({name: source.load().contiguous() for name, source in tensors.items()}, path, {"format": "pt"})
+    loaded = {name: source.load().contiguous() for name, source in tensors.items()}
+    save_file(loaded, path, {"format": "pt", **(metadata or {})})
     # Now and not at the end: the disk is at work while the next shard is read, and dirty pages do not pile up.
     fsync(path)
 
@@ -114,4 +117,4 @@ def weights_digest(folder: Path) -> str | None:
         lines = (folder / SUMS).read_text().splitlines()
     except OSError:
         return None
-    return hashlib.sha256("\n".join(line for line in lines if "  transformer/" in line).encode()).hexdigest()
+    return hashlib.sha256("\n".join(line for line in lines if "  transformer" in line).encode()).hexdigest()

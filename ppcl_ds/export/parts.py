@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.names import Names
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.units.plan import UnitPlan
 
-_OTHER_NAMES = {
-    "ff": ("img_mlp", "x_block.mlp"),
-    "ff_context": ("txt_mlp", "context_block.mlp"),
-    "norm1_context": ("txt_mod", "context_block.adaLN_modulation"),
-    "attn.to_add_out": ("txt_attn.proj", "context_block.attn.proj", "processor.proj_lora2"),
-}
-"""A part as diffusers calls it, and as the authors of FLUX and of SD3 do, and the last one as XLabs does."""
+_OTHER_NAMES = {"attn.to_add_out": ("processor.proj_lora2",)}
+"""A part as diffusers calls it, and as XLabs does; what a family's authors call it stands in `names.yaml`."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +24,12 @@ class Parts:
     Attributes:
         ffn: stream -> name of its feed-forward.
         text_only: names of what serves the text alone.
+        authors: part -> what the family's authors call it, or pieces of it.
     """
 
     ffn: Mapping[str, str]
     text_only: frozenset[str]
+    authors: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def replaced(self, unit: UnitPlan) -> frozenset[str]:
         """The parts that a width unit replaces in each of its blocks.
@@ -60,14 +58,21 @@ class Parts:
 
     def _names(self) -> Iterator[tuple[str, str]]:
         for part in {*self.ffn.values(), *self.text_only}:
-            for name in (part, *_OTHER_NAMES.get(part, ())):
+            for name in (part, *_OTHER_NAMES.get(part, ()), *self.authors.get(part, ())):
                 yield name.replace(".", "_"), part
 
 
-def parts_of(anatomy: Anatomy) -> dict[str, Parts]:
-    """The parts of each list's blocks; the number of blocks does not matter."""
+def parts_of(anatomy: Anatomy, names: Names) -> dict[str, Parts]:
+    """The parts of each list's blocks; the number of blocks does not matter.
+
+    Args:
+        names: of the family, in its first release.
+    """
     found: dict[str, Parts] = {}
     for block in anatomy.blocks:
         before = found.get(block.list_name, Parts({}, frozenset()))
         found[block.list_name] = Parts({**before.ffn, **block.ffn}, before.text_only | {*block.text_only})
-    return found
+    return {
+        name: replace(parts, authors={p: names.tails(name, p) for p in {*parts.ffn.values(), *parts.text_only}})
+        for name, parts in found.items()
+    }

@@ -19,10 +19,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.errors import UserError
-from ppcl_ds.export.model_folder import MODELING, write_model, write_sums
-from ppcl_ds.export.pipeline_folder import INDEX, copied_bytes, name_transformer, pipeline_files, place
+from ppcl_ds.export.model_folder import MODELING
+from ppcl_ds.export.pipeline_folder import require_new, write_pipeline
 from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.units.variant import laid_out
 
@@ -49,19 +48,10 @@ def import_published(source: Path, out: Path, max_shard_size: int) -> None:
             f"{source}: not a published width-pruned Qwen-Image; config.json "
             + (f"has no {missing[0]}" if missing else f"names class {files.class_name}")
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: there is something already; give a new folder")
+    require_new(out)
     config = pruned_config(files.config)
     tensors = {_renamed(key): files.source(key) for key in sorted(files.keys) if not _is_gone(key, files.config)}
-    model = laid_out(f"{source}", config, tensors)
-    around = pipeline_files(source) if (source / INDEX).exists() else {}
-    require_space(out, model.bytes + copied_bytes(around, out))
-    with disk_errors_as_one_line(out), atomic_folder(out) as folder:
-        place(around, folder)
-        write_model(model, folder / "transformer", max_shard_size)
-        if around:
-            name_transformer(folder, MODELING, config["_class_name"])
-        write_sums(folder)
+    write_pipeline(laid_out(f"{source}", config, tensors), source, MODELING, out, max_shard_size)
 
 
 def pruned_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,14 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.export.parts import Parts
 from ppcl_ds.units.plan import Plan
 
-_HEAD = r"(?:base_model\.model\.)?(?:transformer\.|(?:model\.)?diffusion_model\.|lora_unet_|lora_transformer_)?"
-_TEXT_ENCODER = re.compile(r"lora_te\d*_|text_encoder")
+_HEAD = (
+    r"(?:base_model\.model\.)?"
+    r"(?:transformer\.|(?:model\.)?diffusion_model\.|(?:pipe\.)?dit\.|lora_unet_|lora_transformer_|lycoris_)?"
+)
+"""Before a list: of PEFT, diffusers, ComfyUI and ai-toolkit, DiffSynth, kohya and musubi, OneTrainer, LyCORIS."""
+_TEXT_ENCODER = re.compile(r"(?:lora|lycoris)_te\d*_|text_encoder")
 _NUMBERED = re.compile(r"(\w*?(?:block|layer)s?)[._]\d+(?=[._]|$)")
 """What looks like a block of some list."""
-
-_OTHER_NAMES = {
-    ("transformer_blocks", "single_transformer_blocks"): ("double_blocks", "single_blocks"),
-    ("transformer_blocks",): ("joint_blocks",),
-}
-"""All lists of a model as diffusers calls them, and as the authors of FLUX and of SD3 do."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,25 @@ class Numbering:
         parts: of the blocks of each list, what width units can replace.
         plan: checked; its blocks are those of `lists`.
         variant: one of the plan's.
+        authors: names of lists and modules in the family's first release -> diffusers'.
+        nearest: a depth unit takes over what belongs to the block that it started from.
 
     Raises:
         UserError: a width unit replaces what the teacher's blocks do not have.
     """
 
     def __init__(
-        self, lists: Mapping[str, int], others: Collection[str], parts: Mapping[str, Parts], plan: Plan, variant: str
+        self,
+        lists: Mapping[str, int],
+        others: Collection[str],
+        parts: Mapping[str, Parts],
+        plan: Plan,
+        variant: str,
+        authors: Mapping[str, str],
+        nearest: bool = False,
     ) -> None:
-        self.lists, self.others, self.parts = lists, tuple(others), parts
+        self.lists, self.parts = lists, parts
+        self.others = (*others, *(theirs for theirs, ours in authors.items() if theirs and ours not in lists))
         blocks = [(name, position) for name, length in lists.items() for position in range(length)]
         units = plan.units_of(variant)
         self.units = [unit.name for unit in units]
@@ -82,13 +90,15 @@ class Numbering:
         counts = dict.fromkeys(lists, 0)
         for origin, depth_unit in plan.places(variant):
             name, position = blocks[origin]
-            # A unit is another function than its span's first block, which a change to that block would not suit.
-            if depth_unit is None:
+            # A unit is another function than its span's first block, which a change to that block may not suit.
+            if nearest:
+                self.unit_of.pop((name, position), None)
+            if depth_unit is None or nearest:
                 self.new[name, position] = counts[name]
             counts[name] += 1
-        authors = _OTHER_NAMES.get(tuple(lists), ())
-        self.list_of = {name: name for name in lists} | dict(zip(authors, lists, strict=False))
-        either = "|".join(self.list_of)
+        self.list_of = {theirs: ours for theirs, ours in authors.items() if ours in lists}
+        self.list_of |= {name: name for name in lists}
+        either = "|".join(map(re.escape, self.list_of))
         self.pattern = re.compile(rf"(?P<head>{_HEAD}(?P<list>{either})[._])(?P<number>\d+)(?P<tail>(?:[._].*)?)")
 
     def rename(self, key: str) -> Renamed:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import ValidationError
-
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.finetune.start import Origin, read_origin
-from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.recipe import TrainingFolder, written_recipe
 from ppcl_ds.sections import Finetune
 from ppcl_ds.teacher.files import Source, Sources
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, sources_of
@@ -52,7 +50,7 @@ def open_tuned(folder: TrainingFolder) -> Tuned:
         UserError: it cannot be read.
     """
     try:
-        settings = Recipe.model_validate_json(folder.recipe.read_bytes()).tuning
-    except (OSError, ValidationError) as fault:
+        settings = written_recipe(folder.recipe.read_bytes()).tuning
+    except (OSError, ValueError) as fault:
         raise UserError(f"{folder.recipe} cannot be read ({brief(fault)})") from None
     return Tuned(newest_checkpoint(folder.checkpoints), read_origin(folder), settings)

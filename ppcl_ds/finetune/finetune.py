@@ -10,13 +10,13 @@ from ppcl_ds import launch
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.finetune.start import Library, Start, read_origin
-from ppcl_ds.finetune.trainable import joined
+from ppcl_ds.finetune.trainable import joined, parts_of
 from ppcl_ds.recipe import Recipe, TrainingFolder, open_run
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
-from ppcl_ds.training.checks import check_resume, check_students
+from ppcl_ds.training.checks import check_folder, check_resume, check_students
 from ppcl_ds.training.stages import stage_bounds
 from ppcl_ds.units.plan import load_plan
 
@@ -40,7 +40,8 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
             f"variant '{variant}' plugs no unit: it is the teacher itself, and there is nothing to fine-tune"
         )
     launch.check_world(recipe.topology.world)
-    check_data(recipe.data, heldout=bool(settings.sample_every))
+    images = settings.trajectories is None or recipe.data.real_share > 0
+    check_data(recipe.data, heldout=bool(settings.sample_every), section="finetune", images=images)
     folder = recipe.finetuning(variant)
     check_students(recipe, folder)
     library = None
@@ -56,9 +57,18 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
         source = (open_run(from_run) if from_run else recipe).distillation
         library = Library(newest_checkpoint(source.checkpoints), load_plan(source.plan, teacher))
     start = Start(recipe, settings, variant, plan, teacher, library)
-    config = start.layout().config  # names a unit that the library lacks
-    keys = [block.key for block in Anatomy(empty_model(config)).blocks]
-    stage_bounds(joined(config, keys), [1.0] * len(keys), recipe.topology.stages)
+    whole = start.layout()  # names a unit that the library lacks
+    empty = empty_model(whole.config)
+    anatomy = Anatomy(empty, teacher.flows)
+    stage_bounds(
+        joined(whole.config, [block.key for block in anatomy.blocks]),
+        [1.0] * len(anatomy.blocks),
+        recipe.topology.stages,
+    )
+    parts = parts_of(anatomy, empty, whole.tensors, settings.trainable)
+    trained = {name for part in parts for name in part.parameters}
+    parameters = sum(p.numel() for name, p in empty.named_parameters() if name in trained)
+    check_folder(folder, parameters, settings.keep_checkpoints)
     return start
 
 
@@ -83,5 +93,6 @@ def finetune(start: Start, until: int | None = None) -> None:
 
     if dist.get_rank() == 0:
         print(newer_units(start.folder), end="", flush=True)
-    FineTuner(start).train(until)
-    launch.leave()
+    trainer = FineTuner(start)
+    trainer.train(until)
+    launch.leave(trainer.preemption.exit_code)

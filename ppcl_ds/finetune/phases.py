@@ -71,7 +71,6 @@ class FineTuning(Account):
                     "activations in flight": min(count, cluster.stages - stage) * kept,
                     "one block": max(block.activations for block in blocks) if checkpointing else 0,
                     **waiting,
-                    "gradient on its way to its sum": self.summed_gradient(blocks),
                 },
                 waits=others / (count * passes[stage] + others),
             ),

@@ -12,10 +12,11 @@ from deepspeed.pipe import LayerSpec
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.batch import Size
 from ppcl_ds.finetune.stage import Stage, stage_batch
 from ppcl_ds.finetune.trainable import IDLE, REST, Part
 from ppcl_ds.sections import Finetune, Precision
+from ppcl_ds.teacher.pipeline_call import Arguments
 from ppcl_ds.training.engine import Students, StudentsEngine
 from ppcl_ds.training.optimizer import WholeOptimizer
 from ppcl_ds.units.variant import Layout
@@ -94,20 +95,23 @@ class VariantEngine(StudentsEngine):
         self.train_batch(self._nothing())
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, prompts: Prompts, sigmas: Tensor) -> Tensor:
-        """One forward through all stages, see `Caller`; collective, those of a pipe group with the same arguments.
+    def output(self, arguments: Arguments, size: Size) -> Tensor:
+        """One forward through all stages; collective, those of a pipe group with the same arguments.
 
         Returns:
-            The velocity, on every rank.
+            What the model puts out, (B, ...), on every rank.
         """
         stage = self.module.stage
-        stage.inbox.append(stage_batch(latents, prompts, sigmas, {}))
+        stage.inbox.append(stage_batch(arguments, size, {}))
         self.total_loss = None  # else the stock method would add the velocity to it
         found = self.eval_batch(self._nothing(), compute_loss=False, reduce_output=None, num_micro_batches=1)
-        velocity = found[0].contiguous() if stage.last else torch.empty_like(latents)
         last = self.grid.stage_to_global(self.num_stages - 1)
-        dist.broadcast(velocity, last, group=self.grid.get_pipe_parallel_group())
-        return velocity
+        like = [(found[0].shape, found[0].dtype) if stage.last else None]  # which no earlier stage knows
+        dist.broadcast_object_list(like, src=last, group=self.grid.get_pipe_parallel_group())
+        shape, dtype = like[0] or (torch.Size(), torch.float32)
+        output = found[0].contiguous() if stage.last else torch.empty(shape, dtype=dtype, device=self.device)
+        dist.broadcast(output, last, group=self.grid.get_pipe_parallel_group())
+        return output
 
     def _nothing(self) -> Any:
         """What DeepSpeed passes to the first stage as its input and to the last as labels: both read their inboxes."""

@@ -9,19 +9,19 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from ppcl_ds.data.noising import add_noise, sigma_quantiles
 from ppcl_ds.finetune.pipeline import VariantEngine
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.heldout import mean_squared
-from ppcl_ds.teacher.sampling import Velocity
+from ppcl_ds.teacher.noising import place_quantiles
+from ppcl_ds.teacher.teacher import Teacher, forward
+from ppcl_ds.training.delivery import send
 from ppcl_ds.training.preview import Preview
 
 
 def look(
     recipe: Recipe,
     quantiles: Sequence[float],
-    caller: Caller,
+    teacher: Teacher,
     sharded: deepspeed.DeepSpeedEngine,
     engine: VariantEngine,
     device: torch.device,
@@ -33,22 +33,28 @@ def look(
 
     Returns:
         `heldout/flow/QUANTILE` and `heldout/velocity/QUANTILE`, mean squared errors from the data's and from the
-        teacher's velocity; and on rank 0, `teacher` and `variant` -> images (N, C, H, W) in [-1, 1].
+        teacher's velocity, or of captions alone `heldout/velocity/trajectories`; and on rank 0, `teacher` and `variant`
+        -> images (N, C, H, W) in [-1, 1].
     """
-    preview = Preview(recipe, device)
-    clean, dtype = preview.clean, preview.noise.dtype
-    prompts = clean.prompts.to(device, dtype)
-    models: dict[str, Velocity] = {"teacher": partial(caller, sharded), "variant": engine.velocity}
+    preview = Preview(recipe, teacher, device)
+    size = preview.clean.size
     figures: dict[str, float] = {}
+    images: dict[str, Tensor | None] = {}
     with torch.no_grad():
-        levels = sigma_quantiles(recipe.noise, quantiles)
-        for number, (quantile, level) in enumerate(zip(quantiles, levels, strict=True)):
+        if not preview.has_images:
+            batch, quantiles = preview.noisy(sharded), ()
+            true = teacher.answer(sharded, batch).float()
+            own = teacher.call.stepped_by(engine.output(batch.arguments, batch.size), batch.size).float()
+            figures["heldout/velocity/trajectories"] = mean_squared([own], [true])
+        places = place_quantiles(recipe.noise, quantiles) if quantiles else ()
+        for number, (quantile, place) in enumerate(zip(quantiles, places, strict=True)):
             generator = torch.Generator().manual_seed(recipe.seed + number)  # training's is another one
-            sigmas = level.expand(len(clean.keys))
-            noisy, target = add_noise(clean.latents, sigmas, generator)
-            arguments = (noisy.to(device, dtype), prompts, sigmas.to(device))
-            true, own = (models[name](*arguments).float() for name in ("teacher", "variant"))
-            figures[f"heldout/flow/{quantile:g}"] = mean_squared([own], [target.to(own)])
+            batch = preview.noiser.noisy(preview.clean, place.expand(len(preview.clean.samples)), generator)
+            batch = send(batch, device)
+            true = teacher.answer(sharded, batch).float()
+            own = teacher.call.stepped_by(engine.output(batch.arguments, size), size).float()
+            figures[f"heldout/flow/{quantile:g}"] = mean_squared([own], [batch.target.to(own)])
             figures[f"heldout/velocity/{quantile:g}"] = mean_squared([own], [true])
-        drawn = {name: preview.draw(velocity, prompts) for name, velocity in models.items()}
-    return figures, {name: images for name, images in drawn.items() if images is not None}
+        images["teacher"] = preview.draw(partial(forward, sharded))
+        images["variant"] = preview.draw(partial(engine.output, size=size))
+    return figures, {name: drawn for name, drawn in images.items() if drawn is not None}

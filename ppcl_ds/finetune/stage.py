@@ -1,11 +1,11 @@
 """A stage of a variant: the model's own forward, of which only some blocks are here.
 
-Every stage runs the family's unchanged `forward` on the micro-batch's own latents, prompts and noise levels. Embeddings
+Every stage runs the family's unchanged `forward` on the micro-batch's own arguments. Embeddings
 and conditioning (time, RoPE, masks) are computed where they are needed, as that takes less than sending them; what the
 blocks of earlier stages return is received instead, and after the stage's last block the forward ends. So nothing here
 knows of any family.
 
-Shapes: B batch, S tokens of a stream, C channels.
+Shapes: B batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.batch import Size
 from ppcl_ds.finetune.trainable import IDLE, Part
 from ppcl_ds.teacher.anatomy import Anatomy, Block, EarlyExit, Streams
-from ppcl_ds.teacher.call import Caller
 from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.teacher.flows import Flows
+from ppcl_ds.teacher.pipeline_call import Arguments, PipelineCall
+from ppcl_ds.teacher.teacher import forward
 from ppcl_ds.training.log import Means
 from ppcl_ds.units.depth import recompute_parts
 from ppcl_ds.units.loss import boundary_loss
@@ -52,14 +54,17 @@ class _Elsewhere(nn.Module):
         return self.block.write_output(streams)
 
 
-def stage_batch(latents: Tensor, prompts: Prompts, sigmas: Tensor, targets: dict[str, Tensor]) -> UnitBatch:
+def stage_batch(
+    arguments: Arguments, size: Size, targets: dict[str, Tensor], text_mask: Tensor | None = None
+) -> UnitBatch:
     """A micro-batch as a stage reads it.
 
     Args:
-        targets: of the last stage, `flow` and `velocity`; `boundary/BLOCK/STREAM` of whichever has the block.
+        arguments: of the teacher's forward.
+        targets: of the last stage, `velocity`, and `flow` unless samples are of trajectories; `boundary/BLOCK/STREAM`
+            of whichever has the block.
     """
-    given = {"sigmas": sigmas, "embeds": prompts.embeds, "mask": prompts.mask, "pooled": prompts.pooled}
-    return UnitBatch({"latents": latents}, given, targets, prompts.mask)
+    return UnitBatch({}, {"arguments": arguments, "size": size}, targets, text_mask)
 
 
 def weighted(measured: Mapping[str, Any], weights: Mapping[str, float]) -> Any:
@@ -108,7 +113,7 @@ class Stage(nn.Module):
     """One stage of a variant, as the one layer that this rank has of the pipeline.
 
     It reads each micro-batch from `inbox`, in turn. While training, the last stage returns the loss, (); else,
-    the velocity (B, C, H, W). Earlier stages return their streams as one vector.
+    what the model puts out. Earlier stages return their streams as one vector.
 
     Args:
         number: of the stage.
@@ -127,7 +132,8 @@ class Stage(nn.Module):
         bounds: Sequence[int],
         layout: Layout,
         parts: Sequence[Part],
-        caller: Caller,
+        call: PipelineCall,
+        flows: Flows,
         inbox: deque[UnitBatch],
         weights: Mapping[str, float],
         magnitude_weight: float,
@@ -135,7 +141,7 @@ class Stage(nn.Module):
         checkpointing: bool,
     ) -> None:
         super().__init__()
-        self.caller, self.inbox, self.weights, self.scale = caller, inbox, weights, scale
+        self.call, self.inbox, self.weights, self.scale = call, inbox, weights, scale
         self.magnitude_weight = magnitude_weight
         self.means = Means()
         self.reached: dict[int, Streams] = {}
@@ -143,7 +149,7 @@ class Stage(nn.Module):
         first, stop = bounds[number], bounds[number + 1]
         self.last = number == len(bounds) - 2
         model: Any = empty_model(layout.config)
-        blocks = Anatomy(model).blocks
+        blocks = Anatomy(model, flows).blocks
         self.blocks = blocks[first:stop]
         self.before: _Elsewhere | None = None
         for block in blocks[:first]:
@@ -177,10 +183,9 @@ class Stage(nn.Module):
         if self.before is not None:
             self.before.arriving = wire
         given = batch.conditioning
-        prompts = Prompts(given["embeds"], given["mask"], given["pooled"])
         try:
-            velocity = self.caller(self.model, batch.inputs["latents"], prompts, given["sigmas"])
-            return self._loss(velocity, batch) if self.training else velocity
+            output = forward(self.model, given["arguments"])
+            return self._loss(self.call.stepped_by(output, given["size"]), batch) if self.training else output
         except EarlyExit:
             return self._sent(batch)
         finally:
@@ -204,7 +209,7 @@ class Stage(nn.Module):
         return wire
 
     def _loss(self, velocity: Tensor, batch: UnitBatch) -> Tensor:
-        targets = {name: batch.targets[name] for name in ("flow", "velocity")}
+        targets = {name: batch.targets[name] for name in ("flow", "velocity") if name in batch.targets}
         errors = {name: (velocity.float() - target.float()).square().mean() for name, target in targets.items()}
         measured = {f"{name}/loss": error for name, error in errors.items()} | self._boundary_losses(batch)
         self.means.add(measured)

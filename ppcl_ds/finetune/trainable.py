@@ -38,14 +38,15 @@ class Part:
     kept: bool
 
 
-def parts_of(model: nn.Module, tensors: Sources, trainable: Trainable) -> list[Part]:
+def parts_of(anatomy: Anatomy, model: nn.Module, tensors: Sources, trainable: Trainable) -> list[Part]:
     """What is trained, in the order of the blocks.
 
     Args:
+        anatomy: the variant's.
         model: the variant, empty.
         tensors: its state dict; they know whose they were.
     """
-    blocks = Anatomy(model).blocks
+    blocks = anatomy.blocks
     names = [name for name, _ in model.named_parameters()]
     places: list[tuple[str, int | None]] = [(block.key, block.index) for block in blocks]
     own = {key: [name for name in names if name.startswith(f"{key}.")] for key, _ in places}
@@ -87,6 +88,6 @@ def block_costs(
         variant: empty.
         places: see `Plan.places`.
     """
-    own = [block.parameters for block in Anatomy(variant).blocks]
+    own = [block.parameters for block in Anatomy(variant, anatomy.flows).blocks]
     origins = [origin for origin, _ in places]
     return [flops[o] * min(1.0, own[n] / anatomy.blocks[o].parameters) for n, o in enumerate(origins)]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ppcl_ds.data.noising import NoisyBatch
 from ppcl_ds.finetune.pipeline import Variant, VariantEngine
 from ppcl_ds.finetune.preview import look
 from ppcl_ds.finetune.stage import stage_batch, weighted
@@ -17,6 +16,9 @@ from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.teacher.anatomy import Anatomy, Wanted
 from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.teacher.noising import NoisyBatch
+from ppcl_ds.teacher.teacher import forward, text_mask
+from ppcl_ds.training.delivery import Deliveries
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
 from ppcl_ds.training.meta_forward import meta_forward
@@ -50,11 +52,11 @@ class FineTuner(Training):
         recipe, settings, plan = self.recipe, self.tuning, self.plan
         whole = self.start.layout(self.dtype)
         empty = empty_model(whole.config)
-        parts = parts_of(empty, whole.tensors, settings.trainable)
-        shape, tokens = self.sample_shape()
-        forward = meta_forward(self.teacher, shape, tokens)
+        anatomy = Anatomy(empty, self.teacher.flows)
+        parts = parts_of(anatomy, empty, whole.tensors, settings.trainable)
+        forward = meta_forward(self.teacher, self.sample_size())
         costs = block_costs(forward.block_flops, self.teacher.anatomy, empty, plan.places(self.start.variant))
-        keys = [block.key for block in Anatomy(empty).blocks]
+        keys = [block.key for block in anatomy.blocks]
         self.bounds = stage_bounds(joined(whole.config, keys), costs, recipe.topology.stages)
         self.flops_of_sample = forward.flops_until[-1] + sum(costs) * unit_passes(settings.activation_checkpointing)
         self.boundaries = boundaries_of(plan, self.start.variant) if settings.boundary_weight else {}
@@ -66,7 +68,8 @@ class FineTuner(Training):
             whole,
             parts,
             settings.kept_lr,
-            caller=self.teacher.caller,
+            call=self.teacher.call,
+            flows=self.teacher.flows,
             inbox=self.queue,
             weights=self.weights,
             magnitude_weight=recipe.distill.magnitude_weight,
@@ -86,7 +89,10 @@ class FineTuner(Training):
     def read_teacher(self, batch: NoisyBatch) -> dict[str, UnitBatch]:
         """One teacher forward to its end; each stage gets the inputs, and the targets that it is judged by."""
         with self.teacher.anatomy.record(self.sharded.module, self.wanted) as capture:
-            velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
+            output = forward(self.sharded, batch.arguments)
+        self.advance(batch, output)
+        velocity = self.teacher.call.stepped_by(output, batch.size)
+        mask = text_mask(batch.arguments, capture)
         batches = {}
         for number, name in enumerate(self.stage_names):
             blocks = range(self.bounds[number], self.bounds[number + 1])
@@ -97,8 +103,10 @@ class FineTuner(Training):
                 if place in blocks
             }
             if number == len(self.bounds) - 2:
-                targets |= {"flow": batch.velocity, "velocity": velocity}
-            batches[name] = stage_batch(batch.latents, batch.prompts, batch.sigmas, targets)
+                targets["velocity"] = velocity
+                if self.tuning.trajectories is None:
+                    targets["flow"] = batch.target
+            batches[name] = stage_batch(batch.arguments, batch.size, targets, mask)
         return batches
 
     def begin(self) -> None:
@@ -111,7 +119,7 @@ class FineTuner(Training):
     def prepare(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
-    def step(self, batches: Iterator[NoisyBatch]) -> None:
+    def step(self, batches: Deliveries) -> None:
         """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
         own = self.stage_names[self.engine.stage_id]
         self.queue.extend(arrived[own] for arrived in self.arrivals(batches))
@@ -135,4 +143,4 @@ class FineTuner(Training):
 
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and images, the variant beside the teacher."""
-        return look(self.recipe, self.tuning.quantiles, self.teacher.caller, self.sharded, self.engine, self.device)
+        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device)

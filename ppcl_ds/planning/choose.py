@@ -50,7 +50,7 @@ def make_plan(section: PlanSection, seed: int, report: ProbeReport | None, teach
         units.setdefault(span, _unit(span, report, teacher.anatomy))
     width = [unit for unit in own if not unit.takes_blocks]
     known = {unit.replaces for unit in width}
-    width += [unit for unit in width_candidates(section, teacher.anatomy) if unit.replaces not in known]
+    width += [unit for unit in width_candidates(section, teacher) if unit.replaces not in known]
     variants = dict(given.variants) if given and section.rule == "given" else {}
     variants |= {name: tuple(units[s].name for s in spans or ()) for name, spans in found[section.rule].items()}
     library = (*(units[span] for span in sorted(units)), *width)
@@ -72,7 +72,7 @@ def _rule_inputs(
         report=report,
         budget=budget,
         lists=list(lists.values()),
-        allowed=teacher.allowed_spans,
+        allowed=teacher.plannable_spans,
         max_span=section.max_span,
         seed=seed,
         given=[unit.span for unit in given.units if unit.takes_blocks] if given else [],
@@ -84,13 +84,12 @@ def _unit(span: Span, report: ProbeReport, anatomy: Anatomy) -> UnitPlan:
     return UnitPlan(name=name, span=span, streams=report.used_streams(anatomy.blocks[span[1]]))
 
 
-def width_candidates(section: PlanSection, anatomy: Anatomy) -> list[UnitPlan]:
+def width_candidates(section: PlanSection, teacher: Teacher) -> list[UnitPlan]:
     """The width units that the recipe would have in the library, wherever a block has what they need."""
-    units = []
+    units, anatomy = [], teacher.anatomy
     for block in anatomy.blocks:
         closes = block.index == len(anatomy) - 1
-        read: tuple[Stream, ...] = ("image",) if closes else ("image", "text")
-        streams = tuple(stream for stream in read if stream in block.ffn)
+        streams = tuple(stream for stream in block.ffn if not (closes and stream == "text"))
         if "ffn" in section.width:
             units += [_ffn(block.index, (stream,), 0.0) for stream in streams]
         if "narrow" in section.width and streams:
@@ -100,7 +99,7 @@ def width_candidates(section: PlanSection, anatomy: Anatomy) -> list[UnitPlan]:
             name, span = f"text_{block.index:02d}_{follows.index:02d}", (block.index, follows.index)
             behind: tuple[Stream, ...] = () if follows.index == len(anatomy) - 1 else ("text",)
             units.append(UnitPlan(name=name, kind="text", span=span, streams=behind))
-    return units
+    return [unit for unit in units if not unit.behaviour.problem(unit, teacher)]
 
 
 def _ffn(block: int, streams: tuple[Stream, ...], keep: float) -> UnitPlan:

@@ -16,11 +16,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ppcl_ds.console import progress, track
-from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.teacher.anatomy import Block, Capture, Wanted
+from ppcl_ds.teacher.noising import DTYPES, NoisyBatch
+from ppcl_ds.teacher.samples import read_samples
 from ppcl_ds.teacher.sharded import forget_order, load_teacher
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from ppcl_ds.training.checkpoint import Checkpoint
@@ -110,21 +111,25 @@ class SwapBench:
         noise where there are no more, so that variants are not judged by what they were chosen by.
         """
         settings, world = self.recipe.evaluate, dist.get_world_size()
-        stream = NoisyStream(self.recipe, "heldout", settings.batch_size, self.device)
         rounds = -(-settings.velocity_batches // world)
-        batches = islice(stream.take(settings.velocity_batches + dist.get_rank(), world), rounds)
-        for number, batch in track(batches, title, rounds):
+        samples = self._samples(settings.batch_size, settings.velocity_batches + dist.get_rank(), world)
+        for number, batch in track(islice(samples, rounds), title, rounds):
             yield number < 2 * settings.velocity_batches, batch
 
+    def _samples(self, size: int, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
+        return read_samples(self.recipe, self.teacher, self.sharded, "heldout", size, start, stride, self.device)
+
     def _velocity(self, batch: NoisyBatch, names: tuple[str, ...]) -> Tensor:
-        """What the teacher with these units says, (N,) float32 on the CPU."""
+        """What the teacher with these units says, (N,) float32 on the CPU.
+
+        Blocks that a unit takes the place of are still called, and gathered: the order of fetching stays what it is.
+        """
         plan = self.library.model_copy(update={"variants": {"set": names}})
         inside = {name: self.units[name].to(self.device) for name in names}
         owner = dict.fromkeys(names, 0)
         model, anatomy = self.sharded.module, self.teacher.anatomy
         with plugged(model, anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
-            velocity = self.teacher.caller(self.sharded, batch.latents, batch.prompts, batch.sigmas)
-        forget_order(self.sharded)  # the next set runs other blocks
+            velocity = self.teacher.answer(self.sharded, batch)
         for unit in inside.values():
             unit.cpu()
         return velocity.float().cpu().flatten()
@@ -135,8 +140,9 @@ class SwapBench:
         On rank 0's device; nothing on the other ranks. Each block is built by itself and called as the teacher calls
         it.
         """
-        [(_, batch)] = islice(NoisyStream(self.recipe, "heldout", 1, self.device).take(0, 1), 1)
+        _, batch = next(self._samples(1, 0, 1))
         calls = Wanted(frozenset(range(len(self.teacher.blocks))), frozenset())
+        forget_order(self.sharded)  # this forward ends before those of the products and sets do
         capture = read_teacher(self.sharded, self.teacher, batch, calls)
         forget_order(self.sharded)
         if dist.get_rank():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
-from ppcl_ds.data.noising import DTYPES
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
@@ -14,6 +13,7 @@ from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.units.plan import Plan, check_plan, load_plan
 

@@ -26,8 +26,11 @@ from ppcl_ds.probing.sums import BlockSums, Key, Lane, Sums, pieces
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.files import ModelFiles
 
-_FIXED = (*FIXED, "probe.batch_size", "probe.batches", "probe.max_span", "distill.micro_batches_per_step")
-"""Recipe keys that the sums depend on; the last one is part of the order of the samples."""
+_FIXED = (
+    *(*FIXED, "probe.batch_size", "probe.batches", "probe.max_span"),
+    *("distill.micro_batches_per_step", "distill.trajectories"),
+)
+"""Recipe keys that the sums depend on; the last two are part of which samples there are."""
 _READ = 1 << 20
 """Bytes at either end of a weights file that tell it from another."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +12,6 @@ import torch.distributed as dist
 
 from ppcl_ds import launch
 from ppcl_ds.console import track
-from ppcl_ds.data.noising import DTYPES, NoisyStream
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.probing.heatmaps import save_report
@@ -22,7 +20,9 @@ from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_p
 from ppcl_ds.probing.report import make_report
 from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.teacher import Teacher, open_teacher, read_teacher, unread_streams
+from ppcl_ds.teacher.noising import DTYPES
+from ppcl_ds.teacher.samples import read_samples
+from ppcl_ds.teacher.teacher import Teacher, open_teacher, read_teacher, text_mask, unread_streams
 
 
 def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teacher:
@@ -102,10 +102,8 @@ def _ranges(recipe: Recipe, lanes: Sequence[Lane]) -> list[range]:
 
 
 def _report(recipe: Recipe, teacher: Teacher, measured: Measured, unused: list[str]) -> None:
-    lists: dict[str, list[int]] = {}
-    for block in teacher.blocks:
-        lists.setdefault(block.list_name, []).append(block.index)
-    report = make_report(measured, teacher.class_name, unused, list(lists.values()))
+    runs = [[block.index for block in run] for run in teacher.anatomy.runs]
+    report = make_report(measured, teacher.class_name, unused, runs)
     save_report(report, recipe.probe_folder)
     spans = f"{len(report.spans)} spans of the paper's rule, {len(report.unstable)} of them unstable"
     print(f"wrote {recipe.probe_folder}/report.html: {spans}")
@@ -149,12 +147,15 @@ class Reader:
         first = part.index - 1 + part.count * dist.get_rank()
         rounds = -(-len(range(part.index - 1, probe.batches, part.count)) // world)
         wanted = wanted_for(self.lanes, blocks, probe.max_span)
-        stream = NoisyStream(self.recipe, "train", probe.batch_size, self.device)
-        batches = islice(stream.take(first, part.count * world), rounds)
-        for number, batch in track(batches, name, rounds):
+        stride = part.count * world
+        samples = read_samples(
+            self.recipe, self.teacher, self.sharded, "train", probe.batch_size, first, stride, self.device
+        )
+        for number, batch in track(islice(samples, rounds), name, rounds):
             capture = read_teacher(self.sharded, self.teacher, batch, wanted)
             if number < probe.batches:
-                add_capture(sums, self.lanes, blocks, self.teacher.anatomy, number, capture, batch.prompts.mask)
+                mask = text_mask(batch.arguments, capture)
+                add_capture(sums, self.lanes, blocks, self.teacher.anatomy, number, capture, mask)
 
 
 def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reader:
@@ -164,10 +165,8 @@ def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reade
 
     config = read_deepspeed_file(recipe.deepspeed.teacher)
     sharded = load_teacher(teacher, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
-    if dist.get_rank() == 0:
-        for name in sorted(teacher.anatomy.guessed):
-            logging.warning("diffusers' registry misnames the streams of %s; its signature decided", name)
-    [(_, first)] = islice(NoisyStream(recipe, "heldout", recipe.probe.batch_size, device).take(0, 1), 1)
+    samples = read_samples(recipe, teacher, sharded, "heldout", recipe.probe.batch_size, 0, 1, device)
+    _, first = next(samples)
     unused = unread_streams(sharded, teacher, first)
     lanes = lanes_of(teacher.anatomy, read_teacher(sharded, teacher, first), unused)
     return Reader(recipe, teacher, sharded, lanes, unused, device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -64,10 +63,10 @@ class ProbeReport(BaseModel):
     unused: list[str]
     figures: dict[str, dict[str, Figure]] = {}
 
-    def used_streams(self, block: Block) -> tuple[Literal["image", "text"], ...]:
+    def used_streams(self, block: Block) -> tuple[str, ...]:
         """The streams leaving `block` that matter."""
         is_last = block.index == len(self.cka) - 1
-        return tuple(s for s in ("image", "text") if s in block.returns and not (is_last and s in self.unused))
+        return tuple(stream for stream in block.returns if not (is_last and stream in self.unused))
 
 
 def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequence[Sequence[int]]) -> ProbeReport:
@@ -75,7 +74,7 @@ def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequ
 
     Args:
         measured: of all ranks.
-        lists: block numbers of each block list.
+        lists: block numbers of each run of blocks in which spans can lie.
     """
     streams = sorted({stream for _, stream in measured})
     figures: dict[str, dict[str, Figure]] = {}
@@ -156,7 +155,7 @@ def ppcl_spans(cka: Matrix, lists: Sequence[Sequence[int]]) -> list[tuple[int, i
     """The paper's spans: each ends where `span_end` says, the next one starts after it.
 
     Args:
-        lists: block numbers of each block list.
+        lists: block numbers of each run of blocks in which spans can lie.
     """
     spans = []
     for blocks in lists:

@@ -37,7 +37,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Lane:
-    """A stream along the blocks of one list, as far as it matters: chains of probes stay inside a lane.
+    """A stream along the blocks of one run, as far as it matters: chains of probes stay inside a lane.
 
     Attributes:
         stream: its name.
@@ -60,8 +60,7 @@ def lanes_of(anatomy: Anatomy, capture: Capture, unused: Sequence[str]) -> list[
         unused: streams that leave the last block unread; they end before it.
     """
     lanes = []
-    for name in dict.fromkeys(block.list_name for block in anatomy.blocks):
-        blocks = [block for block in anatomy.blocks if block.list_name == name]
+    for blocks in anatomy.runs:
         for stream in blocks[0].returns:
             stop = blocks[0].index
             for block in blocks:

@@ -1,25 +1,22 @@
 """The anatomy of a teacher: its block lists, the streams that cross its boundaries, and taps that record them.
 
-diffusers' `TransformerBlockRegistry` says, for each block class, which argument and which output is which stream.
+Which argument and which output of a block is which stream was learned from one forward (`flows.py`).
 Shapes: B batch, S tokens of a stream, C channels, M blocks.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.hooks._helpers import TransformerBlockRegistry
-from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.modeling_pruned import serves_text, text_parts
+from ppcl_ds.teacher.flows import IMAGE, Flows, arguments_of
+from ppcl_ds.teacher.modeling_pruned import can_make_text_linear, ffn_parts, serves_text, text_parts
 
 ATTENTION = "attn"
 """Name of the part of a block in which image and text attend to each other, in every family that has text parts."""
@@ -28,7 +25,7 @@ ATTENDED_TEXT = "encoder_hidden_states"
 """Its argument that is the text, normed and modulated."""
 
 Streams = dict[str, Tensor]
-"""Stream name (`image`, `text`) -> (B, S, C)."""
+"""Stream name (`image`, `text`, others as their argument) -> (B, S, C)."""
 
 
 Shapes = dict[str, torch.Size]
@@ -45,17 +42,20 @@ class Block:
     """One block of the teacher.
 
     Boundaries are numbered along the execution. Inside one block list, what leaves a block enters the next: one
-    boundary. Each list has a closing boundary of its own, because a teacher may rearrange its streams between lists;
-    so with a single list, boundary b is what enters block b and boundary M is what leaves the last.
+    boundary. Where the teacher does something to its streams before the next block reads them, as between two lists,
+    what leaves has a boundary of its own; so with a single list and nothing of that kind, boundary b is what enters
+    block b and boundary M is what leaves the last.
 
     Attributes:
         index: number among all blocks, 0..M-1.
-        list_name: attribute of the model that holds the block's list.
+        list_name: the block's list in the model, such as `transformer_blocks`.
         position: number inside its list.
         last: whether it closes its list.
+        closes: whether no span may go on behind it: it is the last, or the teacher changes a stream there.
         entering, leaving: boundary numbers.
         reads: stream -> name of the argument that carries it.
         returns: stream -> place in the returned tuple.
+        outputs: length of that tuple; 0: one tensor by itself.
         parameters: number of parameters.
         ffn: stream -> name of the feed-forward part that serves it; a block that fuses it with attention has none.
         text_only: names of the parts that serve the text stream alone, and so are idle once attention is handed the
@@ -67,10 +67,12 @@ class Block:
     list_name: str
     position: int
     last: bool
+    closes: bool
     entering: int
     leaving: int
     reads: Mapping[str, str]
     returns: Mapping[str, int]
+    outputs: int
     parameters: int
     ffn: Mapping[str, str]
     text_only: Sequence[str]
@@ -83,8 +85,7 @@ class Block:
 
     def split_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Streams, dict]:
         """Separate the streams of a call from its other arguments (conditioning: time, RoPE, masks)."""
-        bound = dict(inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments)
-        bound.pop("self")
+        bound = arguments_of(module, args, kwargs)
         streams = {stream: bound.pop(name) for stream, name in self.reads.items()}
         return streams, bound
 
@@ -95,14 +96,14 @@ class Block:
 
     def read_output(self, output: Any) -> Streams:
         if isinstance(output, Tensor):
-            return {"image": output}
+            return {IMAGE: output}
         return {s: output[place] for s, place in self.returns.items() if output[place] is not None}
 
     def write_output(self, streams: Streams) -> Any:
         """The inverse of `read_output`, as the teacher's own forward expects it."""
-        if len(self.returns) == 1:
-            return streams["image"]
-        output: list[Tensor | None] = [None] * len(self.returns)
+        if not self.outputs:
+            return streams[IMAGE]
+        output: list[Tensor | None] = [None] * self.outputs
         for stream, place in self.returns.items():
             output[place] = streams.get(stream)
         return tuple(output)
@@ -130,11 +131,13 @@ class Capture:
         streams: boundary -> its streams.
         conditioning: block index -> its arguments other than the streams (tensors shared between blocks stay shared).
         parts: what was asked of the calls of parts of blocks, see `Tap`.
+        output: of the whole model, if the forward went to its end.
     """
 
     streams: dict[int, Streams] = field(default_factory=dict)
     conditioning: dict[int, dict[str, Any]] = field(default_factory=dict)
     parts: dict[Tap, tuple[Tensor, ...]] = field(default_factory=dict)
+    output: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -165,55 +168,40 @@ class Wanted:
 class Anatomy:
     """The blocks of a diffusers transformer, in execution order (weights are not needed: meta models will do).
 
-    Raises:
-        UserError: the model has no list of blocks that the registry knows.
+    Args:
+        model: of the class that `flows` were learned from; it may have fewer blocks.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.guessed: set[str] = set()
-        """Block classes whose stream arguments the registry names wrongly and the signature decided."""
+    def __init__(self, model: nn.Module, flows: Flows) -> None:
+        self.flows = flows
         blocks: list[Block] = []
         boundary = 0
-        for list_name, modules in _block_lists(model):
+        for flow in flows:
+            modules: Any = model.get_submodule(flow.name)
+            reads, returns = dict(flow.reads), dict(flow.returns)
             for position, module in enumerate(modules):
-                reads, returns = self._streams_of(module)
                 text_only, channels = _text_of(module) if "text" in reads else ((), 0)
+                last = position == len(modules) - 1
                 blocks.append(
                     Block(
                         index=len(blocks),
-                        list_name=list_name,
+                        list_name=flow.name,
                         position=position,
-                        last=position == len(modules) - 1,
+                        last=last,
+                        closes=last or position in flow.breaks,
                         entering=boundary,
                         leaving=boundary + 1,
                         reads=reads,
                         returns=returns,
+                        outputs=flow.outputs,
                         parameters=sum(p.numel() for p in module.parameters()),
                         ffn=_ffn_of(module, reads),
                         text_only=text_only,
                         text_channels=channels,
                     )
                 )
-                boundary += 1
-            boundary += 1
-        if not blocks:
-            raise UserError(
-                f"teacher class {type(model).__name__} has no list of transformer blocks known to diffusers"
-            )
+                boundary += 2 if blocks[-1].closes else 1
         self.blocks: Sequence[Block] = tuple(blocks)
-
-    def _streams_of(self, module: nn.Module) -> tuple[dict[str, str], dict[str, int]]:
-        metadata = TransformerBlockRegistry.get(type(module))
-        signature = list(inspect.signature(module.forward).parameters)
-        image = metadata.hidden_states_argument_name
-        if image not in signature:
-            self.guessed.add(type(module).__name__)
-            image = signature[0]
-        reads, returns = {"image": image}, {"image": metadata.return_hidden_states_index}
-        text = metadata.encoder_hidden_states_argument_name
-        if text in signature and metadata.return_encoder_hidden_states_index is not None:
-            reads["text"], returns["text"] = text, metadata.return_encoder_hidden_states_index
-        return reads, returns
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -222,8 +210,18 @@ class Anatomy:
     def block_parameters(self) -> int:
         return sum(block.parameters for block in self.blocks)
 
+    @property
+    def runs(self) -> Sequence[Sequence[Block]]:
+        """The blocks, cut where no span may go on."""
+        found: list[list[Block]] = [[]]
+        for block in self.blocks:
+            found[-1].append(block)
+            if block.closes:
+                found.append([])
+        return found[:-1]
+
     def module(self, model: nn.Module, block: Block) -> nn.Module:
-        return getattr(model, block.list_name)[block.position]
+        return model.get_submodule(block.key)
 
     @contextmanager
     def record(self, model: nn.Module, wanted: Wanted | None = None) -> Iterator[Capture]:
@@ -255,6 +253,16 @@ class Anatomy:
             yield capture
 
     @contextmanager
+    def bypassed(self, model: nn.Module, removed: Collection[int]) -> Iterator[None]:
+        """Inside, the blocks `removed` hand on what enters them."""
+        with ExitStack() as stack:
+            for block in (self.blocks[index] for index in removed):
+                module = self.module(model, block)
+                module.forward = partial(_hand_on, block, module)
+                stack.callback(delattr, module, "forward")
+            yield
+
+    @contextmanager
     def tap(self, model: nn.Module, capture: Capture, taps: Iterable[Tap]) -> Iterator[None]:
         """Record, into `capture`, what is wanted of parts of blocks in the forwards run inside."""
         with ExitStack() as stack:
@@ -263,6 +271,10 @@ class Anatomy:
                 hook = partial(_record_part, capture, tap)
                 stack.callback(part.register_forward_hook(hook, with_kwargs=True).remove)
             yield
+
+
+def _hand_on(block: Block, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return block.write_output(block.split_call(module, args, kwargs)[0])
 
 
 def _record_call(capture: Capture, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict) -> None:
@@ -276,7 +288,10 @@ def _record_exit(capture: Capture, block: Block, module: nn.Module, args: tuple[
 def _record_part(
     capture: Capture, tap: Tap, module: nn.Module, args: tuple[Any, ...], kwargs: dict, output: Any
 ) -> None:
-    capture.parts[tap] = tap.pick(args, kwargs, output)
+    picked = tap.pick(args, kwargs, output)
+    if before := capture.parts.get(tap):  # a part that serves two streams: the tokens of one, then those of the other
+        picked = tuple(torch.cat(pair, 1) for pair in zip(before, picked, strict=True))
+    capture.parts[tap] = picked
 
 
 class EarlyExit(Exception):  # noqa: N818 - not an error
@@ -296,22 +311,25 @@ def _until_stopped(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 
 def _ffn_of(module: nn.Module, reads: Mapping[str, str]) -> dict[str, str]:
-    parts = {name: child for name, child in module.named_children() if isinstance(child, FeedForward)}
-    streams = {name: "text" if serves_text(name) else "image" for name in parts}
-    return {stream: name for name, stream in streams.items() if stream in reads}
+    """Stream -> its feed-forward part; one that serves no stream that the block reads is left out."""
+    parts: dict[str, str] = {}
+    for name in ffn_parts(module):
+        parts.setdefault(_stream_served(name, reads), name)
+    return {stream: name for stream, name in parts.items() if stream in reads}
+
+
+def _stream_served(part: str, reads: Mapping[str, str]) -> str:
+    """The stream of a feed-forward part by its name: `audio_ff` is of a stream whose name begins like `audio`."""
+    words = part.replace(".", "_").split("_")
+    if serves_text(part) or words[-1] == "t":
+        return "text"
+    others = [stream for stream in reads if stream not in ("image", "text")]
+    own = (stream for stream in others if any(word.startswith(stream.split("_")[0]) for word in words))
+    return next(own, "audio" if "audio" in words else "image")
 
 
 def _text_of(module: Any) -> tuple[tuple[str, ...], int]:
-    """The parts that serve the text alone, and its channels; none where attention has no weights of its own for it."""
-    attention: Any = getattr(module, ATTENTION, None)
-    if getattr(attention, "add_k_proj", None) is None:
+    """The parts that serve the text alone, and its channels; none where it could not do without them."""
+    if not can_make_text_linear(module):
         return (), 0
-    return tuple(text_parts(module)), attention.add_k_proj.in_features
-
-
-def _block_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Lists of registered blocks, in the order of definition, which is the order of execution in diffusers."""
-    TransformerBlockRegistry._register()
-    for name, child in model.named_children():
-        if isinstance(child, nn.ModuleList) and len(child) and type(child[0]) in TransformerBlockRegistry._registry:
-            yield name, child
+    return tuple(text_parts(module)), getattr(module, ATTENTION).add_k_proj.in_features

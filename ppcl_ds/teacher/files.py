@@ -61,6 +61,11 @@ def find_class(name: str) -> Any:
     return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
+def pruned_class(name: str) -> str:
+    """The class of `modeling_pruned.py` for a class of diffusers, or of that file already."""
+    return f"Pruned{name.removeprefix('Pruned')}"
+
+
 def empty_model(config: dict[str, Any]) -> nn.Module:
     """A model with parameters on the meta device and everything else (RoPE tables) real.
 
@@ -73,24 +78,27 @@ def empty_model(config: dict[str, Any]) -> nn.Module:
 
 
 class ModelFiles:
-    """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder with `transformer/`.
+    """A diffusers transformer folder (`config.json` and safetensors), or a pipeline folder that has one.
 
     Args:
         path: the folder.
         weights: whether tensors will be read; without them, `config.json` is enough.
+        component: the transformer's folder in a pipeline's.
 
     Raises:
         UserError: the folder is missing, is no diffusers transformer, or lacks weights; the message names it.
     """
 
-    def __init__(self, path: Path, weights: bool = True) -> None:
-        self.folder = path / "transformer" if (path / "transformer").is_dir() else path
+    def __init__(self, path: Path, weights: bool = True, component: str = "transformer") -> None:
+        self.folder = path / component if (path / component).is_dir() else path
         try:
             self.config: dict[str, Any] = dict(json.loads((self.folder / "config.json").read_text()))
             self.class_name: str = self.config["_class_name"]
+            # Of these, diffusers takes what its class says today instead, whatever stands in the file.
+            self.config.pop("_use_default_values", None)
         except (OSError, ValueError, TypeError, KeyError):
             raise UserError(
-                f"teacher {path}: no readable config.json; give a folder that save_pretrained wrote"
+                f"teacher {path}: no readable config.json in {component}/; give a folder that save_pretrained wrote"
             ) from None
         self.model_class = find_class(self.class_name)
         if self.model_class is None:

@@ -8,37 +8,42 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ppcl_ds.data.noising import NoisyBatch, NoisyStream
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.call import Caller
+from ppcl_ds.teacher.noising import NoisyBatch
+from ppcl_ds.teacher.samples import read_samples
+from ppcl_ds.teacher.teacher import Teacher
 
 
 class HeldOut:
     """The first held-out micro-batches, the same for every model.
 
+    Where there are captions alone, the first model, usually the teacher, draws the samples.
+
     Attributes:
-        batches: `evaluate.velocity_batches` of `evaluate.batch_size` samples.
+        batches: `evaluate.velocity_batches` of `evaluate.batch_size` samples, on the CPU.
     """
 
-    def __init__(self, recipe: Recipe, caller: Caller, device: torch.device) -> None:
-        self.caller, self.device = caller, device
-        settings = recipe.evaluate
-        stream = NoisyStream(recipe, "heldout", settings.batch_size, device)
-        self.batches: list[NoisyBatch] = [b for _, b in islice(stream.take(0, 1), settings.velocity_batches)]
+    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
+        self.recipe, self.teacher, self.device = recipe, teacher, device
+        self.batches: list[NoisyBatch] = []
 
     def velocities(self, model: nn.Module) -> list[Tensor]:
-        """The model's velocity for every micro-batch, (B, C, H, W) float32 on the CPU.
+        """What the model says of every micro-batch, (B, ...) as the scheduler steps by it, float32 on the CPU.
 
         Args:
             model: already in the recipe's dtype; it is moved to the device.
         """
         model.to(self.device)
+        if not self.batches:
+            settings, cpu = self.recipe.evaluate, torch.device("cpu")
+            samples = read_samples(self.recipe, self.teacher, model, "heldout", settings.batch_size, 0, 1, self.device)
+            self.batches = [batch.to(cpu) for _, batch in islice(samples, settings.velocity_batches)]
         return [self.velocity(model, batch) for batch in self.batches]
 
     @torch.no_grad()
     def velocity(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
-        """The velocity for one micro-batch, (B, C, H, W) float32 on the CPU."""
-        return self.caller(model, batch.latents, batch.prompts, batch.sigmas).float().cpu()
+        """What the model says of one micro-batch, likewise."""
+        return self.teacher.answer(model, batch.to(self.device)).float().cpu()
 
 
 def mean_squared(own: Sequence[Tensor], others: Sequence[Tensor]) -> float:

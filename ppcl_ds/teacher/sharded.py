@@ -14,6 +14,7 @@ from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
 from ppcl_ds.teacher.files import ModelFiles
+from ppcl_ds.teacher.gathering import with_gathering
 from ppcl_ds.teacher.teacher import Teacher
 
 
@@ -42,12 +43,14 @@ def load_teacher(
     each rank holds its own partition, read by itself from the safetensors files.
 
     Args:
-        config: DeepSpeed configuration with ZeRO stage 3.
+        config: DeepSpeed configuration with ZeRO stage 3; how much is gathered at a time is filled in, see
+            `with_gathering`.
         dtype: of the weights; what the family keeps in float32 stays float32.
         ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
             (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
             nodes. With all ranks, or one alone, there is just the one partition over all.
     """
+    config = with_gathering(config, teacher)
     ranks_per_copy = ranks_per_copy or int(os.environ["LOCAL_WORLD_SIZE"])
     if 1 < ranks_per_copy < dist.get_world_size():
         zero = config["zero_optimization"] | {"zero_hpz_partition_size": ranks_per_copy}

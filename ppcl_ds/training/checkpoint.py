@@ -4,7 +4,8 @@
       checkpoint.json             the step, and for each unit its parameters in order, and which file holds which part
                                   of its flat vector
       rank-00000.safetensors ...  per unit of the rank's stage: `UNIT/master`, `UNIT/exp_avg`, `UNIT/exp_avg_sq` (that
-                                  part, float32), `UNIT/step` (); and the rank's random state
+                                  part, float32), `UNIT/step` (); the rank's random state; and, of trajectories,
+                              `pool/LANE/SHAPE/latents` and `places`, what its pictures in the making were
 
 A unit's flat vector is its parameters laid end to end, so a part of it is the same thing on any topology. Where a whole
 variant is fine-tuned, its blocks stand in the units' place, and `BLOCK/ema` is the moving average of a block's weights.
@@ -26,6 +27,9 @@ from torch import Tensor
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.teacher.files import Source
 from ppcl_ds.units.plan import Plan, UnitPlan
+
+POOL = "pool/"
+"""Before the names of what samples are made from."""
 
 
 class Piece(BaseModel):
@@ -105,6 +109,19 @@ class Checkpoint:
         with self._open(file) as opened:
             own = [key.removeprefix(f"{name}/") for key in opened.keys() if key.startswith(f"{name}/")]  # noqa: SIM118
         return [what for what in own if what not in ("master", "step")]
+
+    def found(self, prefix: str) -> dict[str, Tensor]:
+        """Everything whose name begins so, in any rank's file: the rest of the name -> tensor.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(self.folder.glob("rank-*.safetensors")):
+            with self._open(file.name) as opened:
+                own = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118
+                tensors |= {key.removeprefix(prefix): opened.get_tensor(key) for key in own}
+        return tensors
 
     def read(self, file: str, key: str, start: int | None = None, stop: int | None = None) -> Tensor | None:
         """A tensor of one file, or a range of it; None where the file has none of that name.

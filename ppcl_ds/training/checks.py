@@ -5,21 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import attrgetter
 
-from pydantic import ValidationError
-
-from ppcl_ds.atomic import atomic_write
+from ppcl_ds import launch
+from ppcl_ds.atomic import atomic_write, require_space
 from ppcl_ds.data.index import digest, split_entries
 from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file, written_recipe
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.watch.lock import check_lock
+
+_PARAMETER_BYTES = 12
+"""Of a trained parameter in a checkpoint: the master and AdamW's two moments, in float32."""
 
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
 _FIXED_BY_COMMAND = {
-    "distill": ("micro_batch", "micro_batches_per_step"),
+    "distill": ("micro_batch", "micro_batches_per_step", "trajectories", "replay.uses", "replay.ring"),
     "finetune": (
         "micro_batch",
         "micro_batches_per_step",
@@ -29,6 +32,7 @@ _FIXED_BY_COMMAND = {
         "trainable",
         "kept_lr",
         "ema",
+        "trajectories",
     ),
 }
 _FIXED_OF_OPTIMIZER = ("lr", "betas", "weight_decay", "warmup_steps", "clip_norm")
@@ -55,6 +59,22 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
                 f"DeepSpeed file {recipe.deepspeed.students}: {key} must not be set; "
                 f"recipe key {folder.command}.optimizer.{own} says it"
             )
+
+
+def check_folder(folder: TrainingFolder, parameters: int, keep: int) -> None:
+    """That a training's folder can be written into, by nobody else, and has room for its checkpoints.
+
+    Args:
+        parameters: that are trained.
+        keep: checkpoints that stay; one more is there while the newest is written.
+
+    Raises:
+        UserError: it is not so.
+    """
+    there = sum(1 for _ in folder.checkpoints.glob("step-*[0-9]"))
+    require_space(folder.checkpoints, _PARAMETER_BYTES * parameters * max(1, keep + 1 - there))
+    if not launch.is_rank():  # the first rank holds the lock of its own start
+        check_lock(folder.path)
 
 
 def write_start(recipe: Recipe, folder: TrainingFolder, plan: Plan) -> None:
@@ -88,9 +108,9 @@ def check_resume(
             f"{folder.path} was trained with other units than {recipe.plan_file} has, such as '{strange[0]}'; {anew}"
         )
     try:
-        before = Recipe.model_validate_json(folder.recipe.read_text())
+        before = written_recipe(folder.recipe.read_bytes())
         shards = (folder.path / _SHARDS).read_text()
-    except (OSError, ValidationError) as fault:
+    except (OSError, ValueError) as fault:
         name = getattr(fault, "filename", None) or folder.recipe
         raise UserError(f"{name} is missing or damaged; {anew}") from None
     command = folder.command

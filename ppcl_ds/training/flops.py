@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ppcl_ds.data.batch import Size
+from ppcl_ds.sampling import Trajectories
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import MetaForward, meta_forward
 from ppcl_ds.units.kinds import batches_of, empty_unit, taps_of
@@ -27,14 +29,15 @@ class Work:
     teacher: float
     units: dict[str, float]
 
-    def per_step(self, samples: int, checkpointing: bool) -> float:
-        """FLOPs of one optimizer step, over all ranks.
+    def per_step(self, samples: int, checkpointing: bool, uses: int = 1) -> float:
+        """FLOPs of one optimizer step, over all ranks; a mean, where not every step reads the teacher.
 
         Args:
             samples: the global batch.
             checkpointing: whether units compute their activations again in the backward pass.
+            uses: steps for each reading of the teacher.
         """
-        return samples * (self.teacher + sum(self.units.values()) * unit_passes(checkpointing))
+        return samples * (self.teacher / uses + sum(self.units.values()) * unit_passes(checkpointing))
 
 
 def unit_passes(checkpointing: bool) -> int:
@@ -42,18 +45,21 @@ def unit_passes(checkpointing: bool) -> int:
     return 4 if checkpointing else 3
 
 
-def measure_work(teacher: Teacher, plan: Plan, latents: tuple[int, int, int], text_tokens: int) -> Work:
+def measure_work(teacher: Teacher, plan: Plan, size: Size, trajectories: Trajectories | None = None) -> Work:
     """Count the FLOPs of one sample; no weights are needed.
 
     Args:
-        latents: (C, H, W) of a sample.
-        text_tokens: tokens of its prompt.
+        trajectories: on which the teacher runs to its end.
 
     Raises:
-        UserError: the teacher cannot read samples of this shape.
+        UserError: the teacher cannot read samples of this size.
     """
     taps = taps_of(plan, teacher.anatomy).parts
-    return work_of(meta_forward(teacher, latents, text_tokens, taps=taps), plan, batch=1)
+    forward = meta_forward(teacher, size, taps=taps)
+    work = work_of(forward, plan, batch=1)
+    if trajectories is None:
+        return work
+    return replace(work, teacher=forward.flops_until[len(teacher.blocks) - 1] * trajectories.forwards)
 
 
 def work_of(forward: MetaForward, plan: Plan, batch: int) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,11 +12,15 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from ppcl_ds.errors import UserError
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.watch.tensorboard import TensorBoard, mean_over_ranks
 
 _OUTSIDE = ("checkpoint", "preview")
 """Phases that are no part of a step."""
+
+_LOST = 3
+"""A unit that has skipped every step of so many logs in a row ends the run: nothing will bring its gradient back."""
 
 
 class Means:
@@ -41,6 +46,7 @@ class Log:
 
     Args:
         board: TensorBoard folder.
+        done: steps that a checkpoint has brought; what the board holds of later ones is taken back.
         samples: in one optimizer step, over all ranks.
         flops: of one optimizer step, over all ranks.
         matrix_rate: FLOP/s of one matrix product on this rank.
@@ -52,16 +58,19 @@ class Log:
         self,
         board: Path,
         *,
+        done: int,
         samples: int,
         flops: float,
         matrix_rate: float,
         skipped: Mapping[str, float],
         total: Callable[[Mapping[str, float]], float],
     ) -> None:
-        self.board, self.total = TensorBoard(board), total
+        self.board, self.total = TensorBoard(board, done + 1), total
         self.samples, self.flops, self.matrix_rate = samples, flops, matrix_rate
         self.newest: dict[str, float] = {}
         self.skipped = skipped
+        self.barren: Counter[str] = Counter()
+        """How many logs in a row have found that a unit skipped every step since the one before."""
 
     def write(self, step: int, own: Mapping[str, float], seconds: Mapping[str, float], steps: int) -> str:
         """Write what was measured over the last `steps` steps.
@@ -72,6 +81,9 @@ class Log:
 
         Returns:
             One line for the console.
+
+        Raises:
+            UserError: a unit trains no more, see `_LOST`.
         """
         each = {f"seconds/{phase}": value / steps for phase, value in seconds.items() if phase not in _OUTSIDE}
         per_step = sum(each.values())
@@ -88,7 +100,7 @@ class Log:
         )
         values["run/loss"] = self.total(values)
         self.board.scalars(step, values)
-        self._name_skipped(step, values)
+        self._name_skipped(step, values, steps)
         self.newest = values
         shares = ", ".join(
             f"{name.removeprefix('seconds/')} {value / per_step:.0%}"
@@ -102,13 +114,18 @@ class Log:
             f"({values['run/share_of_peak']:.0%} of matrix products), {memory:.2f} GiB"
         )
 
-    def _name_skipped(self, step: int, values: Mapping[str, float]) -> None:
+    def _name_skipped(self, step: int, values: Mapping[str, float], steps: int) -> None:
         counts = {name: count for name, count in values.items() if name.endswith("/skipped_steps")}
-        if dist.get_rank() == 0:
-            for name, count in counts.items():
-                if count > self.skipped.get(name, 0):
-                    trained = name.removesuffix("/skipped_steps")
-                    print(f"'{trained}': gradients not finite; it has skipped {count:.0f} of {step} steps", flush=True)
+        for name, count in counts.items():
+            new, trained = count - self.skipped.get(name, 0), name.removesuffix("/skipped_steps")
+            self.barren[name] = self.barren[name] + 1 if new >= steps else 0
+            if self.barren[name] == _LOST:
+                raise UserError(
+                    f"'{trained}' has skipped every step of {_LOST} logs, {count:.0f} of {step} in all: its gradients "
+                    "are not finite; lower the learning rate, or train in fp32. Checkpoints stay as they are"
+                )
+            if new > 0 and dist.get_rank() == 0:
+                print(f"'{trained}': gradients not finite; it has skipped {count:.0f} of {step} steps", flush=True)
         self.skipped = counts
 
 

@@ -49,6 +49,19 @@ class UnitOptimizer(BF16_Optimizer):
                 for parameter in parameters:
                     parameter._hp_mapping = None  # views of the master where it was, which would keep it there
 
+    def _update_hp_grad(self, lp: Any, group: int, place: int, clear_lp_grads: bool) -> None:
+        """Add a gradient to its float32 sum, in one kernel.
+
+        The stock method makes a float32 copy first: 18 bytes moved for a bfloat16 gradient, and not 10. Bits are the
+        same, as the kernel widens what it adds.
+        """
+        if lp.grad is None:
+            return
+        total = self.fp32_groups_gradients[group][place]
+        total.add_(lp.grad.view(total.shape))
+        lp._hp_grad = total
+        self.fp32_groups_has_gradients[group][place] = True
+
     def accumulate_hp_grads_and_remove_lp(self, lp_param: nn.Parameter, *place: int) -> None:
         """Add a gradient to its float32 sum and free it; DeepSpeed before 0.19.8 keeps it, and so adds it again."""
         super().accumulate_hp_grads_and_remove_lp(lp_param, *place)

@@ -32,6 +32,7 @@ class Phase:
         moved: bytes that it moves in a step, by link.
         resident: memory that this phase needs and that stays from step to step.
         transient: memory that is there in this phase alone, at its worst.
+        host: pinned CPU memory that stays from step to step.
         beside_next: whether it runs beside the phase after it, so that the slower of both counts.
         waits: share of its time in which the process waits for other stages.
     """
@@ -41,6 +42,7 @@ class Phase:
     moved: Traffic = field(default_factory=Traffic)
     resident: Parts = field(default_factory=dict)
     transient: Parts = field(default_factory=dict)
+    host: Parts = field(default_factory=dict)
     beside_next: bool = False
     waits: float = 0.0
 
@@ -85,6 +87,7 @@ class TeacherCosts:
         element: bytes of an element in the dtype of the run.
         flops: of one sample's forward.
         activations: most bytes that a block's forward takes, outputs included.
+        forwards: for each micro-batch.
     """
 
     parameters: tuple[tuple[int, int], ...]
@@ -95,6 +98,7 @@ class TeacherCosts:
     flops: float
     activations: int
     sharding: Sharding
+    forwards: int = 1
 
     def resident(self, cluster: Cluster) -> Parts:
         """The partition over all ranks; the one inside the node, if any; and what every rank has whole."""
@@ -109,12 +113,13 @@ class TeacherCosts:
 
     def gathered(self, cluster: Cluster) -> int:
         """Bytes of parameters that are whole for a moment: those of the largest block, and with them either the buffer
-        that they arrived in or what was fetched ahead."""
+        that they arrived in or what was fetched ahead. That comes in two buffers: one is under way; of the other, part
+        is in the block already, and the rest, which is the next block's, keeps it alive."""
         if cluster.world == 1:
             return 0
         behind_it = sum(elements for elements, _ in self.used) - self.largest_block
         ahead = max(0, min(self.sharding.prefetch, self.sharding.max_live - self.largest_block, behind_it))
-        return (self.largest_block + max(self.largest_block, ahead)) * self.element
+        return (self.largest_block + max(self.largest_block, min(2 * ahead, behind_it))) * self.element
 
     def gathers(self, rank: int, cluster: Cluster) -> Traffic:
         """One forward: all parameters that are used, but those that are always whole."""
@@ -139,7 +144,6 @@ class LayerCosts:
         name: such as `blocks_03_04`.
         parameters: how many it has.
         trained: how many of them are trained.
-        largest: elements of its largest parameter.
         flops: of one sample's forward.
         activations: most bytes that training it on one micro-batch takes, beside parameters, gradients and batch.
         batch: meta tensors of one micro-batch: the streams that enter it, and the teacher's that it is judged by.
@@ -149,7 +153,6 @@ class LayerCosts:
     name: str
     parameters: int
     trained: int
-    largest: int
     flops: float
     activations: int
     batch: UnitBatch
@@ -203,8 +206,15 @@ class Account(ABC):
     def samples(self, cluster: Cluster) -> int:
         return self.rounds(cluster) * cluster.world * self.settings.micro_batch
 
+    @property
+    def uses(self) -> int:
+        """Optimizer steps for each reading of the teacher."""
+        return 1
+
     def step_flops(self, cluster: Cluster) -> float:
-        return self.samples(cluster) * (self.teacher.flops + self.training_flops(self.layers))
+        """A mean, where not every step reads the teacher."""
+        teacher = self.teacher.flops * self.teacher.forwards / self.uses
+        return self.samples(cluster) * (teacher + self.training_flops(self.layers))
 
     def training_flops(self, layers: Iterable[LayerCosts]) -> float:
         """FLOPs of training layers on one sample."""
@@ -217,7 +227,7 @@ class Account(ABC):
             ranks: of the stage.
             held: what else is there meanwhile.
         """
-        rounds = self.rounds(cluster)
+        rounds = self.rounds(cluster) * self.teacher.forwards / self.uses
         return Phase(
             "teacher forward",
             flops=rounds * self.settings.micro_batch * self.teacher.flops,
@@ -248,7 +258,3 @@ class Account(ABC):
             ),
             resident={"optimizer": -(-trained // cluster.replicas) * each},
         )
-
-    def summed_gradient(self, layers: Iterable[LayerCosts]) -> int:
-        """Bytes of one parameter's float32 gradient on its way to its sum; it is the sum where the run is float32."""
-        return max(layer.largest for layer in layers) * 4 if self.teacher.element < 4 else 0

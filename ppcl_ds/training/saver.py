@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ppcl_ds import launch
 from ppcl_ds.atomic import atomic_write, fsync
 from ppcl_ds.recipe import checkpoint_tag
-from ppcl_ds.training.checkpoint import Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
+from ppcl_ds.training.checkpoint import POOL, Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
 from ppcl_ds.training.engine import StudentsEngine
+from ppcl_ds.training.tensor_file import write_tensors
 
 
 class Saver:
@@ -28,9 +28,22 @@ class Saver:
         folder: of all checkpoints.
         keep: so many of the newest stay.
         alive: called while it gets on.
+        made: what this rank's next samples after a step are made from: name -> float32 tensor.
+
+    Attributes:
+        pools: what all ranks had of that, once a checkpoint has been loaded.
     """
 
-    def __init__(self, folder: Path, keep: int, engine: StudentsEngine, alive: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        engine: StudentsEngine,
+        alive: Callable[[], None],
+        made: Callable[[int], dict[str, Tensor]] = lambda step: {},
+    ) -> None:
+        self.made = made
+        self.pools: dict[str, Tensor] = {}
         self.folder, self.keep, self.engine, self.alive = folder, keep, engine, alive
         self.file = f"rank-{dist.get_rank():05d}.safetensors"
 
@@ -48,12 +61,12 @@ class Saver:
             for left in self.folder.glob("*.partial"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
-        problem = _first(self._attempt(partial.mkdir, parents=True, exist_ok=True))
-        problem = problem or _first(self._attempt(self._write_own, partial))
+        problem = launch.first_problem(self._attempt(partial.mkdir, parents=True, exist_ok=True))
+        problem = problem or launch.first_problem(self._attempt(self._write_own, partial, step))
         units = self._units_of_all()
         if dist.get_rank() == 0 and not problem:
             problem = self._attempt(self._publish, partial, Contents(step=step, units=units))
-        problem = _first(problem)
+        problem = launch.first_problem(problem)
         self.alive()
         if dist.get_rank() == 0:
             self._forget(partial if problem else None, step)
@@ -90,9 +103,10 @@ class Saver:
         copies = self.engine.module.copies
         return (share for share in self._shares() if share[0] not in copies)
 
-    def _write_own(self, folder: Path) -> None:
+    def _write_own(self, folder: Path, step: int) -> None:
         optimizer = self.engine.optimizer
         tensors = {"random": torch.get_rng_state()}
+        tensors |= {f"{POOL}{name}": tensor for name, tensor in self.made(step).items()}
         if torch.cuda.is_available():
             tensors["random_accelerator"] = get_accelerator().get_rng_state()
         for name, master, start, stop in self._own_shares():
@@ -100,7 +114,7 @@ class Saver:
             for what, state in optimizer.state.get(master, {}).items():
                 tensors[f"{name}/{what}"] = state[: stop - start] if state.dim() else state
         path = folder / self.file
-        save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, path)
+        write_tensors(tensors, path, self.alive)
         fsync(path)
 
     def _units_of_all(self) -> dict[str, SavedUnit]:
@@ -146,6 +160,7 @@ class Saver:
                 optimizer.state[master] = state
             optimizer.skipped[name] = checkpoint.contents.units[name].skipped
         optimizer.update_lp_params()
+        self.pools = checkpoint.found(POOL)
         self._restore_random_state(checkpoint)
         schedule.last_epoch = self.engine.global_steps = step
         for group, base, rule in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
@@ -160,8 +175,3 @@ class Saver:
                 torch.set_rng_state(state)
             if accelerator is not None and torch.cuda.is_available():
                 get_accelerator().set_rng_state(accelerator)
-
-
-def _first(problem: str) -> str:
-    """The problem of the first rank that has one, on every rank."""
-    return next(filter(None, launch.all_gather(problem)), "")

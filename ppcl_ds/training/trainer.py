@@ -15,19 +15,25 @@ from torch import Tensor
 
 from ppcl_ds import launch, reporting
 from ppcl_ds.console import progress
-from ppcl_ds.data.noising import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
 from ppcl_ds.sections import Training as Settings
+from ppcl_ds.teacher.noising import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.teacher.samples import take_further
 from ppcl_ds.teacher.sharded import load_teacher
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.teacher.trajectories import TrajectoryStream
 from ppcl_ds.training.checks import write_start
+from ppcl_ds.training.delivery import Deliveries
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.training.log import Log
+from ppcl_ds.training.pictures import Pictures
 from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import UnitBatch
+from ppcl_ds.watch.lock import FolderLock
 from ppcl_ds.watch.preemption import Preemption
 from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
 from ppcl_ds.watch.timer import Timer, matrix_rate
@@ -56,33 +62,81 @@ class Training(ABC):
     ) -> None:
         self.recipe, self.settings, self.folder, self.title = recipe, settings, folder, title
         self.plan, self.teacher = plan, teacher
+        self.lock = self._lock()
         self.dtype = DTYPES[recipe.teacher.precision]
         self.device = torch.device(get_accelerator().current_device_name())
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
         config = read_deepspeed_file(recipe.deepspeed.teacher)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
-        self.data = NoisyStream(recipe, "train", settings.micro_batch, self.device, settings.micro_batches_per_step)
+        self.data = self.open_data()
         self.engine, readers = self.build()
         self.group = self.engine.grid.get_pipe_parallel_group()
-        cpu_group, _ = dist.new_subgroups_by_enumeration(self.engine.grid.pipe_groups, backend="gloo")
+        # Made by its members alone. Else every rank would make everybody's, and torch would have those that are not in
+        # a gloo group split NCCL's for nothing, which comes out even only if all of them do so equally often.
+        cpu_group = dist.new_group(
+            dist.get_process_group_ranks(self.group), backend="gloo", use_local_synchronization=True
+        )
         self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers)
-        self.watchdog = Watchdog(settings.timeout)
+        self.watchdog = Watchdog(settings.timeout, folder.path / "flight_recorder")
         self.preemption = Preemption(recipe.run, folder.path)
         self.timer = Timer(self.watchdog.on_phase)
-        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.watchdog.alive)
+        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.watchdog.alive, self._pools)
         # A phase may hold many forwards; each is a sign of life.
         self.sharded.module.register_forward_pre_hook(lambda *_: self.watchdog.alive())
         launch.set_timeout(settings.timeout)
+
+    def _lock(self) -> FolderLock | None:
+        """Rank 0's lock on the folder; all ranks raise if it cannot have it."""
+        lock, problem = None, ""
+        try:
+            lock = FolderLock(self.folder.path) if dist.get_rank() == 0 else None
+        except UserError as fault:
+            problem = str(fault)
+        if problem := launch.first_problem(problem):
+            raise UserError(problem)
+        return lock
+
+    def open_data(self) -> NoisyStream | TrajectoryStream:
+        """The samples, of which `batches` takes this rank's."""
+        settings, call = self.settings, self.teacher.call
+        size, lanes, trajectories = settings.micro_batch, settings.micro_batches_per_step, settings.trajectories
+        if trajectories is None:
+            return NoisyStream(self.recipe, call, "train", size, lanes)
+        kept, pictures = self.kept, self.kept_pictures
+        return TrajectoryStream(self.recipe, call, "train", size, lanes, trajectories, kept, pictures)
+
+    @property
+    def kept(self) -> int:
+        """Readings that are needed again after a restart."""
+        return 1
+
+    @property
+    def kept_pictures(self) -> int:
+        """How many finished pictures of trajectories are kept."""
+        return 0
+
+    @torch.no_grad()
+    def advance(self, batch: NoisyBatch, output: Tensor | None) -> None:
+        """Take trajectories one step further, if samples are of such; collective over all.
+
+        Args:
+            output: of the transformer.
+        """
+        if isinstance(self.data, TrajectoryStream):
+            take_further(self.data, batch, output, self.sharded)
+
+    def _pools(self, step: int) -> dict[str, Tensor]:
+        """What samples after `step` are made from, where they do not follow from their numbers."""
+        first = self.readings(step).start * self.settings.micro_batches_per_step
+        return self.data.state(first) if isinstance(self.data, TrajectoryStream) else {}
 
     @abstractmethod
     def build(self) -> tuple[StudentsEngine, list[list[str]]]:
         """The students; and for each stage, the names of the batches that it reads."""
 
-    def sample_shape(self) -> tuple[tuple[int, int, int], int]:
-        """(C, H, W) of the latents and tokens of the prompt of the first sample that is stored."""
-        batch = self.data.clean.first()
-        _, channels, height, width = batch.latents.shape
-        return (channels, height, width), batch.prompts.embeds.shape[1]
+    def sample_size(self) -> Size:
+        """Of the first sample that is stored."""
+        return self.data.clean.first().size
 
     @abstractmethod
     def read_teacher(self, batch: NoisyBatch) -> Mapping[str, UnitBatch]:
@@ -93,7 +147,7 @@ class Training(ABC):
         """What the students need before the first step, or after `done`; none of it counts as a step's time."""
 
     @abstractmethod
-    def step(self, batches: Iterator[NoisyBatch]) -> None:
+    def step(self, batches: Deliveries) -> None:
         """One optimizer step on this rank's next micro-batches; collective over all ranks."""
 
     @abstractmethod
@@ -116,22 +170,27 @@ class Training(ABC):
     def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Figures and images of held-out data, see `TensorBoard.images`; collective over all ranks."""
 
-    def batches(self, step: int) -> Iterator[NoisyBatch]:
-        """This rank's micro-batches after `step`: of the numbers in a step, each rank takes every world-th."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        first = step * self.settings.micro_batches_per_step + rank
+    def readings(self, step: int) -> range:
+        """What the teacher reads after `step`, by number; a reading is as many micro-batches as a step has."""
+        return range(step, self.settings.steps)
+
+    def batches(self, step: int) -> Deliveries:
+        """This rank's micro-batches after `step`: of the numbers in a reading, each rank takes every world-th."""
+        rank, world, readings = dist.get_rank(), dist.get_world_size(), self.readings(step)
+        first = readings.start * self.settings.micro_batches_per_step + rank
         stream = map(itemgetter(1), self.data.take(first, world))
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
-        return chain([next(stream)], stream)
+        rounds = self.engine.micro_batches // self.engine.num_stages
+        return Deliveries(chain([next(stream)], stream), self.device, len(readings) * rounds)
 
-    def arrivals(self, batches: Iterator[NoisyBatch], steps: int = 1) -> Iterator[Mapping[str, UnitBatch]]:
-        """What this stage reads in so many steps, one micro-batch after the other.
+    def arrivals(self, batches: Deliveries, readings: int = 1) -> Iterator[dict[str, UnitBatch]]:
+        """What this stage reads in so many readings, one micro-batch after the other.
 
         For each of its own micro-batches a rank runs the teacher; then those of all ranks of its pipe group arrive in
         turn. All ranks must ask alike. Memory holds one such round, however many micro-batches there are in a step: an
         arrival is emptied when the next one is asked for.
         """
-        for _ in range(steps * self.engine.micro_batches // self.engine.num_stages):
+        for _ in range(readings * self.engine.micro_batches // self.engine.num_stages):
             arriving = self._next_round(batches)
             for _ in range(self.engine.num_stages):
                 with self.timer.phase("exchange"):
@@ -140,13 +199,16 @@ class Training(ABC):
                 arrived.clear()
             del arriving  # it holds what was received
 
-    def _next_round(self, batches: Iterator[NoisyBatch]) -> Iterator[dict[str, UnitBatch]]:
+    def _next_round(self, batches: Deliveries) -> Iterator[dict[str, UnitBatch]]:
         with self.timer.phase("data"):
             batch = next(batches)
         with self.timer.phase("teacher"):
             read = self.read_teacher(batch)
         with self.timer.phase("exchange"):
-            return self.exchange(read)
+            arriving = self.exchange(read)
+        with self.timer.phase("data"):
+            batches.send_next()  # the device is busy with the teacher now
+        return arriving
 
     def train(self, until: int | None = None) -> dict[str, float]:
         """Train to the recipe's last step, from the newest checkpoint if there is one.
@@ -164,7 +226,7 @@ class Training(ABC):
         last = min(until or settings.steps, settings.steps)
         reporting.keep_in(self.folder.progress).update()
         done = self._resume()
-        log = self._log()
+        log = self._log(done)
         batches = self.batches(done)
 
         def due(step: int, every: int) -> bool:
@@ -186,6 +248,7 @@ class Training(ABC):
                     stops = step < last and self.preemption.requested(step)
                     if stops or due(step, settings.checkpoint_every):
                         self._save(step, stops or step == last)
+                        log.board.images(step, self._keep_pictures(step))
                     if stops:
                         break
                     if due(step, settings.sample_every):
@@ -199,7 +262,11 @@ class Training(ABC):
 
     def _resume(self) -> int:
         if self.folder.begun:
-            return self.saver.load()
+            done = self.saver.load()
+            if isinstance(self.data, TrajectoryStream):
+                self.data.load(self.saver.pools, dist.get_rank(), dist.get_world_size())
+                Pictures(self.recipe, self.teacher.call).go_on(done, self.data)
+            return done
         if dist.get_rank() == 0:
             self.begin()
         return 0
@@ -207,10 +274,11 @@ class Training(ABC):
     def begin(self) -> None:
         write_start(self.recipe, self.folder, self.plan)
 
-    def _log(self) -> Log:
+    def _log(self, done: int) -> Log:
         samples = self.settings.micro_batch * self.settings.micro_batches_per_step
         return Log(
             self.folder.board,
+            done=done,
             samples=samples,
             flops=self.flops(samples),
             matrix_rate=matrix_rate(self.device, self.dtype),
@@ -221,10 +289,19 @@ class Training(ABC):
     def _measured(self) -> dict[str, float]:
         own = self.measured() | self.skipped()
         own["data/bad_samples"] = float(self.data.clean.share())
+        if isinstance(self.data, TrajectoryStream):
+            own["data/dropped_pictures"] = float(self.data.dropped)  # the mean over ranks
         schedule = self.engine.lr_scheduler  # the first part's rate may be a multiple of the recipe's
         own["run/learning_rate"] = self.settings.optimizer.lr * schedule.lr_lambdas[0](schedule.last_epoch)
         own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
         return own
+
+    def _keep_pictures(self, step: int) -> dict[str, Tensor]:
+        """Write the pictures that were finished, see `Pictures.keep`."""
+        if not (isinstance(self.data, TrajectoryStream) and self.kept_pictures):
+            return {}
+        with self.timer.phase("checkpoint"):
+            return Pictures(self.recipe, self.teacher.call).keep(step, self.data)
 
     def _save(self, step: int, last: bool) -> None:
         with self.timer.phase("checkpoint"):

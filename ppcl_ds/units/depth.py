@@ -70,7 +70,8 @@ class DepthKind(Kind):
 
     def footprint(self, unit: UnitPlan) -> frozenset[Part]:
         first, last = unit.span
-        return frozenset((block, part) for block in range(first, last + 1) for part in PARTS)
+        parts = {*PARTS, *(f"{stream} ffn" for stream in unit.streams)}
+        return frozenset((block, part) for block in range(first, last + 1) for part in parts)
 
     def boundary(self, unit: UnitPlan, blocks: int) -> tuple[Stream, ...]:
         return unit.streams
@@ -109,11 +110,10 @@ class DepthKind(Kind):
 
     def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
         """The first block runs the unit; streams pass through the others."""
-        blocks = [anatomy.blocks[index] for index in (unit.span[0], *unit.members)]
-        modules = [anatomy.module(model, block) for block in blocks]
-        replace_forward(modules[0], partial(_run, blocks[0], modules[0], plug), stack)
-        for block, module in zip(blocks[1:], modules[1:], strict=True):
-            replace_forward(module, partial(_pass_through, block, module), stack)
+        first = anatomy.blocks[unit.span[0]]
+        module = anatomy.module(model, first)
+        replace_forward(module, partial(_run, first, module, plug), stack)
+        stack.enter_context(anatomy.bypassed(model, unit.members))
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
         return sum(teacher.blocks[block].parameters for block in unit.members)
@@ -135,7 +135,3 @@ def _run(block: Block, module: nn.Module, plug: Plug, *args: Any, **kwargs: Any)
     streams, conditioning = block.split_call(module, args, kwargs)
     outputs = dict(plug.unit(streams, conditioning)) if plug.unit is not None else {}
     return block.write_output({s: plug.share(outputs.get(s, torch.empty_like(streams[s]))) for s in block.returns})
-
-
-def _pass_through(block: Block, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return block.write_output(block.split_call(module, args, kwargs)[0])

@@ -23,23 +23,34 @@ def boundary_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitu
         student, teacher: (B, S, C), any float dtype; computed in float32.
         mask: (B, S) bool, True for tokens that count; None when all do.
     """
-    student, teacher = counted(student, mask), counted(teacher, mask)
-    direction = (_direction(student) - _direction(teacher)).square().sum(-1)  # (N,)
-    magnitude = (_norm(student).log() - _norm(teacher).log()).square()  # (N,)
-    return (direction + magnitude_weight * magnitude).mean()
+    student, teacher = _without_padding(student, mask), _without_padding(teacher, mask)
+    direction = (_direction(student) - _direction(teacher)).square().sum(-1)  # (B, S)
+    magnitude = (_norm(student).log() - _norm(teacher).log()).square()  # (B, S)
+    return _mean(direction + magnitude_weight * magnitude, mask)
 
 
 def norm_ratio(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over tokens of `|s| / |t|`, a scalar; 1 where magnitudes are right."""
-    return (_norm(counted(student, mask)) / _norm(counted(teacher, mask))).mean()
+    return _mean(_norm(_without_padding(student, mask)) / _norm(_without_padding(teacher, mask)), mask)
 
 
 def counted(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, S, C) -> (N, C) float32: the tokens that count.
-
-    Padding is left out, not multiplied by zero: whatever stands there, even NaN, reaches neither loss nor gradients.
-    """
+    """(B, S, C) -> (N, C) float32: the tokens that count. With a mask, the host waits to learn how many."""
     return (tokens.flatten(0, 1) if mask is None else tokens[mask]).float()
+
+
+def _without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, S, C) in float32, padding filled with ones.
+
+    It is replaced, not multiplied by zero: whatever stands there, even NaN, reaches neither loss nor gradients. It is
+    not cut out either: the host would have to wait for the device, to learn how much is left.
+    """
+    return tokens.float() if mask is None else torch.where(mask[..., None], tokens.float(), 1.0)
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, S) -> the mean over tokens that count."""
+    return values.mean() if mask is None else torch.where(mask, values, 0.0).sum() / mask.sum()
 
 
 def _direction(tokens: Tensor) -> Tensor:
@@ -47,5 +58,5 @@ def _direction(tokens: Tensor) -> Tensor:
 
 
 def _norm(tokens: Tensor) -> Tensor:
-    """(N, C) -> (N,) Euclidean norms, never zero so that logarithm and quotient are finite."""
+    """(B, S, C) -> (B, S) Euclidean norms, never zero so that logarithm and quotient are finite."""
     return torch.linalg.vector_norm(tokens, dim=-1).clamp_min(_SMALLEST)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
+from ppcl_ds.teacher.surgery import shorten
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthKind
 from ppcl_ds.units.ffn import FFNKind
@@ -141,7 +142,7 @@ def _problems(plan: Plan, teacher: Teacher) -> Iterator[str]:
         if problem:
             yield f"unit '{unit.name}': {problem}"
     for variant in plan.variants:
-        yield from _variant_problems(plan, variant)
+        yield from _variant_problems(plan, variant, teacher)
 
 
 def _unit_problem(unit: UnitPlan, teacher: Teacher) -> str:
@@ -155,7 +156,7 @@ def _unit_problem(unit: UnitPlan, teacher: Teacher) -> str:
     return unit.behaviour.problem(unit, teacher)
 
 
-def _variant_problems(plan: Plan, variant: str) -> Iterator[str]:
+def _variant_problems(plan: Plan, variant: str, teacher: Teacher) -> Iterator[str]:
     if "/" in variant or variant in ("", ".", "..", "teacher") or variant.endswith((UNDISTILLED, FINETUNED)):
         yield (
             f"variant '{variant}' needs another name: one that can be a folder, not 'teacher', '...{UNDISTILLED}' or "
@@ -166,9 +167,13 @@ def _variant_problems(plan: Plan, variant: str) -> Iterator[str]:
     if unknown:
         yield f"variant '{variant}' plugs unit '{unknown[0]}', which is not under units"
         return
-    for a, b in combinations(plan.units_of(variant), 2):
-        if reason := conflict(a, b):
-            yield f"variant '{variant}': {reason}"
+    problems = [reason for a, b in combinations(plan.units_of(variant), 2) if (reason := conflict(a, b))]
+    if not problems and all(unit.span in teacher.allowed_spans for unit in plan.units_of(variant) if unit.takes_blocks):
+        try:
+            shorten(teacher, [origin for origin, _ in plan.places(variant)])
+        except UserError as fault:
+            problems = [str(fault)]
+    yield from (f"variant '{variant}': {problem}" for problem in problems)
 
 
 def conflict(a: UnitPlan, b: UnitPlan) -> str:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,7 +24,8 @@ from ppcl_ds.units.unit import Unit, UnitBatch
 if TYPE_CHECKING:
     from ppcl_ds.units.plugging import Plug
 
-Stream = Literal["image", "text"]
+Stream = str
+"""A tensor that flows from block to block, see `ListFlow.reads`."""
 
 Part = tuple[int, str]
 """Something that one unit alone can take the place of: a block's number and the name of a part of it."""
@@ -98,11 +99,13 @@ class Export:
         keys: the teacher's block -> prefix of the variant's block in its state dict, without blocks that are gone.
         config: its configuration, with the keys of `modeling_pruned.py`.
         tensors: its state dict.
+        stock: the variant of the stock class, on the meta device.
     """
 
     keys: Mapping[int, str]
     config: dict[str, Any]
     tensors: dict[str, Source]
+    stock: nn.Module
 
     def take_out(self, part: str) -> Source:
         """Remove a part's tensors; returns one of them, for its dtype."""

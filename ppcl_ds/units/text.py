@@ -158,6 +158,7 @@ class TextKind(Kind):
         for member in unit.members:
             key = model.keys[member]
             model.config["linear_text"].append(key)
+            model.config["text_place"] = anatomy.blocks[member].returns["text"]
             for part in anatomy.blocks[member].text_only:
                 like = model.take_out(f"{key}.{part}")
             linears = {"text_in": modulated(member)}
@@ -172,7 +173,8 @@ class TextKind(Kind):
         """The text that enters the block stands for the modulated text of another one."""
         source = ModulatedText()
         source.text = streams["text"]
-        make_text_linear(module, source, jump="text" in unit.streams and block.index == unit.span[1])
+        jump = "text" in unit.streams and block.index == unit.span[1]
+        make_text_linear(module, source, jump, block.returns["text"])
 
     def parts(self, unit: UnitPlan, ffn: Mapping[str, str], text_only: frozenset[str]) -> frozenset[str]:
         return text_only

@@ -31,8 +31,8 @@ class UnitBatch:
     text_mask: Tensor | None
 
     def mask_of(self, name: str) -> Tensor | None:
-        """The token mask of an input or output (image tokens all count)."""
-        return None if name == "image" else self.text_mask
+        """The token mask of an input or output; the tokens of all but the text count."""
+        return self.text_mask if name.startswith(("text", "modulated")) else None
 
 
 class Unit(nn.Module):

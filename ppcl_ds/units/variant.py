@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.files import Source, Sources, empty_model, held
+from ppcl_ds.teacher.files import Source, Sources, empty_model, held, pruned_class
 from ppcl_ds.teacher.surgery import lay_out
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import build_unit
@@ -92,11 +92,12 @@ def _without_parts(
     width = plan.width_units(variant)
     if not width:
         return config, tensors
-    smaller = Anatomy(teacher.files.empty_model(config)).blocks
+    stock = teacher.files.empty_model(config)
+    smaller = Anatomy(stock, teacher.flows).blocks
     keys = {origin: block.key for (origin, _), block in zip(plan.places(variant), smaller, strict=True)}
-    config = config | {"_class_name": f"Pruned{teacher.class_name}"}
+    config = config | {"_class_name": pruned_class(teacher.class_name)}
     config |= {"linear_text": [], "text_jumps": [], "narrow_ffn": {}}
-    model = Export(keys, config, dict(tensors))
+    model = Export(keys, config, dict(tensors), stock)
     for unit in width:
         unit.behaviour.export(unit, units(unit), teacher.anatomy, model)
     return model.config, model.tensors

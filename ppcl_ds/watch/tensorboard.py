@@ -17,10 +17,15 @@ from ppcl_ds import launch
 
 
 class TensorBoard:
-    """A run's TensorBoard; every rank makes one, only rank 0 writes."""
+    """A run's TensorBoard; every rank makes one, only rank 0 writes.
 
-    def __init__(self, folder: Path) -> None:
-        self.writer = SummaryWriter(str(folder)) if dist.get_rank() == 0 else None
+    Args:
+        first: step of the first thing that will be written; what an earlier start wrote of it and of later ones is
+            not shown any more.
+    """
+
+    def __init__(self, folder: Path, first: int = 1) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=first) if dist.get_rank() == 0 else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self.writer is not None:

@@ -8,9 +8,12 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ppcl_ds import reporting
@@ -28,9 +31,12 @@ class Watchdog:
 
     Args:
         timeout: seconds.
+        folder: where a rank that ends leaves what NCCL remembers of its last collectives, if it remembers any (see
+            `TORCH_FR_BUFFER_SIZE`): `flight_recorder_RANK`, for `torchfrtrace`.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, folder: Path | None = None) -> None:
+        self.folder = folder
         self.timeout, self.rank, self.world = timeout, dist.get_rank(), dist.get_world_size()
         self.step, self.phase, self.places = 0, "start", 0
         """Where this rank is, and how many places it has been at."""
@@ -118,7 +124,17 @@ class Watchdog:
         return f"nothing has moved in phase '{self.phase}' of step {self.step} for {self.timeout:g} s"
 
     def _end(self, line: str) -> None:
+        self._keep_flight_record()
         if line:
             print(f"error: {line}", file=sys.stderr, flush=True)
             reporting.own.fail(f"error: {line}")
         os._exit(1)  # the main thread hangs in a collective and cannot be asked
+
+    def _keep_flight_record(self) -> None:
+        """NCCL would write it down itself, at twice this time-out; this process does not live as long."""
+        remembered = getattr(torch._C._distributed_c10d, "_dump_nccl_trace", None)  # where torch has NCCL
+        if self.folder is None or remembered is None:
+            return
+        with suppress(OSError, RuntimeError):  # the verdict must come out, whatever becomes of this
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / f"flight_recorder_{self.rank}").write_bytes(remembered())

@@ -9,11 +9,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import webdataset as wds
 
+from ppcl_ds.data.batch import Prompt, Size
 from ppcl_ds.data.index import Index, describe, scan
+from ppcl_ds.data.stored import Stored
 from ppcl_ds.data.stream import MicroBatchStream
 from ppcl_ds.sections import Data
 
@@ -24,17 +25,19 @@ Read = dict[int, tuple[str, ...]]
 def section(folder: Path, **changes: Any) -> Data:
     """The recipe section for shards below `folder`; everything happens in the test's own process."""
     usual = {"source": "images", "shards": folder, "images": {"size": 2}, "workers": 0}
-    return Data.model_validate(usual | {"captions": {"width": 2, "pooled_width": 3}} | changes)
+    return Data.model_validate(usual | changes)
+
+
+def prompt(number: int) -> Prompt:
+    """What `encode_prompt` might return: n % 3 + 1 tokens (1, S, 2) and a pooled embedding (1, 3), both full of n."""
+    value = float(number)
+    return Prompt(((torch.full((1, number % 3 + 1, 2), value), None, torch.full((1, 3), value)),))
 
 
 def members(number: int, height: int = 2) -> dict[str, Any]:
-    """Sample number n: key `kn`, caption `n`, latents, pooled and n % 3 + 1 tokens full of n."""
-    tensors = {
-        "latents": torch.full((1, height, 2), number, dtype=torch.bfloat16),
-        "prompt_embeds": torch.full((number % 3 + 1, 2), number, dtype=torch.bfloat16),
-        "pooled": torch.full((3,), number, dtype=torch.bfloat16),
-    }
-    return {"__key__": f"k{number}", "txt": str(number).encode(), "safetensors": safetensors.torch.save(tensors)}
+    """Sample number n: key `kn`, caption `n`, latents (1, height, 2) full of n, and `prompt(n)`."""
+    stored = Stored(torch.full((1, height, 2), float(number)), Size(height, 2), {"": prompt(number)})
+    return {"__key__": f"k{number}", "txt": str(number).encode(), "safetensors": stored.write()}
 
 
 def write_shards(folder: Path, counts: Sequence[int], tall: Sequence[int] = (), split: str = "train") -> list[Path]:
@@ -80,4 +83,5 @@ def open_stream(data: Data, micro_batch: int = 1, lanes: int = 1) -> MicroBatchS
 
 def read(stream: MicroBatchStream, count: int, start: int = 0, stride: int = 1) -> Read:
     """Keys of `count` micro-batches by their numbers."""
-    return {number: batch.keys for number, batch in islice(stream.take(start, stride), count)}
+    taken = islice(stream.take(start, stride), count)
+    return {number: tuple(sample.key for sample in batch.samples) for number, batch in taken}

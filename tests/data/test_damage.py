@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,17 +19,17 @@ from hypothesis import strategies as st
 from ppcl_ds.data import shards as shards_module
 from ppcl_ds.data.index import scan
 from ppcl_ds.data.shards import BadSampleError
+from ppcl_ds.data.stored import Stored
 from ppcl_ds.data.stream import decode
 from ppcl_ds.errors import UserError
-from ppcl_ds.sections import CaptionEncoding
-from tests.data.shards import open_stream, read, rewrite, section, write_shards
+from tests.data.shards import members, open_stream, read, rewrite, section, write_shards
 
 
 def nan_latents(name: str, data: bytes) -> tuple[str, bytes]:
     if name != "k1.safetensors":
         return name, data
-    tensors = safetensors.torch.load(data)
-    return name, safetensors.torch.save(tensors | {"latents": tensors["latents"] * torch.nan})
+    stored = Stored.read(data)
+    return name, replace(stored, latents=stored.latents * torch.nan).write()
 
 
 BROKEN = {
@@ -118,24 +120,43 @@ def test_a_bucket_without_a_usable_sample_is_said_to_be_so(tmp_path: Path) -> No
         read(open_stream(section(tmp_path, max_bad_fraction=0.5)), 30)
 
 
-def test_a_sample_with_parts_of_odd_shapes_is_refused() -> None:
-    captions = CaptionEncoding(width=2, pooled_width=3)
-    fine = {"latents": torch.zeros(1, 2, 2), "prompt_embeds": torch.zeros(1, 2), "pooled": torch.zeros(3)}
-    for wrong, why in (
-        ({"pooled": torch.zeros(1, 3)}, "no tensor `pooled` of 3 channels"),
-        ({"prompt_embeds": torch.zeros(2)}, "prompt_embeds of shape"),
-        ({"prompt_embeds": torch.zeros(1, 5)}, "prompt_embeds of shape"),
-        ({"latents": torch.zeros(2, 2)}, "latents of shape 2x2"),
+def said(words: dict[str, str]) -> dict[str, str]:
+    """Words as they stand in a file."""
+    return {"words": json.dumps(words)}
+
+
+def test_a_sample_that_lacks_a_part_is_refused() -> None:
+    whole = members(1)["safetensors"]
+    parts = {"safetensors": whole, "txt": b"a"}
+    assert decode("s:k", parts, 0.99, "1x2x2").caption == "a"
+    tensors = safetensors.torch.load(whole)
+    words = json.loads(json.loads(whole[8 : 8 + int.from_bytes(whole[:8], "little")])["__metadata__"]["words"])
+
+    def without(name: str) -> bytes:
+        left = {key: tensor for key, tensor in tensors.items() if key != name}
+        return safetensors.torch.save(left, said({key: word for key, word in words.items() if key != name}))
+
+    for name, why in (
+        ("latents", "^no tensor `latents`"),
+        ("size", "^no tensor `size`"),
+        ("text", "^no tensor `text`"),
+        ("text.1", "its text cannot be put together"),
     ):
-        parts = {"safetensors": safetensors.torch.save(fine | wrong), "txt": b"a"}
+        assert name in {**tensors, **words}
         with pytest.raises(ValueError, match=why):
-            decode("shard:key", parts, captions)
+            decode("s:k", parts | {"safetensors": without(name)})
+    for word in ("", "[]", "{}", json.dumps({"tree": "{}", "source": None}), json.dumps({"source": [1, 2]})):
+        with pytest.raises(ValueError, match="its text cannot be put together"):
+            decode("s:k", parts | {"safetensors": safetensors.torch.save(tensors, said({"text": word}))})
+    with pytest.raises(ValueError, match="latents of shape 1x2x2, not 1x4x2"):
+        decode("s:k", parts, 0.0, "1x4x2")
     with pytest.raises(ValueError, match="damaged"):
-        decode("shard:key", {"safetensors": safetensors.torch.save(fine), "txt": b"a", "json": b"[" * 10**5}, captions)
-    masked = fine | {"prompt_embeds_mask": torch.ones(1)}
-    assert decode("s:k", {"safetensors": safetensors.torch.save(masked), "txt": b"a"}, captions, 0.99).captions == (
-        "a",
-    )
+        decode("shard:key", parts | {"json": b"[" * 10**5})
+    with pytest.raises(ValueError, match="damaged"):
+        decode("shard:key", parts | {"safetensors": whole[: len(whole) // 2]})
+    for suffix in parts:
+        with pytest.raises(ValueError, match=f"^no .{suffix}$"):
+            decode("s:k", {name: data for name, data in parts.items() if name != suffix})
 
 
 def test_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
@@ -144,8 +165,8 @@ def test_names_that_are_not_utf8_are_escaped(tmp_path: Path) -> None:
         for name in ("café.png", "café.txt", "li\nne.png"):
             tar.addfile(tarfile.TarInfo(name))
     with path.open("rb") as file:
-        members, problems = scan(file)
-    assert [member.key for member in members] == ["caf\\udce9"]
+        found, problems = scan(file)
+    assert [member.key for member in found] == ["caf\\udce9"]
     assert problems == ["li\\nne: no caption (.txt or .json)"]
 
 

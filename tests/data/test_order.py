@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl_ds.data.order import Order, buckets_of
+from ppcl_ds.data.order import Order, Settings, buckets_of
 
 shard_sizes = st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda sizes: sum(sizes) > 0)
 bucket_choices = st.integers(1, 4).flatmap(lambda count: st.lists(st.integers(0, count - 1), min_size=72, max_size=72))
@@ -18,7 +18,7 @@ def make(
 ) -> Order:
     shards = np.repeat(np.arange(len(sizes)), sizes)
     _, buckets = np.unique(choices[: len(shards)], return_inverse=True)  # every number from 0 on in use
-    return Order(shards, buckets, micro_batch, seed, shuffle=shuffle, window=5, lanes=lanes)
+    return Order(shards, buckets, micro_batch, Settings(seed, shuffle, window=5, lanes=lanes))
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,7 +76,7 @@ def test_a_lane_goes_through_its_own_piece_of_the_shards(
 
 
 def test_samples_move_by_about_a_window() -> None:
-    order = Order(np.repeat(np.arange(50), 20), np.zeros(1000, dtype=np.int64), 1, 0, window=30)
+    order = Order(np.repeat(np.arange(50), 20), np.zeros(1000, dtype=np.int64), 1, Settings(0, window=30))
     ranks = order._random(0, 0).permutation(50)
     stored = np.argsort(ranks[order.shards], kind="stable")
     read = np.array([int(order[number][0]) for number in range(1000)])

@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppcl_ds.data import shards as shards_module
-from ppcl_ds.data.batch import Batch
+from ppcl_ds.data.batch import Batch, Size
 from ppcl_ds.data.index import Index, ShardEntry, split_entries
-from ppcl_ds.data.stream import decode, empty_prompt
+from ppcl_ds.data.stored import EMPTY, Stored
+from ppcl_ds.data.stream import check_data, decode, read_texts
 from ppcl_ds.errors import UserError
-from ppcl_ds.sections import CaptionEncoding
-from tests.data.shards import Read, members, open_stream, read, section, write_shards
+from tests.data.shards import Read, members, open_stream, prompt, read, section, write_shards
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,49 +92,56 @@ def test_a_launcher_s_environment_changes_nothing(tmp_path: Path, monkeypatch: p
     assert read(open_stream(section(tmp_path), 2), 6) == before
 
 
-def test_latents_captions_and_padding_stay_together(tmp_path: Path) -> None:
+def test_latents_sizes_and_captions_stay_together(tmp_path: Path) -> None:
     write_shards(tmp_path, [5, 6], [1, 4, 8])
     batches: list[Batch] = [batch for _, batch in islice(open_stream(section(tmp_path), 4).take(0, 1), 6)]
     assert {batch.latents.shape for batch in batches} == {(4, 1, 2, 2), (4, 1, 4, 2)}
     for batch in batches:
-        assert batch.prompts.mask is not None
-        assert batch.prompts.pooled is not None
-        assert batch.latents.dtype == batch.prompts.embeds.dtype == batch.prompts.pooled.dtype == torch.float32
-        assert batch.prompts.mask.sum(dim=1).max() == batch.prompts.embeds.shape[1], "no longer than the longest"
-        for row, key in enumerate(batch.keys):
-            number, mask = int(key[1:]), batch.prompts.mask[row]
-            assert (batch.latents[row] == number).all()
-            assert (batch.prompts.embeds[row, mask] == number).all()
-            assert (batch.prompts.embeds[row, ~mask] == 0).all()
-            assert mask.sum() == number % 3 + 1
-            assert (batch.prompts.pooled[row] == number).all()
-            assert batch.captions[row] == str(number)
+        assert batch.size == Size(batch.latents.shape[2], 2)
+        assert batch.captions == [sample.key[1:] for sample in batch.samples]
+        for latents, sample in zip(batch.latents, batch.samples, strict=True):
+            number = int(sample.key[1:])
+            assert torch.equal(latents, torch.full(latents.shape, float(number)))
+            [(tokens, nothing, pooled)] = sample.prompt.text
+            assert torch.equal(tokens, torch.full((1, number % 3 + 1, 2), float(number))), "its own length"
+            assert nothing is None
+            assert torch.equal(pooled, torch.full((1, 3), float(number)))
+            assert latents.dtype == tokens.dtype == pooled.dtype == torch.float32
 
 
-def test_families_without_a_text_mask_get_their_padding_back(tmp_path: Path) -> None:
-    write_shards(tmp_path, [3])
-    stream = open_stream(section(tmp_path, captions={"width": 2, "pooled_width": 3, "max_tokens": 5}))
-    for _, batch in islice(stream.take(0, 1), 3):
-        number = int(batch.keys[0][1:])
-        assert batch.prompts.mask is None
-        assert batch.prompts.embeds[0, :, 0].tolist() == [number] * (number % 3 + 1) + [0] * (4 - number % 3)
-
-
-def test_one_of_several_captions_is_drawn_with_its_own_embedding(tmp_path: Path) -> None:
-    captions = CaptionEncoding(width=2)
-    stored = {"latents": torch.zeros(1, 2, 2)}
-    for number, name in enumerate(("", ".caption_zh", ".long")):
-        stored[f"prompt_embeds{name}"] = torch.full((1, 2), float(number))
+def test_one_of_several_captions_is_drawn_with_its_own_prompt(tmp_path: Path) -> None:
+    prompts = {name: prompt(number) for number, name in enumerate(("", "caption_zh", "long", EMPTY))}
     parts = {
-        "safetensors": safetensors.torch.save(stored),
+        "safetensors": Stored(torch.zeros(1, 2, 2), Size(2, 2), prompts).write(),
         "txt": b"zero",
         "json": b'{"caption_en": "zero", "caption_zh": "one", "long": "two"}',
     }
     drawn = {}
     for draw in (0.0, 0.4, 0.99):
-        batch = decode("shard:key", parts, captions, draw)
-        drawn[batch.captions[0]] = int(batch.prompts.embeds[0, 0, 0])
+        sample = decode("shard:key", parts, draw)
+        drawn[sample.caption] = int(sample.prompt.text[0][0][0, 0, 0])
+        assert sample.empty is not None
+        assert sample.empty.text[0][0].shape == (1, 1, 2), "what stands for no caption is never drawn"
     assert drawn == {"zero": 0, "one": 1, "two": 2}
+
+
+def test_captions_are_dropped_one_by_one(tmp_path: Path) -> None:
+    write_shards(tmp_path, [64])
+    [(_, batch)] = islice(open_stream(section(tmp_path), 64).take(0, 1), 1)
+    empty = prompt(100)
+
+    def dropped(share: float, seed: int) -> list[bool]:
+        generator = torch.Generator().manual_seed(seed)
+        after = batch.drop_captions(lambda sample: empty, share, generator).samples
+        for old, new in zip(batch.samples, after, strict=True):
+            assert new.prompt is empty or new.prompt is old.prompt
+            assert (new.key, new.caption, new.latents) == (old.key, old.caption, old.latents)
+        return [sample.prompt is empty for sample in after]
+
+    assert not any(dropped(0.0, 0))
+    assert all(dropped(1.0, 0))
+    assert dropped(0.5, 1) == dropped(0.5, 1) != dropped(0.5, 2)
+    assert 16 < sum(dropped(0.5, 1)) < 48
 
 
 @pytest.fixture
@@ -227,8 +234,8 @@ def test_what_stands_between_a_user_and_the_shards_is_said_in_one_line(tmp_path:
     data = section(tmp_path)
     with pytest.raises(UserError, match=r"index.json is missing; run `ppcl-data encode RECIPE`"):
         split_entries(data, "train")
-    with pytest.raises(UserError, match=r"empty.safetensors is missing; run `ppcl-data encode RECIPE`"):
-        empty_prompt(data)
+    with pytest.raises(UserError, match=r"texts.safetensors is missing; run `ppcl-data encode RECIPE`"):
+        read_texts(data)
     encoded = indexed(tmp_path, ["train-000000.tar", "train-000001.tar"]) / "encoded"
     with pytest.raises(UserError, match="no heldout samples"):
         split_entries(data, "heldout")
@@ -242,23 +249,21 @@ def test_what_stands_between_a_user_and_the_shards_is_said_in_one_line(tmp_path:
     with pytest.raises(UserError, match=r"index.json is damaged") as fault:
         split_entries(data, "train")
     assert "\n" not in str(fault.value)
-    (encoded / "empty.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(UserError, match=r"empty.safetensors: damaged"):
-        empty_prompt(data)
+    (encoded / "texts.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"texts.safetensors: damaged .*; delete it and run `ppcl-data encode RECIPE`"):
+        read_texts(data)
 
 
-def test_the_empty_prompt_has_a_mask_where_the_family_reads_one(tmp_path: Path) -> None:
-    (tmp_path / "encoded").mkdir()
-    stored = {"prompt_embeds": torch.ones(2, 2, dtype=torch.bfloat16), "pooled": torch.ones(3, dtype=torch.bfloat16)}
-    safetensors.torch.save_file(stored, tmp_path / "encoded" / "empty.safetensors")
-    prompt = empty_prompt(section(tmp_path))
-    assert prompt.embeds.shape == (1, 2, 2)
-    assert prompt.mask is not None
-    assert prompt.mask.tolist() == [[True, True]]
-    assert prompt.pooled is not None
-    assert prompt.pooled.shape == (1, 3)
-    unmasked = empty_prompt(section(tmp_path, captions={"width": 2, "pooled_width": 3, "max_tokens": 2}))
-    assert unmasked.mask is None
+def test_shards_of_an_earlier_release_are_to_be_encoded_again(tmp_path: Path) -> None:
+    """They held `prompt_embeds`, and `empty.safetensors` lay beside them."""
+    again = "encoded by an earlier release; run `ppcl-data encode RECIPE` again"
+    tensors = {"latents": torch.zeros(1, 2, 2), "prompt_embeds": torch.zeros(3, 2)}
+    with pytest.raises(ValueError, match=f"^{again}$"):
+        decode("shard:key", {"safetensors": safetensors.torch.save(tensors), "txt": b"a"})
+    [path] = write_shards(tmp_path, [4])
+    safetensors.torch.save_file({"prompt_embeds": torch.zeros(1, 2)}, path.with_name("empty.safetensors"))
+    with pytest.raises(UserError, match=f"^{tmp_path}/encoded was {again}$"):
+        check_data(section(tmp_path), heldout=False)
 
 
 def test_members_are_what_the_shards_hold(tmp_path: Path) -> None:

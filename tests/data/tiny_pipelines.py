@@ -168,7 +168,12 @@ def _t5_tokenizer() -> Any:
 
 
 def _byte_pairs(words: str, end_of_word: str) -> dict[str, Any]:
-    """Vocabulary and merges of a byte-level BPE in which every word of `_WORDS` is one token.
+    vocabulary, merges = learn_byte_pairs(_WORDS, words, end_of_word)
+    return {"vocab": vocabulary, "merges": merges}
+
+
+def learn_byte_pairs(text: str, words: str, end_of_word: str) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    """Vocabulary and merges of a byte-level BPE in which every word of a text is one token.
 
     Args:
         words: a regular expression for what is a word.
@@ -182,8 +187,13 @@ def _byte_pairs(words: str, end_of_word: str) -> dict[str, Any]:
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix=end_of_word, show_progress=False
+        vocab_size=2000,
+        initial_alphabet=alphabet,
+        # Else last letters are numbered as they are met in a hash table: otherwise in every process.
+        special_tokens=[letter + end_of_word for letter in alphabet] if end_of_word else [],
+        end_of_word_suffix=end_of_word,
+        show_progress=False,
     )
-    learner.train_from_iterator([_WORDS, *alphabet], trainer)
+    learner.train_from_iterator([text, *alphabet], trainer)
     model = json.loads(learner.to_str())["model"]
-    return {"vocab": dict(model["vocab"]), "merges": [tuple(pair) for pair in model["merges"]]}
+    return dict(model["vocab"]), [tuple(pair) for pair in model["merges"]]

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import webdataset as wds
@@ -19,6 +20,7 @@ import yaml
 from PIL import Image
 
 from data_tools import cli
+from ppcl_ds.demo.pipeline import DigitsPipeline, PixelVae, WordTable
 
 COUNT = 30
 
@@ -34,21 +36,38 @@ def write_images(source: Path) -> None:
         path.with_suffix(".txt").write_text(f"number {number}\n")
 
 
-def write_recipe(folder: Path, **data: Any) -> Path:
-    """A recipe whose `data` section has these values changed."""
+def make_teacher(folder: Path, width: int = 6, **text: int) -> None:
+    """A pipeline folder whose latents are the RGB pixels, and whose prompts are rows of a table of words."""
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2,
+        in_channels=12,
+        out_channels=3,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=1,
+        joint_attention_dim=width,
+        axes_dims_rope=[4, 6, 6],
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    DigitsPipeline(scheduler, PixelVae(3), WordTable(width, **text), transformer).save_pretrained(folder)
+
+
+def write_recipe(folder: Path, teacher: Any = None, **data: Any) -> Path:
+    """A recipe whose `data` section has these values changed; its teacher is made, if there is none yet."""
     section = {
         "source": str(folder / "images"),
         "shards": str(folder / "shards"),
         "samples_per_shard": 8,
         "heldout": 0.25,
-        "images": {"channels": 3, "size": 8},
-        "captions": {"width": 6},
+        "images": {"size": 8},
         "workers": 0,
     }
+    if teacher is None and not (folder / "teacher").exists():
+        make_teacher(folder / "teacher")
     recipe = {
         "run": str(folder),
         "data": section | data,
-        "teacher": {"path": "teacher"},
+        "teacher": teacher or {"path": str(folder / "teacher")},
         "plan": {"variants": {"small": 0.3}},
         "distill": {"steps": 1, "micro_batch": 1, "micro_batches_per_step": 1},
     }

@@ -9,7 +9,8 @@ import socket
 import struct
 import tarfile
 import zlib
-from itertools import islice
+from collections.abc import Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,26 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools import encode, work
-from data_tools.coder import BATCH
-from ppcl_ds.data.encoders import PixelEncoder, TableTextEncoder
-from ppcl_ds.data.stream import MicroBatchStream, empty_prompt
+from data_tools.samples import tensor_shapes
+from ppcl_ds.data.batch import Prompt, Size
+from ppcl_ds.data.stored import Stored
+from ppcl_ds.data.stream import MicroBatchStream, read_texts
+from ppcl_ds.demo.pipeline import WordTable
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Data
-from tests.data_tools.conftest import COUNT, Command, abandon, index_of, members, png, tree, write_recipe, write_tar
+from ppcl_ds.teacher.encoding import Encoder
+from tests.data_tools.conftest import (
+    COUNT,
+    Command,
+    abandon,
+    index_of,
+    make_teacher,
+    members,
+    png,
+    tree,
+    write_recipe,
+    write_tar,
+)
 
 
 def section(project: Path) -> Data:
@@ -37,52 +52,63 @@ def stream(project: Path, micro_batch: int = 1) -> MicroBatchStream:
     return MicroBatchStream(section(project), "train", micro_batch, 0, project / "bad.log")
 
 
-def tensors_of(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Tensors of every stored sample by key."""
+def stored_of(folder: Path) -> dict[str, Stored]:
+    """What is stored of every sample, by key."""
     return {
-        name.removesuffix(".safetensors"): safetensors.torch.load(data)
+        name.removesuffix(".safetensors"): Stored.read(data)
         for name, data in members(folder).items()
         if name.endswith(".safetensors")
     }
 
 
+def assert_says(prompt: Prompt, table: WordTable, caption: str) -> None:
+    """That a prompt is what the pipeline's table of words makes of a caption; it returns no mask of one."""
+    [(embeds, mask)] = prompt.text
+    assert mask is None
+    assert torch.equal(embeds, table([caption]).embeds)
+
+
 def test_encoded_samples_are_what_the_encoders_say(project: Path, ppcl_data: Command) -> None:
-    write_recipe(project, captions={"width": 6, "pooled_width": 4})
     (project / "images" / "part 0" / "000.v1.txt").write_text("the first of all numbers")
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     stored = members(project / "shards" / "encoded")
-    image = Image.open(project / "images" / "part 0" / "000.v1.png")
-    prompt = TableTextEncoder(6, 4).encode(["the first of all numbers"])
-    tensors = safetensors.torch.load(stored["part_0_000_v1.safetensors"])
+    pixels = np.asarray(Image.open(project / "images" / "part 0" / "000.v1.png"), dtype=np.float32)
+    data = stored["part_0_000_v1.safetensors"]
+    tensors = safetensors.torch.load(data)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16, torch.int64}
+    sample = Stored.read(data)
     assert stored["part_0_000_v1.txt"] == b"the first of all numbers"
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert torch.equal(tensors["latents"], PixelEncoder(3).encode([image])[0].bfloat16())
-    assert torch.equal(tensors["prompt_embeds"].float(), prompt.embeds[0])
-    assert prompt.pooled is not None
-    assert torch.equal(tensors["pooled"].float(), prompt.pooled[0])
-    shorter = safetensors.torch.load(stored["part_1_001_v1.safetensors"])
-    assert shorter["prompt_embeds"].shape == (2, 6), "a shorter caption of the same batch is stored without padding"
+    assert sample.size == Size(8, 8)
+    latents = torch.from_numpy(pixels.transpose(2, 0, 1) / 127.5 - 1)
+    torch.testing.assert_close(sample.latents, latents, atol=2**-8, rtol=0)
+    assert sample.prompts.keys() == {""}
+    assert_says(sample.prompts[""], WordTable(6), "the first of all numbers")
+    shorter = Stored.read(stored["part_1_001_v1.safetensors"]).prompts[""]
+    assert shorter.text[0][0].shape == (1, 2, 6), "a shorter caption of the same shard is stored without padding"
     assert not [name for name in stored if not name.endswith((".txt", ".safetensors"))]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 4])
 def test_the_stream_reads_what_the_commands_wrote(project: Path, ppcl_data: Command, max_tokens: int) -> None:
-    captions = {"width": 6, "max_tokens": max_tokens}
-    write_recipe(project, captions=captions)
+    shutil.rmtree(project / "teacher")
+    make_teacher(project / "teacher", max_tokens=max_tokens)
     ppcl_data("shard", project)
     ppcl_data("encode", project)
-    encoder = TableTextEncoder(**captions)
-    empty, expected = empty_prompt(section(project)), encoder.encode([""])
-    assert torch.equal(empty.embeds, expected.embeds)
-    assert (empty.mask is None) == (expected.mask is None)
+    table, texts = WordTable(6, max_tokens=max_tokens), read_texts(section(project))
+    assert_says(texts.empty, table, "")
     for _, batch in islice(stream(project, 4).take(0, 1), 10):
         assert batch.latents.shape == (4, 3, 8, 8)
-        numbers = [int(key.split("_")[2]) for key in batch.keys]
-        prompts = encoder.encode([f"number {number}" for number in numbers])
-        assert torch.equal(batch.prompts.embeds, prompts.embeds)
-        assert (batch.prompts.mask is None) == (max_tokens > 0)
-    lengths = {len(tensors["prompt_embeds"]) for tensors in tensors_of(project / "shards" / "encoded").values()}
+        for sample in batch.samples:
+            assert_says(sample.prompt, table, f"number {int(sample.key.split('_')[2])}")
+            assert sample.empty is None
+    lengths = {
+        shape[1]
+        for name, data in members(project / "shards" / "encoded").items()
+        if name.endswith(".safetensors")
+        for tensor, shape in tensor_shapes(data).items()
+        if tensor == "text.0"
+    }
     assert lengths == {2}, "padding is not stored"
 
 
@@ -93,29 +119,23 @@ def test_all_captions_of_a_sample_are_encoded(tmp_path: Path, ppcl_data: Command
         (images / f"{number}.png").write_bytes(png(number))
         captions = {"caption_en": f"number {number}", "caption_de": f"die schöne Zahl {number}"}
         (images / f"{number}.json").write_text(json.dumps(captions if number % 2 else {"caption": f"only {number}"}))
-    write_recipe(tmp_path, heldout=0.0, captions={"width": 6, "pooled_width": 3})
+    write_recipe(tmp_path, heldout=0.0)
     ppcl_data("shard", tmp_path)
     ppcl_data("encode", tmp_path)
     stored = members(tmp_path / "shards" / "encoded")
-    encoder = TableTextEncoder(6, 3)
-    for key, tensors in tensors_of(tmp_path / "shards" / "encoded").items():
+    table = WordTable(6)
+    for key, sample in stored_of(tmp_path / "shards" / "encoded").items():
         if int(key) % 2:
             # `caption_de` comes first by name, so it is the main one.
-            texts = {"": f"die schöne Zahl {key}", ".caption_en": f"number {key}"}
-            assert json.loads(stored[f"{key}.json"]) == {"caption_de": texts[""], "caption_en": texts[".caption_en"]}
+            texts = {"": f"die schöne Zahl {key}", "caption_en": f"number {key}"}
+            assert json.loads(stored[f"{key}.json"]) == {"caption_de": texts[""], "caption_en": texts["caption_en"]}
         else:
             texts = {"": f"only {key}"}
             assert f"{key}.json" not in stored
         assert stored[f"{key}.txt"].decode() == texts[""]
-        assert tensors.keys() == {
-            "latents",
-            *(f"{kind}{name}" for kind in ("prompt_embeds", "pooled") for name in texts),
-        }
+        assert sample.prompts.keys() == texts.keys()
         for name, text in texts.items():
-            prompt = encoder.encode([text])
-            assert torch.equal(tensors[f"prompt_embeds{name}"].float(), prompt.embeds[0])
-            assert prompt.pooled is not None
-            assert torch.equal(tensors[f"pooled{name}"].float(), prompt.pooled[0])
+            assert_says(sample.prompts[name], table, text)
     drawn = {batch.captions[0] for _, batch in islice(stream(tmp_path).take(0, 1), 60)}
     assert {"die schöne Zahl 1", "number 1", "only 2"} <= drawn
 
@@ -123,27 +143,25 @@ def test_all_captions_of_a_sample_are_encoded(tmp_path: Path, ppcl_data: Command
 def test_pictures_of_many_sizes_lie_in_stored_order_with_their_shapes(tmp_path: Path, ppcl_data: Command) -> None:
     images = tmp_path / "images"
     images.mkdir()
-    count = 3 * BATCH
-    for number in range(count):
+    each, pictures = 4, 12
+    for number in range(pictures):
         (images / f"{number}.png").write_bytes(png(number, [(8, 8), (16, 8), (8, 16)][number % 3]))
         (images / f"{number}.txt").write_text(f"number {number}")
     write_recipe(tmp_path, heldout=0.0, samples_per_shard=1000, images={"size": 8, "max_aspect": 2.0})
     ppcl_data("shard", tmp_path)
     ppcl_data("encode", tmp_path)
     raw = members(tmp_path / "shards" / "raw")
-    stored = tensors_of(tmp_path / "shards" / "encoded")
+    stored = stored_of(tmp_path / "shards" / "encoded")
     assert list(stored) == [name.removesuffix(".txt") for name in raw if name.endswith(".txt")]
     (entry,) = index_of(tmp_path / "shards" / "encoded")["shards"]
-    assert sorted(number for numbers in entry["shapes"].values() for number in numbers) == list(range(count))
+    assert sorted(number for numbers in entry["shapes"].values() for number in numbers) == list(range(pictures))
     for shape, numbers in entry["shapes"].items():
         for number in numbers:
-            key, tensors = list(stored.items())[number]
-            assert "x".join(map(str, tensors["latents"].shape)) == shape
-            assert (
-                tensors["latents"][0, 0, 0] == (int(key) / 127.5 - 1)
-                or abs(float(tensors["latents"][0, 0, 0]) - (int(key) / 127.5 - 1)) < 1e-2
-            ), "each sample has its own picture"
-    assert {len(numbers) for numbers in entry["shapes"].values()} == {BATCH}
+            key, sample = list(stored.items())[number]
+            assert "x".join(map(str, sample.latents.shape)) == shape
+            assert sample.size == Size(*sample.latents.shape[1:])
+            assert float(sample.latents[0, 0, 0]) == pytest.approx(int(key) / 127.5 - 1, abs=1e-2), "its own picture"
+    assert {len(numbers) for numbers in entry["shapes"].values()} == {each}
 
 
 def test_images_can_be_kept_beside_their_latents(project: Path, ppcl_data: Command) -> None:
@@ -153,7 +171,7 @@ def test_images_can_be_kept_beside_their_latents(project: Path, ppcl_data: Comma
     raw, encoded = members(project / "shards" / "raw"), members(project / "shards" / "encoded")
     assert raw.items() <= encoded.items()
     assert len(encoded) == 3 * COUNT
-    assert len(next(stream(project).take(0, 1))[1].keys) == 1
+    assert len(next(stream(project).take(0, 1))[1].samples) == 1
 
 
 def test_photographs_are_encoded_upright(project: Path, ppcl_data: Command) -> None:
@@ -165,7 +183,7 @@ def test_photographs_are_encoded_upright(project: Path, ppcl_data: Command) -> N
     (project / "images" / "photo.txt").write_text("photo")
     ppcl_data("shard", project)
     ppcl_data("encode", project)
-    latents = tensors_of(project / "shards" / "encoded")["photo"]["latents"]
+    latents = stored_of(project / "shards" / "encoded")["photo"].latents
     assert (latents[:, :4] == 1).all()
     assert (latents[:, 4:] == -1).all()
 
@@ -205,7 +223,7 @@ def test_pictures_that_cannot_be_decoded_are_skipped_counted_and_named(project: 
     assert all("tar:" in line for line in index_of(folder)["skipped"])
     assert f"{len(index_of(folder)['skipped'])} skipped" in out
     assert (folder / "skipped.log").read_text().splitlines() == index_of(folder)["skipped"]
-    assert len(tensors_of(folder)) == COUNT
+    assert len(stored_of(folder)) == COUNT
     for entry in index_of(folder)["shards"]:
         assert sum(map(len, entry["shapes"].values())) == entry["samples"] == len(entry["offsets"])
     write_recipe(project, max_bad_fraction=0.1)
@@ -218,19 +236,20 @@ def test_pictures_that_cannot_be_decoded_are_skipped_counted_and_named(project: 
 def test_latents_that_are_not_finite_are_skipped(
     project: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = PixelEncoder.encode
+    encode, calls = Encoder.latents, count()
 
-    def broken(self: PixelEncoder, images: Any) -> Tensor:
-        latents = encode(self, images)
-        latents[0, 0, 0, 0] = float("nan")
+    def broken(self: Encoder, clips: Any) -> Tensor:
+        latents = encode(self, clips)
+        if next(calls) % 5 == 2:
+            latents[0, 0, 0, 0] = float("nan")
         return latents
 
-    monkeypatch.setattr(PixelEncoder, "encode", broken)
+    monkeypatch.setattr(Encoder, "latents", broken)
     write_recipe(project, max_bad_fraction=0.5)
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     skipped = index_of(project / "shards" / "encoded")["skipped"]
-    assert len(skipped) == len(list((project / "shards" / "raw").glob("*.tar")))
+    assert len(skipped) == COUNT // 5
     assert all(line.endswith("NaN or infinity in its latents") for line in skipped)
 
 
@@ -249,22 +268,25 @@ def test_a_shard_without_any_good_sample_is_left_out(tmp_path: Path, ppcl_data: 
 def test_a_changed_recipe_or_a_lost_shard_is_noticed(project: Path, ppcl_data: Command) -> None:
     ppcl_data("shard", project)
     ppcl_data("encode", project)
-    write_recipe(project, captions={"width": 10})
+    make_teacher(project / "other", width=10)
+    teacher = {"path": str(project / "other")}
+    write_recipe(project, teacher=teacher)
     assert "already" in ppcl_data("shard", project)
     ppcl_data("encode", project)
     encoded = project / "shards" / "encoded"
-    assert next(stream(project).take(0, 1))[1].prompts.embeds.shape[-1] == 10
+    assert next(stream(project).take(0, 1))[1].samples[0].prompt.text[0][0].shape[-1] == 10
+    assert read_texts(section(project)).empty.text[0][0].shape[-1] == 10
     lost = next(encoded.glob("train-*.tar"))
     before = {path: path.stat().st_mtime_ns for path in encoded.glob("*.tar") if path != lost}
     lost.unlink()
     ppcl_data("encode", project)
     assert lost.is_file()
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    write_recipe(project, captions={"width": 10}, samples_per_shard=3)
+    write_recipe(project, teacher=teacher, samples_per_shard=3)
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     assert max(entry["samples"] for entry in index_of(encoded)["shards"]) == 3
-    write_recipe(project, captions={"width": 10}, samples_per_shard=100)
+    write_recipe(project, teacher=teacher, samples_per_shard=100)
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     assert len(list(encoded.glob("*.tar"))) == 2, "shards of earlier settings do not stay"
@@ -315,7 +337,7 @@ def test_odd_names_of_files_and_folders_are_harmless(project: Path, ppcl_data: C
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     assert not ppcl_data.run("verify", folder)[0]
-    keys = {batch.keys[0] for _, batch in islice(stream(project).take(0, 1), COUNT + 1)}
+    keys = {batch.samples[0].key for _, batch in islice(stream(project).take(0, 1), COUNT + 1)}
     assert f"_{name}__".replace(" ", "_") in keys, "webdataset passes over names that begin with two underscores"
 
 
@@ -349,10 +371,10 @@ def test_workers_are_spread_over_the_gpus(monkeypatch: pytest.MonkeyPatch, ppcl_
 
 
 def test_too_little_memory_is_one_line(project: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: PixelEncoder, images: Any) -> Tensor:
+    def full(self: Encoder, images: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(PixelEncoder, "encode", full)
+    monkeypatch.setattr(Encoder, "latents", full)
     ppcl_data("shard", project)
     assert "use fewer `--workers` or a smaller `data.images.size`" in ppcl_data.fail("encode", project)
 
@@ -377,3 +399,24 @@ def test_a_shard_that_another_process_finished_meanwhile_stays(
     ppcl_data("encode", project)
     assert tree(encoded) == expected
     assert shard.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(("max_tokens", "longer"), [(4, 3), (6, 1), (7, 0)])
+def test_captions_that_are_cut_are_counted(
+    tmp_path: Path, ppcl_data: Command, monkeypatch: pytest.MonkeyPatch, max_tokens: int, longer: int
+) -> None:
+    (tmp_path / "images").mkdir()
+    for number, words in enumerate((1, 4, 5, 6, 7)):
+        (tmp_path / "images" / f"{number}.png").write_bytes(png(number))
+        (tmp_path / "images" / f"{number}.txt").write_text("word " * words)
+
+    def cut(self: Encoder, captions: Sequence[str]) -> int:
+        assert all(caption == caption.strip() for caption in captions), "as they are encoded"
+        return sum(len(caption.split()) > max_tokens for caption in captions)
+
+    monkeypatch.setattr(Encoder, "longer", cut)  # what it counts is told of in `tests/data/test_encoding.py`
+    write_recipe(tmp_path, heldout=0.0, samples_per_shard=2)
+    ppcl_data("shard", tmp_path)
+    out = ppcl_data("encode", tmp_path)
+    assert (f"{longer} captions are longer than the text encoder reads, and were cut" in out) == bool(longer)
+    assert ("longer than" in out) == bool(longer)

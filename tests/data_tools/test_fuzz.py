@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_tools.inspect import inspect
-from data_tools.samples import captions_of, picture_header, read_parts, tensor_shapes
+from data_tools.samples import captions_of, header_of, read_parts, tensor_shapes
 from data_tools.verify import see
 from ppcl_ds.data import images as pictures
+from ppcl_ds.data.batch import Prompt, Size
 from ppcl_ds.data.index import scan
+from ppcl_ds.data.stored import Stored
 from tests.data_tools.conftest import png, write_tar
 
 COUNT = 6
@@ -31,11 +33,9 @@ def raw(number: int) -> dict[str, bytes]:
 
 
 def encoded(number: int) -> dict[str, bytes]:
-    tensors = {
-        "latents": torch.full((1, 2, 2), float(number), dtype=torch.bfloat16),
-        "prompt_embeds": torch.full((2, 2), float(number), dtype=torch.bfloat16),
-    }
-    return {"safetensors": safetensors.torch.save(tensors), "txt": f"number {number}".encode()}
+    prompt = Prompt(((torch.full((1, 2, 2), float(number)), None),))
+    stored = Stored(torch.full((1, 2, 2), float(number)), Size(2, 2), {"": prompt})
+    return {"safetensors": stored.write(), "txt": f"number {number}".encode()}
 
 
 def picture_says(parts: Mapping[str, bytes]) -> int:
@@ -54,7 +54,7 @@ def holds(data: bytes, folder: Path) -> None:
         members, _ = scan(file)
         for member in members:
             parts = read_parts(file, member)
-            for look in (lambda parts=parts: captions_of(parts), lambda parts=parts: picture_header(parts["png"])):
+            for look in (lambda parts=parts: captions_of(parts), lambda parts=parts: header_of(parts, "png")):
                 try:
                     look()
                 except (ValueError, KeyError):

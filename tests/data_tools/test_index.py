@@ -8,20 +8,19 @@ import shutil
 from itertools import islice
 from pathlib import Path
 
-import safetensors.torch
 import torch
 
+from ppcl_ds.data.batch import Prompt, Size
+from ppcl_ds.data.stored import Stored
 from ppcl_ds.data.stream import MicroBatchStream
 from ppcl_ds.recipe import load_recipe
 from tests.data_tools.conftest import Command, index_of, png, tree, write_recipe, write_tar
 
 
 def encoded(number: int, width: int = 8) -> dict[str, bytes]:
-    tensors = {
-        "latents": torch.full((3, 8, width), float(number), dtype=torch.bfloat16),
-        "prompt_embeds": torch.ones(2, 6, dtype=torch.bfloat16),
-    }
-    return {"safetensors": safetensors.torch.save(tensors), "txt": f"number {number}".encode()}
+    prompt = Prompt(((torch.ones(1, 2, 6), None),))
+    stored = Stored(torch.full((3, 8, width), float(number)), Size(8, width), {"": prompt})
+    return {"safetensors": stored.write(), "txt": f"number {number}".encode()}
 
 
 def test_foreign_shards_can_be_trained_on(tmp_path: Path, ppcl_data: Command) -> None:

@@ -55,7 +55,7 @@ def test_figures_of_raw_shards_are_those_of_the_images(project: Path, ppcl_data:
     assert got["splits"]["train"]["bytes"] == sum(path.stat().st_size for path in raw.glob("train-*.tar"))
     assert got["shard_bytes"] == three([path.stat().st_size for path in raw.glob("*.tar")])
     sizes = [SIZES[number % len(SIZES)] for number in range(53)]
-    assert got["pictures"] == {f"{w}x{h}": sizes.count((w, h)) for w, h in SIZES}
+    assert got["images"] == {f"{w}x{h}": sizes.count((w, h)) for w, h in SIZES}
     assert got["modes"] == {"RGB": 39, "L": 14}
     ratios = [w / h for w, h in sizes]
     edges = [0, 0.5, 2 / 3, 0.9, 1 / 0.9, 1.5, 2, np.inf]
@@ -74,7 +74,7 @@ def test_figures_of_encoded_shards_are_those_of_their_tensors(project: Path, ppc
     assert len(got["latents"]) > 2
     assert got["captions"]["caption"]["tokens"] == three([number % 7 + 1 for number in range(53)])
     assert got["captions"]["caption_de"]["tokens"] == {"min": 3, "median": 3, "max": 3}
-    assert got["pictures"] == {}
+    assert got["images"] == {}
 
 
 def test_a_person_sees_tables(project: Path, ppcl_data: Command) -> None:

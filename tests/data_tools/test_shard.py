@@ -15,8 +15,10 @@ import pytest
 from PIL import Image
 
 from data_tools.shard import shard
+from ppcl_ds.data.images import as_rgb, decode
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
+from tests.data.test_colours import by_hand, rgb_profile
 from tests.data_tools.conftest import COUNT, Command, abandon, index_of, members, png, tree, write_recipe
 
 
@@ -77,8 +79,8 @@ def test_a_killed_run_goes_on_where_it_was(project: Path, ppcl_data: Command, co
         ppcl_data("shard", project)
     # The program dies in the middle of its fourth shard, as a machine does.
     where = {
-        "shard": ("data_tools.shard", "picture_header", 11),
-        "encode": ("ppcl_ds.data.encoders", "PixelEncoder.encode", 4),
+        "shard": ("data_tools.shard", "header_of", 11),
+        "encode": ("ppcl_ds.teacher.encoding", "Encoder.latents", 11),
     }
     module, name, call = where[command]
     program = f"""
@@ -137,7 +139,11 @@ def test_what_changed_between_a_kill_and_the_next_run_is_not_mixed(project: Path
     ppcl_data("shard", project)
     assert members(project / "shards" / "raw")["part_0_000_v1.txt"] == b"another"
     assert sorted(path.name for path in (project / "shards").iterdir()) == ["raw"]
-    assert not [n for n in tree(project / "shards" / "raw") if not n.endswith((".tar", "index.json", ".journal.jsonl"))]
+    assert not [
+        n
+        for n in tree(project / "shards" / "raw")
+        if not n.endswith((".tar", "index.json", ".journal.jsonl", ".source.json"))
+    ]
 
 
 @pytest.mark.parametrize("how", ["lost", "cut short"])
@@ -216,6 +222,58 @@ def test_images_that_are_too_large_are_made_smaller_and_counted(tmp_path: Path, 
     assert pictures["wide.jpg"].getpixel((5, 5)) in [(254, 0, 0), (255, 0, 0)]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"Exif\0\0XX\0*\0\0\0\x08\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"nothing of the kind"]
+)
+def test_broken_exif_costs_its_own_image_at_most(tmp_path: Path, ppcl_data: Command, damage: bytes) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for kind in ("png", "jpg", "webp"):
+        Image.new("RGB", (64, 64)).save(images / f"bad_{kind}.{kind}", exif=damage)
+        Image.new("RGB", (64, 64)).save(images / f"good_{kind}.{kind}")
+    for image in list(images.iterdir()):
+        image.with_suffix(".txt").write_text(image.stem)
+    write_recipe(tmp_path, heldout=0.0, longest_side=40, max_bad_fraction=0.6)
+    ppcl_data("shard", tmp_path)
+    stored = members(tmp_path / "shards" / "raw")
+    assert {name.partition(".")[0] for name in stored} >= {f"good_{kind}" for kind in ("png", "jpg", "webp")}
+    skipped = index_of(tmp_path / "shards" / "raw")["skipped"]
+    assert len(stored) // 2 + len(skipped) == 6
+    assert all("bad_" in line and "EXIF" in line for line in skipped)
+
+
+@pytest.mark.parametrize("size", [(400, 1), (1, 400), (999, 3)])
+def test_no_side_is_scaled_to_nothing(tmp_path: Path, ppcl_data: Command, size: tuple[int, int]) -> None:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", size, "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("a line")
+    write_recipe(tmp_path, heldout=0.0, longest_side=40)
+    ppcl_data("shard", tmp_path)
+    stored = Image.open(BytesIO(members(tmp_path / "shards" / "raw")["a.png"]))
+    assert sorted(stored.size) == [1, 40]
+    assert stored.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_an_image_that_was_made_smaller_keeps_its_colours(tmp_path: Path, ppcl_data: Command) -> None:
+    (tmp_path / "images").mkdir()
+    image, icc = Image.new("RGB", (64, 64), (120, 200, 90)), rgb_profile("Adobe RGB")
+    image.save(tmp_path / "images" / "a.png", icc_profile=icc)
+    image.convert("RGBA").save(tmp_path / "images" / "b.webp", icc_profile=icc, lossless=True)
+    image.quantize(2).save(tmp_path / "images" / "c.gif")
+    for name in "abc":
+        (tmp_path / "images" / f"{name}.txt").write_text(name)
+    write_recipe(tmp_path, heldout=0.0, longest_side=40)
+    ppcl_data("shard", tmp_path)
+    stored = members(tmp_path / "shards" / "raw")
+    for name, colour in {
+        "a.png": by_hand((120, 200, 90), "Adobe RGB"),
+        "b.jpg": by_hand((120, 200, 90), "Adobe RGB"),
+    }.items():
+        got = np.asarray(as_rgb(decode(stored[name])))[20, 20]
+        np.testing.assert_allclose(got, colour, atol=5)
+    np.testing.assert_allclose(np.asarray(as_rgb(decode(stored["c.jpg"])))[20, 20], (120, 200, 90), atol=5)
+
+
 def test_a_sample_keeps_its_split_when_others_come_and_go(project: Path, ppcl_data: Command) -> None:
     ppcl_data("shard", project)
     before = members(project / "shards" / "raw", "heldout-*.tar").keys()
@@ -248,7 +306,7 @@ def test_finished_work_is_not_done_again(project: Path, ppcl_data: Command) -> N
 def test_a_recipe_section_is_enough(project: Path) -> None:
     data = load_recipe(project / "recipe.yaml").data
     assert shard(data).figures["samples"]["train"] > 0
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such file or folder, seen from"):
         shard(data.model_copy(update={"source": "nowhere", "shards": project / "other"}))
 
 
@@ -260,7 +318,7 @@ def test_a_disk_that_cannot_be_written_is_one_line(project: Path, ppcl_data: Com
 
 def test_a_worker_that_was_killed_is_one_line(project: Path, ppcl_data: Command) -> None:
     write_recipe(project, samples_per_shard=3)
-    killed = "import data_tools.shard as s, os\ns.picture_header = lambda data: os._exit(9)\n"
+    killed = "import data_tools.shard as s, os\ns.header_of = lambda *_: os._exit(9)\n"
     (project / "sitecustomize.py").write_text(
         "import sys\nif 'forkserver' in ' '.join(sys.orig_argv):\n    " + killed.replace("\n", "\n    ")
     )
@@ -269,7 +327,7 @@ def test_a_worker_that_was_killed_is_one_line(project: Path, ppcl_data: Command)
         capture_output=True,
         text=True,
         timeout=60,
-        env=os.environ | {"PYTHONPATH": str(project)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH")]))},
     )
     assert done.returncode == 2, done.stderr
     assert "error: a worker process was killed" in done.stderr

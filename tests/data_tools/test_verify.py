@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ import torch
 
 from data_tools.samples import read_parts
 from ppcl_ds.data.index import Index, describe, scan
-from tests.data_tools.conftest import COUNT, Command, index_of, png, tree, write_recipe, write_tar
+from ppcl_ds.data.stored import Stored
+from tests.data_tools.conftest import COUNT, Command, index_of, png, tree, write_tar
 
 
 @pytest.fixture
 def shards(project: Path, ppcl_data: Command) -> Path:
     """Sound raw and encoded shards."""
-    write_recipe(project, captions={"width": 6, "pooled_width": 3})
     ppcl_data("shard", project)
     ppcl_data("encode", project)
     return project / "shards"
@@ -60,11 +61,25 @@ def set_tensor(
     name: str, value: Callable[[torch.Tensor], torch.Tensor]
 ) -> Callable[[dict[str, dict[str, bytes]]], Any]:
     def change(samples: dict[str, dict[str, bytes]]) -> None:
-        tensors = safetensors.torch.load(second(samples)["safetensors"])
+        data = second(samples)["safetensors"]
+        tensors = safetensors.torch.load(data)
         tensors[name] = value(tensors[name])
-        second(samples)["safetensors"] = safetensors.torch.save(tensors)
+        words = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        second(samples)["safetensors"] = safetensors.torch.save(tensors, words)
 
     return change
+
+
+def with_another_text(samples: dict[str, dict[str, bytes]]) -> None:
+    """Of a caption that the sample does not have."""
+    stored = Stored.read(second(samples)["safetensors"])
+    prompts = {**stored.prompts, "caption_de": stored.prompts[""]}
+    second(samples)["safetensors"] = replace(stored, prompts=prompts).write()
+
+
+def of_an_earlier_release(samples: dict[str, dict[str, bytes]]) -> None:
+    tensors = {"latents": torch.zeros(3, 8, 8), "prompt_embeds": torch.zeros(2, 6)}
+    second(samples)["safetensors"] = safetensors.torch.save(tensors)
 
 
 def nan_at(place: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -97,12 +112,13 @@ def test_sound_shards_have_no_problems(shards: Path, ppcl_data: Command) -> None
         ("raw", lambda s: second(s).pop(image_of(second(s))), "no image"),
         ("raw", lambda s: second(s).update(json=b"{"), "its .json is damaged"),
         ("encoded", lambda s: second(s).pop("txt"), "no caption (.txt)"),
-        ("encoded", lambda s: second(s).update(safetensors=b"\x08" + bytes(20)), "its .safetensors is damaged"),
+        ("raw", lambda s: second(s).update({"source.png": png()[:40]}), "the source.png image"),
+        ("encoded", lambda s: second(s).update(safetensors=b"\x08" + bytes(20)), "damaged"),
         ("encoded", set_tensor("latents", nan_at(3)), "NaN or infinity in its latents"),
-        ("encoded", set_tensor("pooled", nan_at(0)), "NaN or infinity in its pooled"),
-        ("encoded", set_tensor("prompt_embeds", lambda t: t / 0), "NaN or infinity in its prompt_embeds"),
-        ("encoded", set_tensor("prompt_embeds", lambda t: t[0]), "prompt_embeds of shape (6,)"),
+        ("encoded", set_tensor("text.0", lambda t: t / 0), "NaN or infinity in its text"),
         ("encoded", set_tensor("latents", lambda t: t[0]), "latents of shape (8, 8)"),
+        ("encoded", with_another_text, "text.caption_de is of a caption that it does not have"),
+        ("encoded", of_an_earlier_release, "encoded by an earlier release; run `ppcl-data encode RECIPE` again"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_named_and_left_out_of_copies(
@@ -194,9 +210,9 @@ def test_the_index_is_compared_in_all_it_says(shards: Path, ppcl_data: Command) 
     (shards / "encoded" / "train-more.tar").write_bytes((shards / "encoded" / "train-000000.tar").read_bytes())
     assert problems(ppcl_data, shards) == ["train-more.tar: not in the index"]
     (shards / "encoded" / "train-more.tar").unlink()
-    (shards / "encoded" / "empty.safetensors").write_bytes(b"")
+    (shards / "encoded" / "texts.safetensors").write_bytes(b"")
     (line,) = problems(ppcl_data, shards)
-    assert line.startswith("empty.safetensors: damaged")
+    assert line.startswith("texts.safetensors: damaged")
 
 
 def test_shards_without_an_index_are_looked_at_too(tmp_path: Path, ppcl_data: Command) -> None:
@@ -214,7 +230,7 @@ def test_copies_go_to_an_empty_folder_only(shards: Path, ppcl_data: Command) -> 
     (clean / "mine").unlink()
     assert problems(ppcl_data, shards, "--repair", clean) == []
     assert {n: v for n, v in tree(clean).items() if n.endswith((".tar", ".json", ".safetensors"))} == {
-        n: v for n, v in tree(shards, {".journal.jsonl"}).items() if "entries" not in n
+        n: v for n, v in tree(shards, {".journal.jsonl", ".source.json"}).items() if "entries" not in n
     }
     (shards.parent / "void").mkdir()
     assert "no shards" in ppcl_data.fail("verify", shards.parent / "void")

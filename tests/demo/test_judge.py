@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.linalg import sqrtm
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 
 from ppcl_ds.demo.digits import WORDS, real_digits
-from ppcl_ds.demo.judge import digit_classifier, frechet_distance, score
+from ppcl_ds.demo.judge import digit_classifier, score, shown
+from ppcl_ds.distances import frechet_distance
 
 Moments = tuple[np.ndarray, np.ndarray]
 
@@ -34,6 +36,16 @@ def test_the_real_digits_get_full_marks() -> None:
     marks = score(*real())
     assert marks["accuracy"] > 0.99
     assert marks["frechet"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_every_real_digit_is_marked_by_itself() -> None:
+    pictures, captions = real()
+    images = [Image.fromarray(((each[0].numpy() + 1) * 127.5).round().astype(np.uint8)) for each in pictures[:200]]
+    images = [image.convert("RGB") for image in images]  # as prompt sets are kept
+    marks = shown(images, captions[:200])
+    assert len(marks) == 200
+    assert np.mean(marks) > 0.99
+    assert np.mean(shown(images, captions[1:201])) < 0.3
 
 
 def test_fewer_real_digits_are_still_close() -> None:

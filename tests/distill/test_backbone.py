@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -15,8 +15,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from ppcl_ds.data.noising import DTYPES, NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
+from ppcl_ds.teacher.noising import DTYPES, NoisyBatch, NoisyStream
+from ppcl_ds.teacher.teacher import open_teacher
+from ppcl_ds.teacher.trajectories import TrajectoryStream
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.tensorboard import read_scalars
@@ -59,21 +61,25 @@ class Reference:
 def reference(recipe: Recipe) -> Reference:
     """The plain loop; units and teacher are in the run's dtype."""
     found, dtype = Reference(), DTYPES[recipe.teacher.precision]
-    teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(recipe.teacher.path, torch_dtype=dtype).eval()
+    teacher = diffusers.QwenImageTransformer2DModel.from_pretrained(
+        recipe.teacher.path / "transformer", torch_dtype=dtype
+    ).eval()
     units = {unit.name: copy.deepcopy(teacher.transformer_blocks[unit.span[0]]) for unit in PLAN.units}
     settings, count = recipe.distill.optimizer, recipe.distill.micro_batches_per_step
     optimizers = {name: PlainAdamW(unit.named_parameters(), settings, STEPS) for name, unit in units.items()}
-    stream = NoisyStream(recipe, "train", recipe.distill.micro_batch, torch.device("cpu")).take(0, 1)
-    for _ in range(STEPS):
+    read: list[list[Any]] = []
+    stream = readings(recipe, teacher)
+    for step in range(STEPS):
         losses = dict.fromkeys(units, 0.0)
-        for _, batch in islice(stream, count):
-            calls, outputs = watch(teacher, batch)
+        if step % recipe.distill.replay.uses == 0:
+            read.append(list(islice(stream, count)))
+        for batch, calls, outputs in read[DRAWN[step] if recipe.distill.replay.uses > 1 else step]:
             for unit in PLAN.units:
                 text, image = units[unit.name](**calls[unit.span[0]])
                 true_text, true_image = outputs[unit.span[1]]
                 loss = distance(image, true_image, None)
                 if "text" in unit.streams:
-                    loss = loss + distance(text, true_text, batch.prompts.mask)
+                    loss = loss + distance(text, true_text, batch.arguments["encoder_hidden_states_mask"])
                 (loss / count).backward()
                 losses[unit.name] += loss.item() / count
                 optimizers[unit.name].add_gradients()
@@ -85,32 +91,44 @@ def reference(recipe: Recipe) -> Reference:
     return found
 
 
+def readings(recipe: Recipe, teacher: Any) -> Iterator[tuple[NoisyBatch, Any, Any]]:
+    """Micro-batches, and what `watch` sees of each; trajectories are taken further."""
+    call, distill = open_teacher(recipe).call, recipe.distill
+    if distill.trajectories is None:
+        for _, batch in NoisyStream(recipe, call, "train", distill.micro_batch).take(0, 1):
+            yield batch, *watch(teacher, batch)[:2]
+        return
+    lanes = distill.micro_batches_per_step
+    stream = TrajectoryStream(recipe, call, "train", distill.micro_batch, lanes, distill.trajectories)
+    for number, batch in stream.take(0, 1):
+        calls, outputs, velocity = watch(teacher, batch)
+        assert batch.number == number
+        stream.advance(number, velocity, None if batch.other is None else teacher(**batch.other)[0])
+        yield batch, calls, outputs
+
+
 def flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors.values()])
 
 
-def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Tensor]]]:
-    """What every block was called with, and what it returned."""
+def watch(teacher: Any, batch: Any) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Tensor]], Tensor]:
+    """What every block was called with, what it returned, and the velocity."""
     calls: list[dict[str, Any]] = []
     outputs: list[tuple[Tensor, Tensor]] = []
     handles = []
     for block in teacher.transformer_blocks:
         handles.append(block.register_forward_pre_hook(lambda m, a, kw: calls.append(dict(kw)), with_kwargs=True))
         handles.append(block.register_forward_hook(lambda m, a, out: outputs.append(out)))
-    dtype = teacher.dtype
-    high, wide = batch.latents.shape[-2] // 2, batch.latents.shape[-1] // 2
-    latents = batch.latents.reshape(-1, 1, high, 2, wide, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, high * wide, 4)
     with torch.no_grad():
-        teacher(
-            hidden_states=latents.to(dtype),
-            encoder_hidden_states=batch.prompts.embeds.to(dtype),
-            encoder_hidden_states_mask=batch.prompts.mask,
-            timestep=batch.sigmas,
-            img_shapes=[[(1, high, wide)]] * len(latents),
-        )
+        velocity = teacher(**batch.arguments)[0]
     for handle in handles:
         handle.remove()
-    return calls, outputs
+    return calls, outputs, velocity
+
+
+REPLAY = {"uses": 2, "ring": 3}
+DRAWN = [0, 0, 0, 1, 1, 1, 1, 2, 4, 3]
+"""The reading that each step is taken on under `REPLAY` and the recipe's seed: one of the newest three."""
 
 
 def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
@@ -164,6 +182,28 @@ def test_a_run_that_changes_its_topology_five_times_equals_a_plain_loop(new_run:
             for what, expected in found.moments[unit.name].items():
                 moment = checkpoint.part(unit.name, what, 0, len(expected))
                 torch.testing.assert_close(moment, expected, rtol=0, atol=1e-5)
+
+
+TRAJECTORIES = {"steps": [2, 4], "guidance": [1.5, 3.0]}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"replay": REPLAY}, {"trajectories": TRAJECTORIES}, {"replay": REPLAY, "trajectories": TRAJECTORIES}],
+    ids=["replay", "trajectories", "both"],
+)
+def test_with_replay_and_on_trajectories_too(more: dict[str, Any], new_run: Callable[..., Path]) -> None:
+    """A restart goes on with pictures as they were, and fills the ring again; the next topology draws the same."""
+    path = new_run("qwen", distill=SETTINGS | more)
+    mix_shapes(path)
+    PLAN.save(load_recipe(path).plan_file)
+    found = reference(load_recipe(path))
+    for step, (stages, replicas) in enumerate([(1, 1), (2, 1), (1, 2), (2, 2)]):
+        recipe = distill_from(path, 2 * step, stages, replicas)
+        expect_curves(recipe, found, 2 * step, relative=0, absolute=1e-5)
+        checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
+        for unit in PLAN.units:
+            torch.testing.assert_close(checkpoint.unit(unit.name), found.masters[unit.name], rtol=0, atol=1e-5)
 
 
 def test_in_bf16_it_equals_a_plain_loop_within_rounding(new_run: Callable[..., Path]) -> None:

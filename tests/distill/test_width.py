@@ -20,9 +20,8 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 
 from ppcl_ds import launch
-from ppcl_ds.data.noising import NoisyBatch, NoisyStream
 from ppcl_ds.recipe import Recipe, load_recipe, read_deepspeed_file
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.noising import NoisyBatch, NoisyStream
 from ppcl_ds.teacher.sharded import forget_order
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
@@ -30,6 +29,7 @@ from ppcl_ds.units.kinds import build_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, conflict, load_plan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled
+from tests.calls import Arguments, answer
 from tests.conftest import TEACHERS, command, make_recipe
 from tests.plans import every_kind
 from tests.ranks import run_ranks
@@ -68,13 +68,13 @@ class StockTeacher:
 
     def __init__(self, family: str, path: Path) -> None:
         self.recipe = load_recipe(path)
-        self.model = getattr(diffusers, TEACHERS[family][0]).from_pretrained(self.recipe.teacher.path)
+        self.model = getattr(diffusers, TEACHERS[family][0]).from_pretrained(self.recipe.teacher.path / "transformer")
         self.model.eval().requires_grad_(False)
         self.ffn = FFN[family]
 
     def see(self, count: int) -> list[dict[str, Seen]]:
         """What the units `group`, `line` and `thin` see of the run's first micro-batches."""
-        stream = NoisyStream(self.recipe, "train", self.recipe.distill.micro_batch, torch.device("cpu"))
+        stream = NoisyStream(self.recipe, open_teacher(self.recipe).call, "train", self.recipe.distill.micro_batch)
         return [self._see_one(batch) for _, batch in islice(stream.take(0, 1), count)]
 
     @torch.no_grad()
@@ -101,10 +101,10 @@ class StockTeacher:
                 part = getattr(block, name)
                 if part is not None:
                     handles.append(part.register_forward_hook(note_part))
-        caller_for(type(self.model).__name__)(self.model, batch.latents, batch.prompts, batch.sigmas)
+        answer(self.model, batch.arguments)
         for handle in handles:
             handle.remove()
-        mask = batch.prompts.mask
+        mask = batch.arguments.get("encoder_hidden_states_mask")
 
         def tokens(x: Tensor, text: bool) -> Tensor:
             return x[mask] if text and mask is not None else x.flatten(0, 1)
@@ -223,25 +223,26 @@ def be_a_rank(path: Path) -> None:
     own = [unit for unit in plan.units if owner[unit.name] == rank]
     found = {}
     for name, dtype in DTYPES.items():
+        read = heldout(recipe, name)
         units = {unit.name: build_unit(unit, teacher, dtype) for unit in own}
         for unit in own:
             units[unit.name].core.load_state_dict(checkpoint.unit(unit.name))
         sharded = load_teacher(teacher, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
         for variant in plan.variants:
             with plugged(sharded.module, teacher.anatomy, plan, variant, units, group, owner):
-                found[name, variant] = velocity(sharded, recipe, dtype)
+                found[name, variant] = answer(sharded, read)
             forget_order(sharded)
-        found[name, "teacher"] = velocity(sharded, recipe, dtype)
+        found[name, "teacher"] = answer(sharded, read)
     torch.save(found, path.parent / f"velocities {rank}.pt")
     launch.leave()
     launch.end()
 
 
-@torch.no_grad()
-def velocity(model: Any, recipe: Recipe, dtype: torch.dtype) -> Tensor:
-    [(_, batch)] = islice(NoisyStream(recipe, "heldout", 4, torch.device("cpu")).take(0, 1), 1)
-    caller = caller_for(open_teacher(recipe).class_name)
-    return caller(model, batch.latents.to(dtype), batch.prompts.to(torch.device("cpu"), dtype), batch.sigmas)
+def heldout(recipe: Recipe, precision: str) -> Arguments:
+    """What a transformer of that precision is called with for the first held-out micro-batch."""
+    asked = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"precision": precision})})
+    [(_, batch)] = islice(NoisyStream(asked, open_teacher(asked).call, "heldout", 4).take(0, 1), 1)
+    return batch.arguments
 
 
 def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path) -> None:
@@ -253,11 +254,12 @@ def test_a_variant_in_a_run_and_on_its_own_are_the_same_to_the_bit(trained: Path
     ranks = [torch.load(trained.parent / f"velocities {rank}.pt") for rank in range(2)]
     outputs = [ranks[0]["fp32", "teacher"]]
     for name, dtype in DTYPES.items():
+        read = heldout(recipe, name)
         for variant in plan.variants:
             model: Any = assembled(teacher, plan, variant, lambda unit: checkpoint.unit(unit.name))
             for key, tensor in model.state_dict(keep_vars=True).items():  # stored buffers, too
                 tensor.data = tensor.data.to(teacher.files.runs_as(key, dtype))
-            output = velocity(model, recipe, dtype)
+            output = answer(model, read)
             for found in ranks:
                 assert torch.equal(found[name, variant], output), (name, variant)
             if name == "fp32":

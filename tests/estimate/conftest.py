@@ -1,4 +1,4 @@
-"""Recipes of which nothing but the teacher's `config.json` exists."""
+"""Recipes of which nothing but the teacher's configurations exists."""
 
 from __future__ import annotations
 

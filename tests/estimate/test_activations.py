@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ppcl_ds.data.batch import Prompts
+from ppcl_ds.data.batch import Size
 from ppcl_ds.estimate.activations import LiveBytes, block_activations, unit_activations
-from ppcl_ds.teacher.anatomy import Anatomy, Block
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.anatomy import Block
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import meta_forward
 from ppcl_ds.units.depth import recompute_parts
@@ -23,11 +22,15 @@ from ppcl_ds.units.kinds import batches_of, empty_unit
 from ppcl_ds.units.loss import boundary_loss
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import UnitBatch
+from tests.anatomies import anatomy_of
+from tests.calls import answer, arguments_by_hand
 from tests.conftest import TEACHERS
 
 Configured = Callable[..., Teacher]
 
-BATCH, SIDE, TEXT = 2, 32, 24
+BATCH, SIDE = 2, 32
+TEXT = {"qwen": 23, "flux": 4, "sd3": 8 + 4}
+"""Tokens of a caption of usual length; of one length, captions have no mask."""
 LARGER = {"attention_head_dim": 64, "num_attention_heads": 2, "axes_dims_rope": [16, 24, 24]}
 """Large enough that tensors outweigh scalars."""
 FAMILIES: list[tuple[str, dict[str, Any], tuple[int, int]]] = [
@@ -52,17 +55,17 @@ class Real:
         model = getattr(diffusers, class_name)(**config | changes).eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        anatomy = Anatomy(model)
-        mask = torch.ones(BATCH, TEXT, dtype=torch.bool)
-        prompts = Prompts(torch.randn(BATCH, TEXT, 16).to(dtype), mask, torch.randn(BATCH, 8).to(dtype))
-        latents = torch.randn(BATCH, 1, SIDE, SIDE).to(dtype)
-        with torch.no_grad(), anatomy.record(model) as capture:
-            caller_for(class_name)(model, latents, prompts, torch.full((BATCH,), 0.5))
+        anatomy = anatomy_of(model)
+        shapes = (1, SIDE, SIDE), (TEXT[family], 16), (8,)
+        latents, embeds, pooled = (torch.randn(BATCH, *shape).to(dtype) for shape in shapes)
+        sigmas = torch.full((BATCH,), 0.5)
+        with anatomy.record(model) as capture:
+            answer(model, arguments_by_hand(class_name, latents, embeds, sigmas, None, pooled))
         first, last = (anatomy.blocks[index] for index in span)
         self.block: Block = first
         self.module: nn.Module = anatomy.module(model, first)
         targets = capture.streams[last.leaving]
-        self.batch = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, mask)
+        self.batch = UnitBatch(capture.streams[first.entering], capture.conditioning[first.index], targets, None)
 
     def loss(self, checkpointing: bool) -> Tensor:
         if checkpointing:
@@ -88,7 +91,8 @@ def estimated(
 ) -> tuple[int, int]:
     """Activations of a depth unit's training, and of the forward of its first block."""
     teacher = configured(family, **changes)
-    forward = meta_forward(teacher, (1, side, side), TEXT, BATCH, dtype)
+    teacher.dtype = dtype
+    forward = meta_forward(teacher, Size(side, side), BATCH)
     [unit] = plan(span).units
     [batch] = batches_of(forward.capture, forward.text_mask, plan(span), teacher.anatomy).values()
     block = teacher.blocks[span[0]]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator
 from ppcl_ds.estimate.estimate import estimate, read_size, size
@@ -17,12 +18,15 @@ from ppcl_ds.estimate.inputs import cluster_for, growing_clusters, read_inputs, 
 from ppcl_ds.estimate.numbers import Estimate, least_time, seconds_of
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.phases import Phase, Sharding
 from ppcl_ds.training.traffic import Cluster, Traffic
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import QWEN_IMAGE, TEACHERS, command
 
 Unprepared = Callable[..., Path]
+CAPTION = 23
+"""Words of the caption that stands for usual ones."""
 LARGE: dict[str, Any] = {
     "config": QWEN_IMAGE,
     "teacher": {"precision": "bf16"},
@@ -41,12 +45,12 @@ def write_plan(recipe: Path, *spans: tuple[int, int]) -> None:
 def test_qwen_image_is_sized_from_its_configuration_alone(unprepared: Unprepared) -> None:
     path = unprepared("qwen", **LARGE)
     began = time.monotonic()
-    numbers = size(read_inputs(load_recipe(path), 4, 8, latent_size=(128, 128), text_tokens=64), ACCELERATORS["h100"])
+    numbers = size(read_inputs(load_recipe(path), 4, 8, size=Size(128, 128)), ACCELERATORS["h100"])
     assert time.monotonic() - began < 60  # about six seconds on one idle core
     assert numbers.teacher_parameters == pytest.approx(20.43e9, rel=0.01)
     assert sum(len(stage.layers) for stage in numbers.stages) == 30
     assert numbers.parameters == pytest.approx(10.2e9, rel=0.01)
-    assert numbers.latents == (16, 128, 128)
+    assert numbers.tokens == {"image": 64 * 64, "text": CAPTION}
     resident = numbers.memory.resident
     assert resident["teacher partition"] == pytest.approx(20.43e9 * 2 / 32, rel=0.01)
     assert resident["teacher copy in the node"] == pytest.approx(20.43e9 * 2 / 8, rel=0.01)
@@ -61,7 +65,7 @@ def test_a_larger_cluster_is_found_where_one_is_too_small(
     unprepared: Unprepared, variant: str | None, gpu: str
 ) -> None:
     def sized(recipe: Recipe, nodes: int) -> Estimate:
-        return size(read_inputs(recipe, nodes, 4, variant=variant, latent_size=(128, 128)), ACCELERATORS[gpu])
+        return size(read_inputs(recipe, nodes, 4, variant=variant, size=Size(128, 128)), ACCELERATORS[gpu])
 
     finetune = LARGE["distill"] | {"steps": 1, "activation_checkpointing": True}
     recipe = load_recipe(unprepared("qwen", **LARGE | {"topology": {"stages": 4, "replicas": 1}}, finetune=finetune))
@@ -80,8 +84,8 @@ def test_a_larger_cluster_is_found_where_one_is_too_small(
 def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
     numbers = size(read_inputs(load_recipe(unprepared(family)), 1, 2), ACCELERATORS["h100"])
     assert numbers.fits
-    assert numbers.latents == (1, 8, 8)
-    assert numbers.text_tokens == (32 if family == "qwen" else 4)
+    assert numbers.pixels == (8, 8)
+    assert numbers.tokens == {"image": 16, "text": {"qwen": CAPTION, "flux": 4, "sd3": 8 + 4}[family]}
     assert numbers.plan.startswith("assumed")
     assert numbers.smallest is not None
     assert (numbers.smallest.nodes, numbers.smallest.stages) == (1, 2)
@@ -116,7 +120,7 @@ def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> No
 
     def sized(**more: Any) -> Estimate:
         path = unprepared("qwen", **options, distill=distill | more)
-        return size(read_inputs(load_recipe(path), 1, 1, latent_size=(64, 64)), ACCELERATORS["h100"])
+        return size(read_inputs(load_recipe(path), 1, 1, size=Size(64, 64)), ACCELERATORS["h100"])
 
     plain, checkpointed, offloaded = sized(), sized(activation_checkpointing=True), sized(optimizer={"offload": True})
     [before], [after] = plain.stages, checkpointed.stages
@@ -125,6 +129,33 @@ def test_options_of_the_recipe_that_save_memory_do(unprepared: Unprepared) -> No
     flops = [next(phase.flops for phase in found.step if phase.name == key) for found in (plain, checkpointed)]
     assert flops[1] == pytest.approx(flops[0] * 4 / 3)
     assert offloaded.stages[0].memory.resident["optimizer"] == 0
+
+
+def test_whole_runs_are_counted_in_teacher_forwards(unprepared: Unprepared) -> None:
+    """1,000 steps of 16 samples; images drawn first cost evaluate.steps forwards each, twice with guidance."""
+    own = {"steps": 1000, "micro_batch": 4, "micro_batches_per_step": 4}
+    draw = {"evaluate": {"steps": 20, "guidance": 4.0}}
+    path = unprepared("qwen", distill=own | {"replay": {"uses": 4}, "trajectories": {"guidance": [4, 4]}}, **draw)
+    found = size(read_inputs(load_recipe(path), 1, 2), ACCELERATORS["h100"]).runs
+    assert [run.forwards for run in found] == [8000, 32000, 4000, 16000 + 16000 * 20 * 2]
+    plain = size(read_inputs(load_recipe(unprepared("qwen", distill=own, **draw)), 1, 2), ACCELERATORS["h100"]).runs
+    assert [run.forwards for run in plain] == [16000, 4000, 32000, 16000 + 16000 * 20 * 2]
+    assert plain[-1].flops == found[-1].flops
+    assert found[0].hours == pytest.approx(found[0].flops / (ACCELERATORS["h100"].tflops * 1e12 * 0.4) / 3600)
+
+
+def test_it_says_where_replayed_readings_should_lie(unprepared: Unprepared) -> None:
+    def notes(ring: int, offload: bool) -> str:
+        replay = {"uses": 4, "ring": ring, "offload": offload}
+        more = {"distill": LARGE["distill"] | {"replay": replay}, "topology": {"stages": 4, "replicas": 8}}
+        recipe = load_recipe(unprepared("qwen", **LARGE | more))
+        numbers = size(read_inputs(recipe, 4, 8, size=Size(128, 128)), ACCELERATORS["h100"])
+        assert bool(sum(numbers.memory.host.values())) == offload
+        return " ".join(numbers.notes)
+
+    assert "set distill.replay.offload: true; the accelerator is too small" in notes(200, False)
+    assert "set distill.replay.offload: false; the accelerator has room" in notes(2, True)
+    assert "replay" not in notes(2, False) + notes(200, True)
 
 
 def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:
@@ -137,20 +168,20 @@ def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unpr
 def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared, tmp_path: Path) -> None:
     path = unprepared("qwen", config={"num_layers": 12}, plan={"variants": {"half": 0.5}})
     file = tmp_path / "made" / "numbers.json"
-    printed = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--latent-size", "4x8", "--json", file)
+    printed = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--size", "4x8", "--json", file)
     for words in ("assumed", "teacher partition", "teacher copy in the node", "seconds", "stage", "fits: ", "at least"):
         assert words in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┃│├┡")
     numbers = Estimate.model_validate_json(file.read_text())
     assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
-    assert numbers.latents == (1, 4, 8)
+    assert numbers.pixels == (4, 8)
     assert printed.index("fits: ") < printed.index("(lower bound: ") < printed.index("Probing")
     assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
 
 
 def test_the_exit_code_says_when_a_run_does_not_fit(unprepared: Unprepared) -> None:
     path = unprepared("qwen", **LARGE | {"topology": {"stages": 1, "replicas": 1}})
-    printed = command("estimate", path, "--accelerator", "rtx4090", "--latent-size", "1024", code=1)
+    printed = command("estimate", path, "--accelerator", "rtx4090", "--size", "1024", code=1)
     assert "does not fit: " in printed
     assert "no cluster of up to 128 such nodes fits" in printed
 
@@ -160,9 +191,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"gpus_per_node": 3}, r"topology.stages \(2\) does not divide"),
     ({"accelerator": "h10"}, "did you mean 'h100'"),
     ({"utilisation": 40}, "--utilisation 40"),
-    ({"latent_size": "big"}, "--latent-size big"),
-    ({"latent_size": "7"}, "multiples of 2"),
-    ({"text_tokens": 0}, "--text-tokens 0"),
+    ({"pixels": "big"}, "--size big"),
+    ({"pixels": "7"}, "have to be even"),
     ({"json": Path("/proc/numbers.json")}, "--json /proc/numbers.json"),
 ]
 
@@ -192,14 +222,14 @@ def test_a_copy_of_the_teacher_on_a_number_of_ranks_that_does_not_divide_them_is
         size(read_inputs(recipe, 1, 4), ACCELERATORS["h100"])
 
 
-@pytest.mark.parametrize(("text", "sides"), [("128", (128, 128)), ("96x160", (96, 160))])
-def test_latent_sizes_are_one_number_or_two(text: str, sides: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("text", "sides"), [("128", Size(128, 128)), ("96x160", Size(96, 160))])
+def test_sizes_are_one_number_or_two(text: str, sides: Size) -> None:
     assert read_size(text) == sides
 
 
 @pytest.mark.parametrize("text", ["", "0", "x", "12x", "x12", "1x2x3", "-4", "1.5"])
-def test_other_latent_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--latent-size"):
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--size"):
         read_size(text)
 
 
@@ -220,14 +250,16 @@ def test_growing_clusters_try_the_recipes_own_stages_first() -> None:
 def test_a_copy_of_the_teacher_lies_in_a_node_unless_the_users_own_files_say_otherwise(
     unprepared: Unprepared, tmp_path: Path
 ) -> None:
-    sharding = sharding_of(load_recipe(unprepared("qwen")), gpus_per_node=8)
+    recipe = load_recipe(unprepared("qwen"))
+    teacher = Teacher(recipe.teacher.path, weights=False)
+    sharding = sharding_of(recipe, teacher, gpus_per_node=8)
     assert (sharding.ranks_per_copy, sharding.persistent) == (8, 10_000)
     keys = {"max_live_parameters": 3e8, "prefetch_bucket_size": 0, "param_persistence_threshold": 7}
     zero = {"zero_optimization": {f"stage3_{key}": value for key, value in keys.items()}}
     (tmp_path / "teacher.json").write_text(json.dumps(zero))
     path = unprepared("qwen", teacher={"ranks_per_copy": 2}, deepspeed={"teacher": str(tmp_path / "teacher.json")})
     expected = Sharding(ranks_per_copy=2, max_live=300_000_000, prefetch=0, persistent=7)
-    assert sharding_of(load_recipe(path), gpus_per_node=8) == expected
+    assert sharding_of(load_recipe(path), teacher, gpus_per_node=8) == expected
 
 
 MACHINE = Accelerator(name="it", memory_gib=1, tflops=2e-12, tflops64=1, intra_gb=10e-9, inter_gb=1e-9)

@@ -23,7 +23,8 @@ from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
 
 SHARDING = Sharding(ranks_per_copy=8, max_live=10**9, prefetch=0, persistent=100)
-BATCH, IMAGE, TEXT, WIDTH = 3, 16, 5, 32
+BATCH, IMAGE, TEXT, WIDTH = 3, 16, 23, 32
+"""8 x 8 pixels, and a caption of usual length."""
 ALONE, TWO_STAGES, EIGHT = Cluster(1, 1, 1, 1), Cluster(1, 2, 2, 1), Cluster(1, 8, 2, 4)
 
 Unprepared = Callable[..., Path]
@@ -35,7 +36,7 @@ def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
     recipe = load_recipe(unprepared("qwen", **sections))
     units = tuple(UnitPlan(name=n, span=s, streams=("image", "text")) for n, s in (("a", (0, 1)), ("b", (2, 4))))
     Plan(teacher=TEACHERS["qwen"][0], blocks=6, units=units, variants={}).save(recipe.plan_file)
-    inputs = read_inputs(recipe, 1, 2, latent_size=(8, 8), text_tokens=TEXT)
+    inputs = read_inputs(recipe, 1, 2)
     return sharded(distilling(inputs, run_once(inputs)))
 
 
@@ -119,6 +120,22 @@ def test_a_unit_costs_six_bytes_a_parameter_and_twelve_divided_over_the_replicas
     assert memory(replace(account, settings=settings), EIGHT).resident["optimizer"] == 0
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_replayed_is_counted_where_it_lies(account: Distilling, offload: bool) -> None:
+    """All micro-batches of the last readings, as much as this stage reads of them."""
+    plain, replay = account.settings, {"uses": 4, "ring": 3, "offload": offload}
+    settings = plain.model_copy(update={"replay": plain.replay.model_validate(replay), "micro_batches_per_step": 8})
+    ringed = replace(account, settings=settings)
+    own, ring = message([account.layers[0]]), memory(ringed, EIGHT)
+    count = 3 * (held([account.layers[0]]) + own)  # one round of two stages
+    assert ring.resident.get("replay", 0) == (0 if offload else count)
+    assert ring.host == ({"replay": count} if offload else {})
+    assert ring.phases["unit training"]["batches"] == (2 * own if offload else 0)
+    shared, each = (account.phases(EIGHT)[0][0] for account in (ringed, replace(account, settings=plain)))
+    assert shared.flops == each.flops / 4
+    assert shared.moved == each.moved.times(1 / 4)
+
+
 def test_replicas_average_gradients_and_gather_new_parameters(account: Distilling) -> None:
     *_, update = account.phases(EIGHT)[0]
     assert update.moved == Traffic(intra=account.layers[0].parameters * (2 * 4 + 2) * 3 / 4)
@@ -142,8 +159,8 @@ def test_each_tensor_travels_and_lies_in_memory_once(account: Distilling) -> Non
     def boundary(streams: int) -> int:
         return streams * BATCH * (IMAGE + TEXT) * WIDTH * 2
 
-    # Time embedding, text mask (of the block and of the batch: the same), RoPE tables (8 complex numbers a token).
-    conditioning = BATCH * WIDTH * 2 + BATCH * TEXT + (IMAGE + TEXT) * 8 * 8
+    # Time embedding, RoPE tables (8 complex numbers a token); captions of one length have no mask.
+    conditioning = BATCH * WIDTH * 2 + (IMAGE + TEXT) * 8 * 8
     # Unit a reads boundary 0 and is judged by 2, where unit b begins; b is judged by 5.
     a, b = account.layers
     assert message([a]) == boundary(2) + conditioning

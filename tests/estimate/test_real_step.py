@@ -36,7 +36,7 @@ def ready(new_run: Callable[..., Path], precision: str, checkpointing: bool) -> 
     run = Path(raw["run"])
     class_name, config = TEACHERS["flux"]
     torch.manual_seed(0)
-    getattr(diffusers, class_name)(**config | LARGER).save_pretrained(run / "teacher")
+    getattr(diffusers, class_name)(**config | LARGER).save_pretrained(run / "teacher" / "transformer")
     zero = json.loads(shipped("ds_configs/teacher_zero3.json").read_text())
     zero["zero_optimization"]["stage3_prefetch_bucket_size"] = 0
     (run / "zero3.json").write_text(json.dumps(zero))

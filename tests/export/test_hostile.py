@@ -27,7 +27,7 @@ def sharded(new_run: Callable[..., Path]) -> tuple[Path, Recipe, Path]:
     """A run whose teacher is stored in several files: recipe file, recipe, one of the teacher's files."""
     path = new_run("qwen")
     recipe = pretend_trained(path, "qwen")
-    folder = recipe.teacher.path
+    folder = recipe.teacher.path / "transformer"
     model = diffusers.QwenImageTransformer2DModel.from_pretrained(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     model.save_pretrained(folder, max_shard_size="100KB")

@@ -13,8 +13,8 @@ import torch
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
 from ppcl_ds.export.consolidate import Form, consolidate
-from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
+from ppcl_ds.teacher.teacher import open_teacher
 from tests.export.trained import pretend_trained
 
 
@@ -24,7 +24,7 @@ def test_quantised_weights_load_as_they_are_and_the_card_says_what_they_cost(
 ) -> None:
     pytest.importorskip("torchao")
     recipe = pretend_trained(new_run("qwen"), "qwen")
-    consolidate(recipe, ["small"], Form.checked(None, "5GB", False, method), out=tmp_path / "small")
+    consolidate(recipe, ["small"], Form.checked(None, "5GB", None, None, method), out=tmp_path / "small")
     consolidate(recipe, ["small"], Form())
     model_class = diffusers.QwenImageTransformer2DModel
     quantised = model_class.from_pretrained(tmp_path / "small" / "transformer", torch_dtype=torch.float32)
@@ -39,7 +39,7 @@ def test_quantised_weights_load_as_they_are_and_the_card_says_what_they_cost(
     ]
     assert sizes[1] < 0.5 * sizes[0]
 
-    heldout = HeldOut(recipe, caller_for("QwenImageTransformer2DModel"), torch.device("cpu"))
+    heldout = HeldOut(recipe, open_teacher(recipe), torch.device("cpu"))
     error = mean_squared(heldout.velocities(plain.eval()), heldout.velocities(quantised.eval()))
     said = json.loads((tmp_path / "small" / "variant.json").read_text())["quantised"]
     assert said["velocity_mse"] == pytest.approx(error)
@@ -61,14 +61,14 @@ def test_what_this_machine_cannot_quantise_is_refused_in_one_line(monkeypatch: p
 @pytest.mark.parametrize(
     ("dtype", "size", "single_file", "method", "message"),
     [
-        ("fp8", "5GB", False, None, "--dtype: 'fp8' is not one of fp32, bf16, fp16"),
-        (None, "5GiB", False, None, "--max-shard-size: '5GiB' is no size"),
-        (None, "-5GB", False, None, "--max-shard-size: '-5GB' is no size"),
-        (None, "5GB", False, "int4", "--quantize: 'int4' is not one of int8, fp8, nf4"),
+        ("fp8", "5GB", None, None, "--dtype: 'fp8' is not one of fp32, bf16, fp16"),
+        (None, "5GiB", None, None, "--max-shard-size: '5GiB' is no size"),
+        (None, "-5GB", None, None, "--max-shard-size: '-5GB' is no size"),
+        (None, "5GB", None, "int4", "--quantize: 'int4' is not one of int8, fp8, nf4"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named(
-    dtype: str | None, size: str, single_file: bool, method: str | None, message: str
+    dtype: str | None, size: str, single_file: str | None, method: str | None, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        Form.checked(dtype, size, single_file, method)
+        Form.checked(dtype, size, single_file, None, method)

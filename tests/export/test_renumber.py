@@ -6,9 +6,10 @@ import diffusers
 import pytest
 
 from ppcl_ds.errors import UserError
+from ppcl_ds.export.names import load_names
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering
-from ppcl_ds.teacher.anatomy import Anatomy
+from tests.anatomies import anatomy_of
 from tests.conftest import TEACHERS
 from tests.plans import small_and_mixed
 
@@ -95,8 +96,10 @@ def test_a_part_that_a_unit_replaces_is_dropped_under_every_name_and_no_other_pa
 def numbering_of(family: str, variant: str) -> Numbering:
     class_name, config = TEACHERS[family]
     model = getattr(diffusers, class_name)(**config)
-    lists = {name: len(getattr(model, name)) for name in parts_of(Anatomy(model))}
-    return Numbering(lists, ["context_embedder"], parts_of(Anatomy(model)), small_and_mixed(family), variant)
+    names = load_names()[class_name]
+    parts = parts_of(anatomy_of(model), names)
+    lists = {name: len(getattr(model, name)) for name in parts}
+    return Numbering(lists, ["context_embedder"], parts, small_and_mixed(family), variant, names.roots)
 
 
 def test_every_layout_of_names_is_renumbered_list_by_list() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,10 +27,12 @@ from ppcl_ds.export.model_folder import shard_bytes, weights_digest
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.variant import assembled
 from tests.conftest import TEACHERS, command
-from tests.data.tiny_pipelines import make_pipeline
 from tests.export.trained import pretend_trained
+from tests.families.pipelines.video_wan import wan22
+from tests.pipelines import make
 from tests.plans import BLOCKS, SPANS, image_spans
 
 NewRun = Callable[..., Path]
@@ -121,7 +126,7 @@ def test_a_variant_has_the_units_that_are_switched_on_and_the_teachers_blocks_el
 
 def test_a_unit_switched_off_gives_the_teachers_blocks_back(new_run: NewRun, tmp_path: Path) -> None:
     recipe = pretend_trained(new_run("qwen"), "qwen")
-    teacher = load(recipe.teacher.path, "qwen").state_dict()
+    teacher = load(recipe.teacher.path / "transformer", "qwen").state_dict()
     consolidate(recipe, ["small"], Form(), ["early=off", "late=off"], tmp_path / "all")
     torch.testing.assert_close(
         dict(load(tmp_path / "all/transformer", "qwen").state_dict()), dict(teacher), rtol=0, atol=0
@@ -158,32 +163,100 @@ def test_what_cannot_be_plugged_or_placed_is_refused_in_one_line(
     assert not (recipe.run / "pruned").exists()
 
 
-@pytest.mark.parametrize("family", ["qwen", "flux", "sd3"])
-def test_a_teacher_that_is_a_whole_pipeline_gives_a_whole_pipeline(
-    new_run: NewRun, tmp_path: Path, family: str
+DRAW = """
+import importlib.util, sys, diffusers, numpy, torch
+assert importlib.util.find_spec("ppcl_ds") is None
+trust = {"trust_remote_code": True} if sys.argv[3] else {}
+pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], **trust)
+options = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "latent"}
+drawn = pipeline("a tiny two", generator=torch.Generator().manual_seed(5), **options).images
+numpy.save(sys.argv[2], drawn.numpy())
+"""
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_a_variant_is_a_whole_pipeline_that_stock_diffusers_draws_with(
+    new_run: NewRun, tmp_path: Path, without_us: Path, family: str
 ) -> None:
-    pipeline = tmp_path / "pipeline"
-    make_pipeline(family, pipeline)
+    path = new_run(family)
+    pipeline = path.parent / "teacher"
     (pipeline / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A teacher\n")
-    path = new_run(family, teacher={"path": str(pipeline)})
     recipe = pretend_trained(path, family)
     consolidate(recipe, ["small"], Form())
-    folder = recipe.run / "pruned" / "small"
-    loaded = diffusers.DiffusionPipeline.from_pretrained(folder)
-    whole = diffusers.DiffusionPipeline.from_pretrained(pipeline)
-    assert type(loaded) is type(whole)
-    assert type(loaded.transformer) is type(whole.transformer)
-    expected = in_memory(recipe, family).state_dict()
-    torch.testing.assert_close(dict(loaded.transformer.state_dict()), dict(expected), rtol=0, atol=0)
-    weights = next(folder.glob("vae/*.safetensors"))
-    assert weights.samefile(pipeline / "vae" / weights.name)
+    folder = recipe.pruned("small").parent
+    trusted = "yes" if family == "qwen" else ""  # whose pipeline is none of diffusers' own
+    done = subprocess.run(
+        [without_us, "-c", DRAW, folder, tmp_path / "drawn.npy", trusted],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    transformer = in_memory(recipe, family)
+    whole: Any = make(family)
+    if family == "qwen":
+        whole.transformer = transformer
+    else:
+        whole = type(whole).from_pretrained(pipeline, transformer=transformer)
+    options = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "latent"}
+    expected = whole("a tiny two", generator=torch.Generator().manual_seed(5), **options).images
+    torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "drawn.npy")), expected)
+
     card = (folder / "README.md").read_text()
     front = next(yaml.safe_load_all(card.split("---\n")[1]))
     assert front["license"] == "apache-2.0"
-    assert front["base_model"] == str(pipeline)
+    assert "base_model" not in front  # a path is no model to the hub
     assert front["library_name"] == "diffusers"
     assert "| early | blocks 0 to" in card
     assert "DiffusionPipeline.from_pretrained" in card
+    assert ("trust_remote_code=True" in card) == bool(trusted)
+
+
+def test_all_but_the_transformer_is_the_teachers_own_files(new_run: NewRun) -> None:
+    """Nothing is copied, and nothing of the teacher's is written to."""
+    path = new_run("flux")
+    pipeline = path.parent / "teacher"
+    (pipeline / "LICENSE.md").write_text("as you like")
+    for name in ("flux.safetensors", ".gitattributes", "SHA256SUMS", "README.md", "variant.json"):
+        (pipeline / name).write_text("the teacher's")  # its own model in one file, and what exports have, too
+    before = {file: file.read_bytes() for file in pipeline.rglob("*") if file.is_file()}
+    recipe = pretend_trained(path, "flux")
+    consolidate(recipe, ["small"], Form())
+    folder = recipe.pruned("small").parent
+    assert {file: file.read_bytes() for file in pipeline.rglob("*") if file.is_file()} == before
+    parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+    shared = {file.relative_to(pipeline) for part in parts for file in (pipeline / part).rglob("*") if file.is_file()}
+    shared |= {Path("LICENSE.md")}
+    assert all((folder / name).samefile(pipeline / name) for name in shared)
+    written = {file.relative_to(folder) for file in folder.rglob("*") if file.is_file()} - shared
+    own = {"model_index.json", "README.md", "SHA256SUMS", "variant.json"}
+    assert {name.as_posix() for name in written if len(name.parts) == 1} == own
+    assert {name.parts[0] for name in written if len(name.parts) > 1} == {"transformer"}
+
+
+def test_of_two_transformers_one_is_pruned_and_the_other_stays(new_run: NewRun) -> None:
+    """Wan 2.2: the second one draws what is less noisy."""
+    path = new_run("qwen")
+    pipeline = path.parent / "teacher"
+    shutil.rmtree(pipeline)
+    wan22().save_pretrained(pipeline)
+    raw = yaml.safe_load(path.read_text())
+    raw["teacher"] |= {"component": "transformer_2"}
+    raw["data"]["images"]["size"] = 16
+    path.write_text(yaml.safe_dump(raw))
+    units = (UnitPlan(name="it", span=(1, 2), streams=("image",)),)
+    plan = Plan(teacher="WanTransformer3DModel", blocks=4, units=units, variants={"small": ("it",)})
+    recipe = pretend_trained(path, "wan", plan=plan)
+    consolidate(recipe, ["small"], Form())
+    folder = recipe.run / "pruned" / "small"
+    found: Any = diffusers.DiffusionPipeline.from_pretrained(folder)
+    expected = newest_checkpoint(recipe.distillation.checkpoints).unit("it")
+    assert len(found.transformer_2.blocks) == 3
+    torch.testing.assert_close(dict(found.transformer_2.blocks[1].state_dict()), expected, rtol=0, atol=0)
+    files = list((pipeline / "transformer").iterdir())
+    assert files
+    assert all((folder / "transformer" / file.name).samefile(file) for file in files)
 
 
 def test_the_card_has_the_figures_of_the_very_weights_it_describes(new_run: NewRun) -> None:

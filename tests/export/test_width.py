@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
 import subprocess
-import sysconfig
-import venv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,7 @@ from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import conflict
 from ppcl_ds.units.variant import assembled
-from tests.conftest import command, make_recipe
-from tests.data.tiny_pipelines import make_pipeline
+from tests.conftest import TEACHERS, command, make_recipe
 from tests.export.trained import pretend_trained, write_checkpoint
 from tests.plans import every_kind
 
@@ -55,7 +52,7 @@ def test_every_variant_is_streamed_as_it_is_in_memory_from_any_number_of_ranks(n
         card = (recipe.pruned(variant).parent / "README.md").read_text()
         assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card
         assert "trust_remote_code=True" in card
-    sample(recipe.pruned("mixed"), ["a tiny one"], recipe, recipe.run / "drawn.png", seed=0)
+    sample(recipe.pruned("mixed").parent, ["a tiny one"], recipe.run / "drawn.png", seed=0, steps=2, size=8)
     with Image.open(recipe.run / "drawn.png") as picture:
         assert picture.format == "PNG"
     for ranks in (1, 2):
@@ -115,62 +112,42 @@ except ImportError:
 else:
     sys.exit("ppcl_ds is installed here")
 import diffusers, numpy, torch
-pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32, **eval(sys.argv[3]))
+trust = {"trust_remote_code": True} if sys.argv[3] else {}
+pipeline = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.float32, **trust)
 pipeline.set_progress_bar_config(disable=True)
 noise = torch.Generator().manual_seed(5)
-image = pipeline("a tiny three", num_inference_steps=2, height=64, width=64, generator=noise, output_type="np").images
+image = pipeline("a tiny three", num_inference_steps=2, height=8, width=8, generator=noise, output_type="np").images
 numpy.save(sys.argv[2], image)
 print(type(pipeline.transformer).__name__)
 """
 
 
-@pytest.fixture(scope="module")
-def without_us(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of a fresh environment that has the packages installed here, but not ppcl_ds."""
-    folder = tmp_path_factory.mktemp("environment")
-    venv.create(folder, with_pip=False)
-    [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "installed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    return folder / "bin" / "python"
-
-
+@pytest.mark.parametrize("family", ["qwen", "flux"])
 def test_a_pipeline_with_width_units_draws_where_ppcl_ds_is_not_installed(
-    new_run: NewRun, tmp_path: Path, without_us: Path
+    new_run: NewRun, tmp_path: Path, without_us: Path, family: str
 ) -> None:
-    path = new_run("qwen")
-    pipeline = tmp_path / "teacher pipeline"
-    make_pipeline("qwen", pipeline)
-    settings_of = yaml.safe_load(path.read_text())
-    settings_of["teacher"]["path"] = str(pipeline)
-    config = json.loads((pipeline / "transformer" / "config.json").read_text())
-    settings_of["data"]["captions"]["width"] = config["joint_attention_dim"]
-    path.write_text(yaml.safe_dump(settings_of))
-    blocks = config["num_layers"]
-    plan = every_kind("qwen").model_copy(update={"blocks": blocks})
-    assert blocks >= 4
-    keep = [unit for unit in plan.units if unit.span[1] < blocks - 1]
+    path = new_run(family)
+    pipeline = path.parent / "teacher"
     variants = {"deep": ("span",), "mixed": ("group", "line", "thin")}
-    plan = plan.model_copy(update={"units": tuple(keep), "variants": variants})
-    recipe = pretend_trained(path, "qwen", plan=plan)
+    recipe = pretend_trained(path, family, plan=every_kind(family).model_copy(update={"variants": variants}))
     teachers_index = (pipeline / "model_index.json").read_bytes()
     consolidate(load_recipe(path), [], Form())
     assert (pipeline / "model_index.json").read_bytes() == teachers_index
-    for variant, trust, name in [
-        ("deep", "{}", "QwenImage"),
-        ("mixed", "{'trust_remote_code': True}", "PrunedQwenImage"),
-    ]:
+    stock = family == "flux"  # whose pipeline is one of diffusers' own
+    for variant, trust, beginning in (("deep", not stock, ""), ("mixed", True, "Pruned")):
         folder = recipe.pruned(variant).parent
         done = subprocess.run(
-            [without_us, "-c", IN_A_PIPELINE, folder, tmp_path / f"{variant}.npy", trust],
+            [without_us, "-c", IN_A_PIPELINE, folder, tmp_path / f"{variant}.npy", "trusted" if trust else ""],
             capture_output=True,
             text=True,
             cwd=tmp_path,
+            env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / f"modules of {variant}"), "PYTHONPATH": ""},
         )
         assert done.returncode == 0, done.stderr
-        assert f"{name}Transformer2DModel" in done.stdout
+        assert done.stdout.strip() == beginning + TEACHERS[family][0]
         own = ppcl_ds.load_pipeline(folder, torch.float32)  # the code in the folder is not run, and not asked about
         own.set_progress_bar_config(disable=True)
-        options: dict[str, Any] = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "np"}
+        options: dict[str, Any] = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np"}
         image = own("a tiny three", generator=torch.Generator().manual_seed(5), **options).images
         assert np.array_equal(np.load(tmp_path / f"{variant}.npy"), image)
 
@@ -194,6 +171,6 @@ def test_the_transformer_alone_loads_through_automodel(new_run: NewRun, tmp_path
 def test_a_single_file_is_refused_where_comfyui_has_no_such_blocks(new_run: NewRun) -> None:
     path = new_run("qwen")
     pretend_trained(path, "qwen", plan=every_kind("qwen"))
-    printed = command("consolidate", path, "--variant", "mixed", "--single-file", code=2)
+    printed = command("consolidate", path, "--variant", "mixed", "--single-file", "comfyui", code=2)
     assert len(printed.strip().splitlines()) == 1
     assert "PrunedQwenImageTransformer2DModel" in printed

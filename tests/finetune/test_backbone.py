@@ -15,14 +15,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
+from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars
+from tests.calls import answer, called
 from tests.conftest import TEACHERS, command, mix_shapes
 from tests.export.trained import pretend_trained
 from tests.reference import PlainAdamW, distance
@@ -87,13 +89,12 @@ def blocks_of(model: Any) -> list[Any]:
 
 
 def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
-    """The plain loop."""
+    """The plain loop, in float32; of a bf16 run it reads what that run reads."""
     found = Reference()
     opened = open_teacher(recipe)
     checkpoint = newest_checkpoint(recipe.distillation.checkpoints)
     student: Any = assembled(opened, plan, "small", lambda unit: checkpoint.unit(unit.name)).requires_grad_(True).eval()
     teacher: Any = opened.files.model_class.from_pretrained(opened.files.folder).eval()
-    caller = opened.caller
     settings = recipe.finetune
     assert settings is not None
     units = {
@@ -108,20 +109,20 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
     for name, model in (("student", student), ("teacher", teacher)):
         for place, block in enumerate(blocks_of(model)):
             block.register_forward_hook(partial(note, seen[name], place))
-    stream = NoisyStream(
-        recipe, "train", settings.micro_batch, torch.device("cpu"), settings.micro_batches_per_step
-    ).take(0, 1)
     count = settings.micro_batches_per_step
+    stream = NoisyStream(recipe, opened.call, "train", settings.micro_batch, count).take(0, 1)
     for step in range(STEPS):
         sums: dict[str, float] = {}
         for _, batch in islice(stream, count):
-            with torch.no_grad():
-                true = caller(teacher, batch.latents, batch.prompts, batch.sigmas)
-            own = caller(student, batch.latents, batch.prompts, batch.sigmas)
-            losses = {"flow/loss": F.mse_loss(own, batch.velocity), "velocity/loss": F.mse_loss(own, true)}
+            arguments = pytree.tree_map_only(
+                Tensor, lambda t: t.float() if t.is_floating_point() else t, batch.arguments
+            )
+            true, own = answer(teacher, arguments), called(student, arguments)
+            mask = batch.arguments.get("encoder_hidden_states_mask")
+            losses = {"flow/loss": F.mse_loss(own, batch.target), "velocity/loss": F.mse_loss(own, true)}
             for place, block in PLACES[family].items():
                 mine, theirs = seen["student"][place], seen["teacher"][block]
-                pairs = {"image": (mine[1], theirs[1], None), "text": (mine[0], theirs[0], batch.prompts.mask)}
+                pairs = {"image": (mine[1], theirs[1], None), "text": (mine[0], theirs[0], mask)}
                 unit = next(unit for unit in plan.units if unit.span[1] == block)
                 for name in unit.streams:
                     losses[f"boundary/{place}/{name}/loss"] = distance(*pairs[name])
@@ -138,6 +139,10 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
         before, decay = found.averages or found.weights, min(settings.ema, (2 + step) / (11 + step))
         found.averages = {name: before[name].lerp(now, 1 - decay) for name, now in found.weights.items()}
     return found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def note(seen: dict[int, Any], place: int, module: Any, arguments: Any, output: Any) -> None:
@@ -204,10 +209,10 @@ def test_in_bf16_it_follows_the_plain_loop(new_run: Callable[..., Path]) -> None
     """Parameters and what goes between stages are rounded, gradients and weights are summed up in float32."""
     plan = plan_of("qwen")
     path = prepare(new_run, "qwen", plan, ema=0.0)
-    found = reference(load_recipe(path), plan, "qwen")
     raw = yaml.safe_load(path.read_text())
     raw["teacher"]["precision"] = "bf16"
     path.write_text(yaml.safe_dump(raw))
+    found = reference(load_recipe(path), plan, "qwen")
     recipe = tune(path, 0, 2, 1)
     losses = [value for _, value in read_scalars(recipe.finetuning("small").board)["run/loss"]]
     assert losses == pytest.approx([losses["run/loss"] for losses in found.losses], rel=0.02)

@@ -120,8 +120,7 @@ def test_the_estimate_counts_what_a_stage_holds(new_run: Callable[..., Path]) ->
     flights = [stage.memory.phases["pipeline"]["activations in flight"] for stage in tuning.stages]
     assert flights == [3 * flights[-1], 2 * flights[-1], flights[-1]]
     # The second stage sends streams on and gradients back, for six micro-batches.
-    _, height, width = tuning.latents
-    streams = 2 * (tuning.text_tokens + height // 2 * width // 2) * 32 * 4
+    streams = 2 * sum(tuning.tokens.values()) * 32 * 4
     assert (step["pipeline"].moved.intra, step["pipeline"].moved.inter) == (6 * 2 * streams, 0)
     assert tuning.fits
     assert tuning.smallest == tuning.cluster

@@ -13,16 +13,16 @@ import yaml
 from torch import Tensor
 
 import ppcl_ds
-from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.finetune.trainable import joined
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.training.stages import stage_bounds
 from ppcl_ds.units.kinds import boundaries_of
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
+from tests.calls import called
 from tests.conftest import command
 from tests.export.trained import pretend_trained
 from tests.plans import every_kind
@@ -67,11 +67,8 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 def used(recipe: Recipe, variant: str) -> set[str]:
     """Names of the parameters that the velocity depends on: those of the text after the last block it does not."""
     model: Any = ppcl_ds.load_model(recipe.pruned(variant), torch.float32).requires_grad_(True)
-    stream = NoisyStream(recipe, "train", 4, torch.device("cpu")).take(0, 1)
-    _, batch = next(stream)
-    caller_for("QwenImageTransformer2DModel")(
-        model, batch.latents, batch.prompts, batch.sigmas
-    ).square().sum().backward()
+    _, batch = next(NoisyStream(recipe, open_teacher(recipe).call, "train", 4).take(0, 1))
+    called(model, batch.arguments).square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}
 

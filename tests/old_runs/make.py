@@ -18,7 +18,7 @@ from data_tools.encode import encode
 from data_tools.shard import shard
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.units.plan import Plan, UnitPlan
-from tests.conftest import TEACHERS, WORDS, command, make_recipe
+from tests.conftest import TEACHERS, WORDS, command, make_recipe, make_teacher
 
 UNITS = (
     UnitPlan(name="early", span=(0, 1), streams=("image", "text")),
@@ -37,14 +37,16 @@ def make(archive: Path) -> None:
         Image.fromarray(random.integers(0, 256, (8, 8), dtype=np.uint8)).save(run / "images" / f"{number:03d}.png")
         (run / "images" / f"{number:03d}.txt").write_text(f"a tiny {WORDS[number % 4]}")
     class_name, config = TEACHERS["qwen"]
+    make_teacher("qwen", run / "teacher")
     torch.manual_seed(0)
-    getattr(diffusers, class_name)(**config | {"num_attention_heads": 1}).save_pretrained(run / "teacher")
+    narrow = getattr(diffusers, class_name)(**config | {"num_attention_heads": 1})
+    narrow.save_pretrained(run / "teacher" / "transformer")
     recipe = make_recipe("qwen", run)
     recipe["distill"] |= {"steps": 4, "keep_checkpoints": 1, "calibration_steps": 2}
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     loaded = load_recipe(Path("recipe.yaml"))
     shard(loaded.data)
-    encode(loaded.data)
+    encode(loaded)
     variants = {"small": ("early",), "mixed": tuple(unit.name for unit in UNITS)}
     Plan(teacher=class_name, blocks=6, units=UNITS, variants=variants).save(loaded.plan_file)
     command("distill", "recipe.yaml", "--until", "2")

@@ -24,6 +24,7 @@ from ppcl_ds.sections import Plan as PlanSection
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, conflict
+from tests.calls import call_once
 from tests.conftest import TEACHERS
 
 Span = tuple[int, int]
@@ -61,7 +62,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
             model = getattr(diffusers, class_name)(**config | CHANGES[family])
             folder: Path = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
-            teacher = Teacher(folder)
+            teacher = Teacher(folder, run=call_once)
             blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
             sizes = np.array([sum(p.numel() for p in block.parameters()) for block in blocks], dtype=float)
             lists = [range(4), range(4, 8)] if family == "flux" else [range(len(blocks))]

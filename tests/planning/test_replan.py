@@ -11,13 +11,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.units.variant import assembled
+from tests.calls import answer
 from tests.conftest import command
 
 SPANS = [(0, 1), (0, 2), (2, 3), (3, 5), (4, 5)]
@@ -37,12 +38,10 @@ def stock_velocities(recipe: Recipe, names: tuple[str, ...], checkpoint: Checkpo
     teacher = open_teacher(recipe)
     plan = LIBRARY.model_copy(update={"variants": {"set": names}})
     model = assembled(teacher, plan, "set", lambda unit: checkpoint.unit(unit.name))
-    settings, caller = recipe.evaluate, teacher.caller
-    stream = NoisyStream(recipe, "heldout", settings.batch_size, torch.device("cpu"))
+    settings = recipe.evaluate
+    stream = NoisyStream(recipe, teacher.call, "heldout", settings.batch_size)
     batches = islice(stream.take(settings.velocity_batches, 1), settings.velocity_batches)
-    with torch.no_grad():
-        found = [caller(model, batch.latents, batch.prompts, batch.sigmas).flatten() for _, batch in batches]
-    return torch.cat(found).double()
+    return torch.cat([answer(model, batch.arguments).flatten() for _, batch in batches]).double()
 
 
 def check_figures(recipe: Recipe, swaps: Swaps, checkpoint: Checkpoint) -> None:

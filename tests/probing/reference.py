@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.teacher.anatomy import Anatomy, Capture
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.anatomy import Capture
+from tests.anatomies import anatomy_of
+from tests.calls import answer, random_arguments
 
 Readings = list[tuple[int, Capture, Tensor | None]]
 """Numbered micro-batches as the program under test reads them, and the masks of their text tokens."""
@@ -26,21 +26,22 @@ def read(model: Any, numbers: range) -> tuple[Readings, Activations]:
     """Some forwards as the program sees them, and the same as plain hooks see them, with padding cut off."""
     masked = "Qwen" in type(model).__name__
     blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
-    caller, anatomy = caller_for(type(model).__name__), Anatomy(model)
+    anatomy = anatomy_of(model)
     readings: Readings = []
     activations: Activations = {}
     for number in numbers:
         generator = torch.Generator().manual_seed(number)
-        latents, embeds = torch.randn(8, 1, 8, 8, generator=generator), torch.randn(8, 6, 16, generator=generator)
-        mask = (torch.arange(6) < torch.randint(1, 7, (8, 1), generator=generator)) if masked else None
-        prompts = Prompts(embeds, mask, torch.randn(8, 8, generator=generator))
+        lengths = torch.randint(1, 7, (8,), generator=generator).tolist() if masked else [6] * 8
+        sigmas = torch.rand(8, generator=generator).tolist()
+        arguments = random_arguments(type(model).__name__, number, lengths, sigmas)
+        mask = arguments.get("encoder_hidden_states_mask")
         seen: list[tuple[dict[str, Any], Any]] = []
         handles = [
             block.register_forward_hook(lambda m, args, kw, out: seen.append((kw, out)), with_kwargs=True)  # noqa: B023
             for block in blocks
         ]
         with anatomy.record(model) as capture:
-            caller(model, latents, prompts, torch.rand(8, generator=generator))
+            answer(model, arguments)
         for handle in handles:
             handle.remove()
         readings.append((number, capture, mask))

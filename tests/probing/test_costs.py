@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ppcl_ds.data.batch import Size
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.probing.measure import measure
 from ppcl_ds.probing.sums import BlockSums, Lane, zero_sums
@@ -17,11 +18,12 @@ from ppcl_ds.training.meta_forward import meta_forward
 from tests.conftest import QWEN_IMAGE
 
 Configured = Callable[..., Teacher]
-LATENTS, WORDS = (1, 8, 8), 5  # 16 image tokens
+WORDS = 23
+"""Text tokens of the usual caption that is counted with; of a picture there are 16."""
 
 
-def costs(teacher: Teacher, latents: tuple[int, int, int] = LATENTS, **probe: int) -> ProbingCosts:
-    forward = meta_forward(teacher, latents, WORDS)
+def costs(teacher: Teacher, **probe: int) -> ProbingCosts:
+    forward = meta_forward(teacher, Size(8, 8))
     section = Probe(**{"batch_size": 2, "batches": 3} | probe)
     return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, 1, section)
 
@@ -33,7 +35,7 @@ def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) 
     assert found.passes == 1
     assert found.samples == 6
     assert found.sums == found.part == sum(t.nbytes for own in sums.values() for t in own.tensors().values())
-    assert found.boundaries == 2 * 6 * (16 + WORDS) * 32 * 2  # samples, exits, tokens, channels, bytes of bf16
+    assert found.boundaries == 2 * 6 * (16 + WORDS) * 32 * 4  # samples, exits, tokens, channels, bytes of float32
 
     # A product of 2 N C^2 for each pair of exits in a window, whatever the half.
     numbers = {key: own.moments[0].numel() * (16 if key.stream == "image" else WORDS) for key, own in sums.items()}
@@ -57,7 +59,7 @@ def test_ranges_cost_passes_and_save_memory(configured: Configured) -> None:
 
 def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None:
     teacher = configured("qwen", **QWEN_IMAGE)
-    found = costs(teacher, (16, 8, 8), batch_size=1, batches=2)
+    found = costs(teacher, batch_size=1, batches=2)
     assert found.passes == 5
     assert 2**34 < found.sums <= 2**35
     lane = Lane("image", 0, 60, 3072)

@@ -13,6 +13,7 @@ from ppcl_ds.probing import sums as sums_module
 from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.sums import Lane, add_capture, lanes_of, ranges, wanted_for, zero_sums
 from ppcl_ds.teacher.anatomy import Anatomy
+from tests.anatomies import anatomy_of
 from tests.conftest import TEACHERS
 from tests.probing.reference import (
     Activations,
@@ -67,7 +68,7 @@ def place(activations: Activations, key: tuple[int, str], half: int, side: int) 
 @pytest.mark.parametrize(("family", "unused"), [("qwen", ["text"]), ("flux", []), ("sd3", [])])
 def test_figures_are_those_of_stored_activations_and_held_out_chains(family: str, unused: list[str]) -> None:
     model = teacher(family)
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model)
     readings, activations = read(model, range(6))
     lanes = lanes_of(anatomy, readings[0][1], unused)
     found = measured(anatomy, readings, lanes)
@@ -130,7 +131,7 @@ def expect_row(
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_ranges_of_blocks_and_rows_over_ranks_change_nothing(at_once: int) -> None:
     model = teacher("flux")
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model)
     readings, _ = read(model, range(3))
     lanes = lanes_of(anatomy, readings[0][1], [])
     whole, parts = (
@@ -144,7 +145,7 @@ def test_ranges_of_blocks_and_rows_over_ranks_change_nothing(at_once: int) -> No
 
 def test_a_shorter_longest_span_leaves_out_longer_ones_alone() -> None:
     model = teacher("qwen")
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model)
     readings, _ = read(model, range(2))
     lanes = lanes_of(anatomy, readings[0][1], ["text"])
     long, short = measured(anatomy, readings, lanes, 8), measured(anatomy, readings, lanes, 3)
@@ -177,7 +178,7 @@ def test_a_block_that_is_affine_costs_nothing() -> None:
     model = teacher("qwen")
     for block in list(model.transformer_blocks)[2:5]:  # type: ignore[arg-type]
         block.forward = lambda hidden_states, encoder_hidden_states, **_: (encoder_hidden_states, hidden_states)
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model)
     readings, _ = read(model, range(4))
     lanes = lanes_of(anatomy, readings[0][1], ["text"])
     found = measured(anatomy, readings, lanes)

@@ -17,7 +17,7 @@ from ppcl_ds.probing.probe import check
 from ppcl_ds.probing.report import ProbeReport, load_report
 from ppcl_ds.probing.sums import Lane, Sums, zero_sums
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.teacher.teacher import open_teacher
 from tests.conftest import command
 from tests.ranks import run_ranks
 
@@ -69,7 +69,7 @@ class Folder:
 
     def read(self) -> None:
         self.recipe: Recipe = load_recipe(self.path)
-        self.teacher = Teacher(self.recipe.teacher.path)
+        self.teacher = open_teacher(self.recipe)
 
     def write(self, index: int, count: int, seed: int = 0) -> Path:
         """Range by range, the last first."""

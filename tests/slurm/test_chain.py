@@ -89,7 +89,7 @@ def test_each_step_ran_as_its_jobs(account: Account) -> None:
 
 def test_a_prompt_with_quotes_is_drawn(account: Account) -> None:
     account.shell(f"""
-        ppcl sample {account.quoted_run}/pruned/small/transformer --recipe my.yaml --prompt 'it'"'"'s "three"' \
+        ppcl sample {account.quoted_run}/pruned/small --prompt 'it'"'"'s "three"' \
             --steps 1 --out "it's a picture.png"
     """)
     assert (account.home / "it's a picture.png").stat().st_size

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -14,7 +15,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.teacher.anatomy import Anatomy, Streams
+from ppcl_ds.teacher.anatomy import Streams
+from tests.anatomies import anatomy_of
 from tests.conftest import TEACHERS, WAN
 
 
@@ -174,6 +176,10 @@ def run(model: nn.Module, case: Case) -> Tensor:
     return model(**case.inputs, return_dict=False)[0]
 
 
+def called(case: Case) -> Callable[[nn.Module], Tensor]:
+    return partial(run, case=case)
+
+
 def modules_of(model: nn.Module, case: Case) -> list[nn.Module]:
     return [block for name in case.lists for block in getattr(model, name)]
 
@@ -222,7 +228,7 @@ every_family = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @every_family
 def test_blocks_are_numbered_in_the_order_of_execution(case: Case) -> None:
     model = teacher_of(case)
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model, called(case))
     executed = [seen.module for seen in watch(model, case)]
     assert [block.index for block in anatomy.blocks] == list(range(sum(case.lists.values())))
     assert [anatomy.module(model, block) for block in anatomy.blocks] == executed
@@ -238,13 +244,13 @@ def test_every_list_has_a_closing_boundary_of_its_own(case: Case) -> None:
     for size in case.lists.values():
         expected += [(boundary + i, boundary + i + 1, i == size - 1) for i in range(size)]
         boundary += size + 1
-    assert [(b.entering, b.leaving, b.last) for b in Anatomy(teacher_of(case)).blocks] == expected
+    assert [(b.entering, b.leaving, b.last) for b in anatomy_of(teacher_of(case), called(case)).blocks] == expected
 
 
 @every_family
 def test_recorded_boundaries_are_what_plain_hooks_see(case: Case) -> None:
     model = teacher_of(case)
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model, called(case))
     with anatomy.record(model) as capture:
         run(model, case)
     for block, seen in zip(anatomy.blocks, watch(model, case), strict=True):
@@ -257,7 +263,7 @@ def test_recorded_boundaries_are_what_plain_hooks_see(case: Case) -> None:
 @torch.no_grad()
 def test_a_copy_of_a_block_called_on_what_was_recorded_gives_the_next_boundary(case: Case) -> None:
     model = teacher_of(case)
-    anatomy = Anatomy(model)
+    anatomy = anatomy_of(model, called(case))
     with anatomy.record(model) as capture:
         run(model, case)
     for block in anatomy.blocks:
@@ -269,8 +275,8 @@ def test_a_copy_of_a_block_called_on_what_was_recorded_gives_the_next_boundary(c
 @every_family
 def test_a_block_called_on_other_streams_gives_other_output(case: Case) -> None:
     model = teacher_of(case)
-    block = Anatomy(model).blocks[0]
-    with Anatomy(model).record(model) as capture:
+    block = anatomy_of(model, called(case)).blocks[0]
+    with anatomy_of(model, called(case)).record(model) as capture:
         run(model, case)
     streams = {stream: tensor + 1 for stream, tensor in capture.streams[block.entering].items()}
     output = block.call(modules_of(model, case)[0], streams, capture.conditioning[0])
@@ -282,7 +288,7 @@ def test_a_block_called_on_other_streams_gives_other_output(case: Case) -> None:
 def test_recording_leaves_the_model_and_its_output_alone(case: Case) -> None:
     model = teacher_of(case)
     before = run(model, case)
-    with Anatomy(model).record(model):
+    with anatomy_of(model, called(case)).record(model):
         during = run(model, case)
     assert torch.equal(during, before)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in modules_of(model, case))
@@ -291,7 +297,7 @@ def test_recording_leaves_the_model_and_its_output_alone(case: Case) -> None:
 @every_family
 def test_written_output_is_what_was_read(case: Case) -> None:
     model = teacher_of(case)
-    for block, seen in zip(Anatomy(model).blocks, watch(model, case), strict=True):
+    for block, seen in zip(anatomy_of(model, called(case)).blocks, watch(model, case), strict=True):
         written = block.write_output(block.read_output(seen.output))
         assert type(written) is type(seen.output)
         pairs: Sequence[tuple[Any, Any]] = [(written, seen.output)]
@@ -305,15 +311,15 @@ def test_the_anatomy_of_an_empty_model_is_that_of_the_full_one(case: Case) -> No
     model = teacher_of(case)
     with init_empty_weights():
         empty = getattr(diffusers, case.class_name)(**case.config)
-    assert Anatomy(empty).blocks == Anatomy(model).blocks
+    assert anatomy_of(empty, called(case)).blocks == anatomy_of(model, called(case)).blocks
     sizes = [sum(p.numel() for p in block.parameters()) for block in modules_of(model, case)]
-    assert [block.parameters for block in Anatomy(empty).blocks] == sizes
-    assert Anatomy(empty).block_parameters == sum(sizes)
+    assert [block.parameters for block in anatomy_of(empty, called(case)).blocks] == sizes
+    assert anatomy_of(empty, called(case)).block_parameters == sum(sizes)
 
 
-def test_a_model_without_known_blocks_is_refused_by_name() -> None:
+def test_a_model_without_lists_of_blocks_is_refused_by_name() -> None:
     model = diffusers.UNet2DModel(
         block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), layers_per_block=1
     )
     with pytest.raises(UserError, match="UNet2DModel"):
-        Anatomy(model)
+        anatomy_of(model, lambda unet: unet(noise(1, 3, 8, 8), 1))

@@ -6,7 +6,7 @@ Run as a module, this file is one of the two ranks.
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ppcl_ds import launch
-from ppcl_ds.data.batch import Prompts
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.shipped import shipped
-from ppcl_ds.teacher.call import caller_for
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.plugging import plugged
 from ppcl_ds.units.variant import assembled
+from tests.calls import answer, call_once, random_arguments
 from tests.conftest import TEACHERS, WAN
 from tests.ranks import run_ranks
 
@@ -51,16 +50,11 @@ def plan_of(family: str) -> Plan:
 
 @torch.no_grad()
 def velocity(family: str, model: nn.Module, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    embeds, pooled = torch.randn(2, 5, 16, generator=generator), torch.randn(2, 8, generator=generator)
     if family == "wan":
-        latents = torch.randn(2, 4, 2, 4, 4, generator=generator).to(dtype)
-        return model(latents, torch.tensor([200, 700]), embeds.to(dtype), return_dict=False)[0]
-    latents = torch.randn(2, 1, 8, 8, generator=generator).to(dtype)
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    prompts = Prompts(embeds, mask, pooled).to(torch.device("cpu"), dtype)
-    sigmas = torch.tensor([0.25, 0.75], dtype=dtype)
-    return caller_for(FAMILIES[family][0])(model, latents, prompts, sigmas)
+        generator = torch.Generator().manual_seed(seed)
+        embeds, latents = (torch.randn(2, *s, generator=generator).to(dtype) for s in ((5, 16), (4, 2, 4, 4)))
+        return model(latents, torch.tensor([200, 700]), embeds, return_dict=False)[0]
+    return answer(model, random_arguments(FAMILIES[family][0], seed, lengths=(5, 3), dtype=dtype))
 
 
 def be_a_rank(folder: Path) -> None:
@@ -75,7 +69,7 @@ def be_a_rank(folder: Path) -> None:
     config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0}
     found: dict[str, Any] = {}
     for family in FAMILIES:
-        teacher = Teacher(folder / family)
+        teacher = Teacher(folder / family, run=partial(velocity, family, dtype=torch.float32, seed=0))
         for name, dtype in DTYPES.items():
             engine = load_teacher(teacher, config, dtype, None)
             parameters: list[Any] = list(engine.module.parameters())
@@ -147,7 +141,7 @@ def test_each_of_two_ranks_holds_half_and_nothing_whole(folder: Path, family: st
 @pytest.mark.parametrize("variant", ["both", "second"])
 @pytest.mark.parametrize("family", SPANS)
 def test_a_plugged_variant_computes_what_the_assembled_model_does(folder: Path, family: str, variant: str) -> None:
-    teacher = Teacher(folder / family)
+    teacher = Teacher(folder / family, run=call_once)
     model = assembled(teacher, plan_of(family), variant, None)
     expected = velocity(family, model, torch.float32, seed=7)
     for rank in range(RANKS):

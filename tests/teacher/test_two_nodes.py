@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import nn
 
 from ppcl_ds import launch
-from ppcl_ds.data.batch import Prompts
-from ppcl_ds.data.noising import NoisyBatch
+from ppcl_ds.data.batch import Size
 from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.anatomy import Capture, Wanted
-from ppcl_ds.teacher.call import caller_for
+from ppcl_ds.teacher.noising import NoisyBatch
 from ppcl_ds.teacher.teacher import Teacher, read_teacher
+from tests.calls import answer, call_once, random_arguments
 from tests.conftest import TEACHERS
 from tests.ranks import environment, fresh
 
@@ -39,17 +39,9 @@ WANTED = {
 }
 
 
-def batch_of(seed: int) -> NoisyBatch:
-    generator = torch.Generator().manual_seed(seed)
-    embeds, pooled = torch.randn(2, 5, 16, generator=generator), torch.randn(2, 8, generator=generator)
-    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
-    latents = torch.randn(2, 1, 8, 8, generator=generator)
-    return NoisyBatch(latents, Prompts(embeds, mask, pooled), torch.tensor([0.25, 0.75]), torch.zeros_like(latents))
-
-
-def velocity(family: str, model: nn.Module, batch: NoisyBatch) -> torch.Tensor:
-    with torch.no_grad():
-        return caller_for(TEACHERS[family][0])(model, batch.latents, batch.prompts, batch.sigmas)
+def batch_of(family: str, seed: int) -> NoisyBatch:
+    arguments = random_arguments(TEACHERS[family][0], seed, lengths=(5, 3))
+    return NoisyBatch(arguments, torch.zeros_like(arguments["hidden_states"]), Size(8, 8))
 
 
 def note(ran: list[int], block: int, *call: Any) -> None:
@@ -77,15 +69,15 @@ def be_a_rank(folder: Path) -> None:
     everything_sharded = stock["zero_optimization"] | {"stage3_param_persistence_threshold": 0}
     found: dict[str, Any] = {}
     for family in FAMILIES:
-        teacher, batch = Teacher(folder / family), batch_of(rank)
+        teacher, batch = Teacher(folder / family, run=call_once), batch_of(family, rank)
         anatomy = teacher.anatomy
         engine = load_teacher(teacher, stock, torch.float32, None)
-        found[f"{family} with small parameters whole"] = velocity(family, engine, batch)
+        found[f"{family} with small parameters whole"] = answer(engine, batch.arguments)
 
         engine = load_teacher(teacher, stock | {"zero_optimization": everything_sharded}, torch.float32, None)
         parameters: list[Any] = list(engine.module.parameters())
         found[f"{family} held"] = sum(p.ds_secondary_tensor.numel() for p in parameters)
-        found[f"{family} velocity"] = velocity(family, engine, batch)
+        found[f"{family} velocity"] = answer(engine, batch.arguments)
         forget_order(engine)
         ran: list[int] = []
         for block in anatomy.blocks:
@@ -97,13 +89,13 @@ def be_a_rank(folder: Path) -> None:
             left.append(gathered(engine))
         found[f"{family} capture"], found[f"{family} ran"] = (capture.streams, capture.conditioning), list(ran)
         found[f"{family} left gathered"] = left
-        found[f"{family} velocity afterwards"] = velocity(family, engine, batch)
+        found[f"{family} velocity afterwards"] = answer(engine, batch.arguments)
         # Whoever gathered from the partition over all ranks, or from the other node, would see these.
         for parameter in parameters:
             parameter.ds_tensor.fill_(torch.nan)
             if rank >= RANKS_PER_NODE:
                 parameter.ds_secondary_tensor.fill_(torch.nan)
-        found[f"{family} poisoned"] = velocity(family, engine, batch)
+        found[f"{family} poisoned"] = answer(engine, batch.arguments)
     torch.save(found, folder / f"rank{rank}.pt")
     launch.leave()
     launch.end()
@@ -148,7 +140,7 @@ def test_every_rank_computes_what_the_stock_model_does(found: tuple[Path, list[d
     made, ranks = found
     model = stock_model(made, family)
     for rank, own in enumerate(ranks):
-        expected = velocity(family, model, batch_of(rank))
+        expected = answer(model, batch_of(family, rank).arguments)
         for run in ("with small parameters whole", "velocity", "velocity afterwards"):
             assert torch.equal(own[f"{family} {run}"], expected), run
 
@@ -169,10 +161,10 @@ def test_gathers_stay_inside_a_node(found: tuple[Path, list[dict[str, Any]]], fa
 def test_a_forward_ends_behind_the_last_wanted_boundary(found: tuple[Path, list[dict[str, Any]]], family: str) -> None:
     made, ranks = found
     model, wanted = stock_model(made, family), WANTED[family]
-    teacher = Teacher(made / family)
+    teacher = Teacher(made / family, run=call_once)
     for rank, own in enumerate(ranks):
         assert own[f"{family} ran"] == list(range(wanted.last + 1))
-        whole: Capture = read_teacher(model, teacher, batch_of(rank))
+        whole: Capture = read_teacher(model, teacher, batch_of(family, rank))
         streams, conditioning = own[f"{family} capture"]
         blocks = teacher.blocks
         assert streams.keys() == {blocks[u].entering for u in wanted.calls} | {blocks[v].leaving for v in wanted.exits}

@@ -2,7 +2,8 @@
 
 `DIE=RANK:PLACE:COUNT` kills that rank with SIGKILL the COUNT-th time it gets to the place: `forward` (inside the
 teacher's forward), `exchange` (between what it receives) or `checkpoint` (its file written by half). At the place
-`data` it does not die but waits for its next micro-batch for ever.
+`data` it does not die but waits for its next micro-batch for ever; at `full` it goes on, after it has filled the disk
+on which its checkpoint is to be written.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ppcl_ds.cli import main
-from ppcl_ds.data import noising
-from ppcl_ds.teacher import anatomy
+from ppcl_ds.teacher import anatomy, noising
 
 RANK, PLACE, COUNT = os.environ["DIE"].split(":")
 passed = 0
@@ -29,7 +31,7 @@ def dies(function: Callable[..., Any], last_words: Callable[..., None] = lambda 
     def until_its_time(*arguments: Any, **options: Any) -> Any:
         global passed
         passed += 1
-        if os.environ["RANK"] == RANK and passed == int(COUNT):
+        if os.environ.get("RANK") == RANK and passed == int(COUNT):
             last_words(*arguments, **options)
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
@@ -37,8 +39,21 @@ def dies(function: Callable[..., Any], last_words: Callable[..., None] = lambda 
     return until_its_time
 
 
-def half_a_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def half_a_file(tensors: dict[str, torch.Tensor], path: Path, *_: Any) -> None:
     path.write_bytes(b"\0" * sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def fill_the_disk(write: Callable[..., Any]) -> Callable[..., Any]:
+    def when_it_is_full(tensors: dict[str, torch.Tensor], path: Path, *rest: Any) -> Any:
+        global passed
+        passed += 1
+        if os.environ["RANK"] == RANK and passed == int(COUNT):
+            with suppress(OSError), (path.parents[1] / "filler").open("wb", buffering=0) as file:
+                while True:
+                    file.write(b"\0" * 4096)
+        return write(tensors, path, *rest)
+
+    return when_it_is_full
 
 
 if __name__ == "__main__":
@@ -52,5 +67,6 @@ if __name__ == "__main__":
     else:
         from ppcl_ds.training import saver
 
-        saver.save_file = dies(saver.save_file, half_a_file)
+        changed = fill_the_disk if PLACE == "full" else partial(dies, last_words=half_a_file)
+        saver.write_tensors = changed(saver.write_tensors)
     main()

@@ -21,7 +21,7 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command, make_recipe
 from tests.plans import ten_spans
-from tests.ranks import Done, environment, fresh, ranks_of, torchrun
+from tests.ranks import Done, environment, fresh, ranks_of, run
 
 PLAN = ten_spans()
 STEPS = 8
@@ -67,7 +67,6 @@ def expect_same(path: Path, other: Path) -> None:
     torch.testing.assert_close(weights, expected_weights, rtol=0, atol=0)
 
 
-@pytest.mark.launcher
 def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
     new_run: Callable[..., Path], uninterrupted: Path
 ) -> None:
@@ -77,9 +76,8 @@ def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
         began = time.monotonic()
         done = run_dying(path, death)
         assert done.returncode != 0
-        assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+        assert "was ended by SIGKILL" in done.stderr, done.stderr
         assert time.monotonic() - began < 90
-        assert not ranks_of(path)
         assert newest_checkpoint(folder).contents.step == newest
     assert (folder / "step-000006.partial").exists()  # what the last one was killed at
     command("distill", path)
@@ -89,11 +87,11 @@ def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
 
 @pytest.mark.launcher
 def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path], uninterrupted: Path) -> None:
-    """On a disk with room for one checkpoint; then on a larger one."""
+    """On a disk that somebody fills after the first checkpoint; then on another one."""
     path = new(new_run)
     recipe = load_recipe(path)
     one = next(load_recipe(uninterrupted).distillation.checkpoints.glob("step-*"))
-    size = int(1.5 * sum(file.stat().st_size for file in one.iterdir()))
+    size = int(3.5 * sum(file.stat().st_size for file in one.iterdir()))
     recipe.distillation.checkpoints.mkdir(parents=True)
     small_disk = """
         mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99
@@ -103,13 +101,13 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
         cp -r "$folder" "$folder saved"
         exit $code
     """
-    distilling = fresh("ppcl_ds.cli", "distill", path)
+    distilling = fresh("tests.training.dying", "distill", path)
     done = subprocess.run(
         [*OWN_MOUNTS, "sh", "-c", small_disk, "sh", str(size), str(recipe.distillation.checkpoints), *distilling],
         capture_output=True,
         text=True,
         timeout=200,
-        env=environment(),
+        env=environment({"DIE": "0:full:2"}),
     )
     printed = done.stdout + done.stderr
     for step in (4, 6):
@@ -119,6 +117,7 @@ def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path],
     assert done.returncode not in (0, 99), printed
     recipe.distillation.checkpoints.rmdir()
     Path(f"{recipe.distillation.checkpoints} saved").rename(recipe.distillation.checkpoints)
+    (recipe.distillation.checkpoints / "filler").unlink()
     assert sorted(file.name for file in recipe.distillation.checkpoints.iterdir()) == ["latest", "step-000002"]
     command("distill", path)
     expect_same(path, uninterrupted)
@@ -133,29 +132,27 @@ def test_a_rank_that_does_not_answer_is_named_and_the_run_ends(new_run: Callable
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
-    ) as run:
-        assert run.stdout is not None
-        for line in run.stdout:  # the first progress line: the ranks are training
+    ) as distilling:
+        assert distilling.stdout is not None
+        for line in distilling.stdout:  # the first progress line: the ranks are training
             if "distill: " in line:
                 break
         [still] = [pid for pid in ranks_of(path) if psutil.Process(pid).environ().get("RANK") == "1"]
         os.kill(still, signal.SIGSTOP)
         began = time.monotonic()
-        _, printed = run.communicate(timeout=120)
-    assert time.monotonic() - began < 80  # the time-out, and 30 s that the launcher gives the ranks to end
-    assert run.returncode != 0
+        _, printed = distilling.communicate(timeout=120)
+    assert time.monotonic() - began < 50  # several time-outs
+    assert distilling.returncode != 0
     expect_named(printed, "error: rank 1 on ", "does not answer in phase '")
     assert not ranks_of(path)
 
 
-@pytest.mark.launcher
 def test_a_rank_that_waits_for_its_data_is_named_and_the_run_ends(new_run: Callable[..., Path]) -> None:
     path = new(new_run, timeout=6)
-    done = run_dying(path, "1:data:5")
+    done = run_dying(path, "1:data:6")
     assert done.returncode != 0
-    # A rank reads two micro-batches a step: the fifth is the first one of step 3.
+    # A rank reads two micro-batches a step, each while it trains on the one before: the sixth in step 3.
     expect_named(done.stderr, "error: rank 1 on ", "stands still in phase 'data' of step 3; the others have waited")
-    assert not ranks_of(path)
 
 
 def expect_named(printed: str, *words: str) -> None:
@@ -165,4 +162,4 @@ def expect_named(printed: str, *words: str) -> None:
 
 
 def run_dying(path: Path, death: str) -> Done:
-    return torchrun("tests.training.dying", "distill", path, env={"DIE": death})
+    return run("tests.training.dying", "distill", path, env={"DIE": death})

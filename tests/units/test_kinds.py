@@ -14,15 +14,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from ppcl_ds.data.noising import NoisyStream
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from ppcl_ds.watch.tensorboard import read_scalars
+from tests.calls import answer
 from tests.conftest import command, make_recipe
 from tests.ranks import run_ranks
 from tests.units.mean_attention import HEADS
@@ -57,7 +58,7 @@ def trained(prepared: Callable[[str], Path], tmp_path_factory: pytest.TempPathFa
 
 def with_mean_attention(recipe: Any, state: dict[str, torch.Tensor]) -> Any:
     """The stock model, the attention of its third single block replaced by hand."""
-    model = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path).eval()
+    model = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path / "transformer").eval()
 
     def attend(hidden_states: torch.Tensor, **others: Any) -> torch.Tensor:
         heads = torch.stack(hidden_states.chunk(HEADS, dim=-1))
@@ -78,10 +79,10 @@ def test_it_is_trained_and_plugged_into_the_sharded_teacher(trained: Path) -> No
     fresh = plan().unit("mean").behaviour.build(plan().unit("mean"), teacher, torch.float32).core.state_dict()
     assert all(not torch.equal(state[name], fresh[name]) for name in fresh)
 
-    [(_, batch)] = islice(NoisyStream(recipe, "heldout", PREVIEW, torch.device("cpu")).take(0, 1), 1)
-    stock = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path).eval()
+    [(_, batch)] = islice(NoisyStream(recipe, teacher.call, "heldout", PREVIEW).take(0, 1), 1)
+    stock = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path / "transformer").eval()
     models = (stock, with_mean_attention(recipe, state))
-    true, own = (teacher.caller(model, batch.latents, batch.prompts, batch.sigmas) for model in models)
+    true, own = (answer(model, batch.arguments) for model in models)
     [(step, figure)] = read_scalars(recipe.distillation.board)["heldout/velocity_mse/mean"]
     assert step == STEPS
     assert figure == pytest.approx(float((own - true).square().mean()), rel=1e-4)
@@ -91,7 +92,7 @@ def test_it_is_trained_and_plugged_into_the_sharded_teacher(trained: Path) -> No
 def test_what_it_saves_is_counted(trained: Path) -> None:
     recipe = load_recipe(trained)
     teacher = open_teacher(recipe)
-    stock = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path)
+    stock = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path / "transformer")
     attention = sum(p.numel() for p in stock.single_transformer_blocks[2].attn.parameters())
     own = 32 // HEADS * 32 + 32
     unit = plan().unit("mean")

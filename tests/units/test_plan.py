@@ -14,6 +14,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
 from tests.conftest import TEACHERS, make_teacher
+from tests.pipelines import OPTIONS
 
 PLAN = Plan(
     teacher="FluxTransformer2DModel",
@@ -36,7 +37,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
     for family in TEACHERS:
         folder = tmp_path_factory.mktemp(family)
         make_teacher(family, folder)
-        made[family] = Teacher(folder)
+        made[family] = Teacher(folder, options=OPTIONS[family])
     return made
 
 
@@ -121,7 +122,7 @@ COMPLAINTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "span backwards": ({"units": [{"name": "back", "span": [3, 1], "streams": ["image"]}]}, ["back", "[3, 1]"]),
     "span of three numbers": ({"units": [{"name": "odd", "span": [0, 1, 2], "streams": ["image"]}]}, ["span"]),
     "unknown unit": ({"variants": {"8B": ["early", "lost"]}}, ["8B", "lost"]),
-    "unknown stream": ({"units": [{"name": "early", "span": [0, 2], "streams": ["audio"]}]}, ["streams"]),
+    "unknown stream": ({"units": [{"name": "early", "span": [0, 2], "streams": ["audio"]}]}, ["returns only"]),
     "no stream": ({"units": [{"name": "deaf", "span": [0, 2], "streams": []}], "variants": {}}, ["streams"]),
     "a stream twice": ({"units": [{"name": "echo", "span": [0, 2], "streams": ["text", "text"]}]}, ["echo", "twice"]),
     "a variant called teacher": ({"variants": {"teacher": ["early"]}}, ["variant 'teacher'"]),

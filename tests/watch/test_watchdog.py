@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ppcl_ds.watch.watchdog import Watchdog
@@ -24,7 +25,9 @@ def be_a_rank(task: str, watching: Path) -> None:
         dist.init_process_group("gloo")
     else:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    with Watchdog(TIMEOUT) as watch:
+    if task == "remembers":  # as torch does where it has NCCL
+        torch._C._distributed_c10d._dump_nccl_trace = lambda: b"the last collectives"  # type: ignore[attr-defined]
+    with Watchdog(TIMEOUT, watching.with_name("flights")) as watch:
         watch.step = 7
         watch.on_phase("long")
         watching.touch()
@@ -77,6 +80,13 @@ def test_a_rank_that_stands_still_ends_though_the_store_is_gone(tmp_path: Path) 
     assert "error: nothing has moved in phase 'long' of step 7 for 3 s" in done.stderr
     assert "store on localhost does not answer" in done.stderr
     assert seconds < 3 * TIMEOUT
+
+
+def test_a_rank_that_ends_leaves_what_nccl_remembers(tmp_path: Path) -> None:
+    done, _ = watched("remembers", tmp_path, lose_the_store=False)
+    assert done.returncode == 1
+    assert "error: every rank: nothing has moved in phase 'long'" in done.stderr
+    assert (tmp_path / "flights" / "flight_recorder_0").read_bytes() == b"the last collectives"
 
 
 @pytest.mark.launcher

@@ -1,0 +1,223 @@
+"""What should units be trained on, and how often is a teacher forward worth using? On the digits, equal unit-steps.
+
+    python -m benchmarks.sources [--json FILE] [--quick]
+
+Real images; images that the teacher drew first; its own trajectories, with and without guidance; and both with every
+forward used several times, from rings of several lengths. All train the same plan (-50 %) with the same number of
+optimizer steps. Needs the demo's teacher (`make demo`); what is already trained is not trained again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import typer
+import yaml
+from torch import Tensor
+
+from benchmarks.digits import Judge, Library, cell, ppcl, write_recipe
+from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
+from data_tools.encode import encode
+from data_tools.shard import shard
+from ppcl_ds.console import track
+from ppcl_ds.data.stream import MicroBatchStream
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.teacher.drawing import Drawing
+from ppcl_ds.teacher.heldout import mean_squared
+from ppcl_ds.teacher.noising import NoisyStream
+from ppcl_ds.teacher.pipeline_files import open_pipeline
+from ppcl_ds.teacher.teacher import open_teacher
+
+GUIDANCE = 1.25
+"""At which the demo draws."""
+
+DRAWN_STEPS = 20
+"""Of the images that are drawn first."""
+
+VARIANT = "-50 %"
+COLUMNS = ("velocity_mse", "guided_mse", "short_mse", "sample_mse", "frechet", "accuracy")
+TITLES = ("velocity MSE", "guided velocity MSE", "4-step MSE", "20-step MSE", "Fréchet", "accuracy")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a library is trained on.
+
+    Attributes:
+        distill: changes of the recipe's section.
+        drawn: whether the images are the teacher's.
+    """
+
+    name: str
+    distill: dict[str, Any]
+    drawn: bool = False
+
+    @property
+    def forwards_a_step(self) -> float:
+        """Of the teacher, for a step's samples."""
+        guided = self.distill.get("trajectories", {}).get("guidance", [1, 1])[1] > 1
+        return (1 + guided) / self.distill.get("replay", {}).get("uses", 1)
+
+
+def _replayed(uses: int, ring: int, **more: Any) -> dict[str, Any]:
+    return {"replay": {"uses": uses, "ring": ring}, **more}
+
+
+GUIDED: dict[str, Any] = {"trajectories": {"guidance": [GUIDANCE, GUIDANCE]}}
+REAL, CAPTIONS = "real images", "trajectories, guided"
+SOURCES = (
+    Source(REAL, {}),
+    Source("images drawn first", {}, drawn=True),
+    Source(CAPTIONS, GUIDED),
+    Source("trajectories, without guidance", {"trajectories": {}}),
+    *(Source(f"{REAL}, {uses} uses, ring {ring}", _replayed(uses, ring)) for uses, ring in ((4, 8), (8, 32))),
+    *(
+        Source(f"{CAPTIONS}, {uses} uses, ring {ring}", _replayed(uses, ring, **GUIDED))
+        for uses, ring in ((2, 8), (4, 8), (4, 32), (8, 32))
+    ),
+)
+
+
+def train(folder: Path, source: Source, seed: int, steps: int) -> Path:
+    """Train a library; returns its recipe. How long it took lies beside it, in `seconds.json`."""
+    run = folder / f"{source.name.replace(' ', '_').replace(',', '')}-{seed}"
+    path = write_recipe(run, seed, steps)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["plan"]["variants"] = {VARIANT: 0.5}
+    recipe["distill"] |= source.distill
+    if source.drawn:
+        recipe["data"]["shards"] = str(folder / "drawn" / "shards")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    if not (run / "seconds.json").exists():
+        ppcl("plan", path)
+        began = time.monotonic()
+        ppcl("distill", path)
+        (run / "seconds.json").write_text(json.dumps(time.monotonic() - began))
+    return path
+
+
+def draw_first(folder: Path) -> None:
+    """Have the teacher draw a picture for every training caption of the demo, and encode these."""
+    path = write_recipe(folder / "drawn", 0, 1)
+    raw = yaml.safe_load(path.read_text())
+    raw["data"] |= {"source": str(folder / "drawn" / "images"), "shards": str(folder / "drawn" / "shards")}
+    captions = [sample.caption for sample in _samples(path)]
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    recipe = load_recipe(path)
+    images = Path(recipe.data.sources[0])
+    if (recipe.data.shards / "encoded" / "index.json").exists():
+        return
+    images.mkdir(parents=True, exist_ok=True)
+    names = ["text_encoder", "transformer", "vae"]
+    pipe = open_pipeline(recipe.teacher.path, names, "cpu", torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(0, len(captions), 200):
+        some = captions[start : start + 200]
+        drawn = pipe(some, num_inference_steps=DRAWN_STEPS, true_cfg_scale=GUIDANCE, generator=generator).images
+        for number, (caption, image) in enumerate(zip(some, drawn, strict=True), start):
+            image.save(images / f"{number:04d}.png")
+            (images / f"{number:04d}.txt").write_text(caption)
+    shard(recipe.data)
+    encode(recipe)
+
+
+def _samples(path: Path) -> list[Any]:
+    recipe = load_recipe(path)
+    stream = MicroBatchStream(recipe.data, "train", 1, 0, recipe.bad_samples)
+    return [stream.sample(0, number) for number in range(len(stream))]
+
+
+class Closer:
+    """What a model does with guidance, and how far it draws from the teacher in four steps."""
+
+    def __init__(self, judge: Judge, path: Path) -> None:
+        self.judge, recipe = judge, load_recipe(path)
+        self.teacher = open_teacher(recipe)
+        few = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"steps": 4})})
+        stored = NoisyStream(recipe, self.teacher.call, "heldout", 1)
+        samples = [batch.samples[0] for _, batch in islice(stored.clean.take(0, 1), 200)]
+        self.drawings = Drawing.several(few, self.teacher.call, stored.noiser, samples, 100)
+        self.branches = []
+        for dropped in (0.0, 1.0):  # with the prompts, and without; the same noise
+            noise = recipe.noise.model_copy(update={"caption_dropout": dropped})
+            stream = NoisyStream(recipe.model_copy(update={"noise": noise}), self.teacher.call, "heldout", 50)
+            self.branches.append([batch for _, batch in islice(stream.take(0, 1), 8)])
+
+    @torch.no_grad()
+    def of(self, model: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Guided velocities, and latents after four steps."""
+        said = [[self.teacher.answer(model, batch) for batch in branch] for branch in self.branches]
+        guided = [bare + GUIDANCE * (own - bare) for own, bare in zip(*said, strict=True)]
+        answers = {self.teacher.component: lambda arguments: model(**arguments | {"return_dict": False})[0]}
+        return guided, [drawing.draw(answers)[0] for drawing in self.drawings]
+
+
+def measured(path: Path, judge: Judge, closer: Closer, teacher: tuple[list[Tensor], list[Tensor]]) -> dict[str, float]:
+    """All figures of a run, from its folder if they were taken before."""
+    file = path.with_name("figures.json")
+    if not file.exists():
+        library = Library(path)
+        model = library.model(library.plan.variants[VARIANT]).eval()
+        guided, short = closer.of(model)
+        figures = judge.of(model)
+        found = {name: float(getattr(figures, name)) for name in ("velocity_mse", "sample_mse", "frechet", "accuracy")}
+        found |= {"guided_mse": mean_squared(guided, teacher[0]), "short_mse": mean_squared(short, teacher[1])}
+        file.write_text(json.dumps(found, indent=1))
+    return dict(json.loads(file.read_text())) | {"seconds": json.loads(path.with_name("seconds.json").read_text())}
+
+
+def _rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
+    rows = []
+    for name in found:
+        if name != REAL:
+            for column in ("frechet", "accuracy"):
+                ours, other = ([each[column] for each in found[which]] for which in (name, REAL))
+                spread = f"; spread of {REAL} {stdev(other):.2g}" if len(other) > 1 else ""
+                rows.append(row_of_pairs(f"{name} / {REAL}", ours, other, column, f"{column}{spread}"))
+    return rows
+
+
+def print_figures(found: dict[str, list[dict[str, float]]], sources: Sequence[Source], steps: int) -> None:
+    """Mean and spread over seeds, a row each source, as Markdown."""
+    print(f"| trained on | {' | '.join(TITLES)} | teacher forwards | seconds |\n|{'---|' * (len(TITLES) + 3)}")
+    for source in sources:
+        each = found[source.name]
+        cells = [cell([own[column] for own in each]) for column in COLUMNS]
+        forwards = round(steps * source.forwards_a_step)
+        seconds = mean(own["seconds"] for own in each)
+        print(f"| {source.name} | {' | '.join(cells)} | {forwards} | {seconds:.0f} |")
+
+
+def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+    """Print the figures of every source, and Fréchet distance and accuracy over those of real images."""
+    folder = Path("runs/sources-quick" if quick else "runs/sources")
+    seeds, steps = (1, 20) if quick else (3, 600)
+    sources = (SOURCES[0], SOURCES[2], SOURCES[-2]) if quick else SOURCES
+    if any(source.drawn for source in sources):
+        draw_first(folder)
+    first = write_recipe(folder / "teacher", 0, 1)
+    judge = Judge(load_recipe(first))
+    closer = Closer(judge, first)
+    files = closer.teacher.files
+    assert files.model_class is not None
+    teacher = closer.of(files.model_class.from_pretrained(files.folder).eval())
+    found: dict[str, list[dict[str, float]]] = {}
+    jobs = [(source, seed) for seed in range(seeds) for source in sources]
+    for source, seed in track(jobs, "train and judge libraries", len(jobs)):
+        path = train(folder, source, seed, steps)
+        found.setdefault(source.name, []).append(measured(path, judge, closer, teacher))
+    print_figures(found, sources, steps)
+    show("Trained on something else, over real images", _rows(found), json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)

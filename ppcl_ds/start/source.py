@@ -1,0 +1,195 @@
+"""A first look at a source: how large its first images are. What is wrong in it, `ppcl-data shard` says."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import math
+import os
+import re
+import tarfile
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from webdataset.shardlists import expand_urls
+
+from ppcl_ds.data.images import open_header
+from ppcl_ds.data.index import IMAGE_SUFFIXES
+from ppcl_ds.errors import UserError, brief, missing, shown
+
+LOOKED = 256
+"""Images that are looked at."""
+
+_HEADER = 1 << 16
+"""Bytes of a file that most headers lie in."""
+
+_CAPTIONS = (".txt", ".json")
+_TABLES = (".jsonl", ".csv", ".parquet")
+
+Pixels = tuple[int, int]
+"""Width and height."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the first images of a source are like.
+
+    Attributes:
+        images: their sizes, at most `LOOKED`; none of a source that was not looked at, as it has to be fetched.
+        captions: whether there are captions alone.
+    """
+
+    images: tuple[Pixels, ...]
+    captions: bool = False
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are in all; None: nobody has counted."""
+        return len(self.images) if 0 < len(self.images) < LOOKED else None
+
+    @property
+    def side(self) -> int | None:
+        """Nine in ten of them have at least side x side pixels; None: nobody knows."""
+        pixels = sorted(width * height for width, height in self.images)
+        return math.isqrt(pixels[len(pixels) // 10]) if pixels else None
+
+    @property
+    def squares(self) -> bool:
+        """Whether nine in ten of them are squares, or nearly."""
+        oblong = sum(max(each) > 1.1 * min(each) for each in self.images)
+        return bool(self.images) and oblong <= len(self.images) // 10
+
+
+def look(source: str) -> Look:
+    """Read the headers of the first images of a source.
+
+    Raises:
+        UserError: it is none; the message says what one is.
+    """
+    if re.match(r"pipe:|\w+://", source):
+        return Look(())
+    if all(path.suffix.lower() == ".txt" for path in _paths(source)):
+        return Look((), captions=True)
+    every = (pixels for path in _paths(source) for pixels in _sizes(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        images = tuple(islice(every, LOOKED))
+    if not images:
+        raise UserError(
+            f"source {shown(source)}: no image ({', '.join(IMAGE_SUFFIXES[:3])}, ...) with a caption was found in it; "
+            "beside NAME.png lies NAME.txt, or a table names both (docs/data.md)"
+        )
+    return Look(images)
+
+
+def _paths(source: str) -> Iterator[Path]:
+    """The files or the folder that it names."""
+    if Path(source).exists():
+        yield Path(source)
+        return
+    try:
+        names = list(expand_urls(source))
+    except ValueError as fault:
+        raise UserError(f"source {shown(source)}: {brief(fault)}") from None
+    for name in names:
+        for path in map(Path, sorted(glob.glob(name)) or [name]):
+            if not path.exists():
+                raise UserError(f"source {missing(path)}")
+            yield path
+
+
+def _sizes(path: Path) -> Iterator[Pixels]:
+    kind = path.suffix.lower()
+    if path.is_dir():
+        return _in_folder(path)
+    if kind == ".tar":
+        return _in_tar(path)
+    if kind in _TABLES:
+        return _in_table(path)
+    raise UserError(f"source {shown(path)}: neither a folder, nor a table ({', '.join(_TABLES)}), nor a shard (.tar)")
+
+
+def _in_folder(top: Path) -> Iterator[Pixels]:
+    for folder, below, names in os.walk(top, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
+        there = {name.lower() for name in names}
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder, name)
+            kind = path.suffix.lower()
+            if kind == ".tar" or kind == ".parquet" or name in ("metadata.jsonl", "metadata.csv"):
+                yield from _sizes(path)
+            elif kind[1:] in IMAGE_SUFFIXES and any(path.stem.lower() + each in there for each in _CAPTIONS):
+                yield from _in_file(path)
+
+
+def _in_tar(path: Path) -> Iterator[Pixels]:
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                file = tar.extractfile(member) if Path(member.name).suffix.lower()[1:] in IMAGE_SUFFIXES else None
+                if file:
+                    yield from _size(file)
+    except (tarfile.TarError, OSError) as fault:
+        raise UserError(f"source {shown(path)}: it cannot be read ({brief(fault)})") from None
+
+
+def _in_table(path: Path) -> Iterator[Pixels]:
+    """Of a row the first value that is an image, or the path of one."""
+    read = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()]
+    try:
+        for row in islice(read(path), LOOKED):
+            yield from islice((size for value in row for size in _in_value(value, path.parent)), 1)
+    except (OSError, ValueError, csv.Error) as fault:  # pyarrow's own are of these
+        raise UserError(f"source {shown(path)}: it cannot be read ({brief(fault)})") from None
+
+
+def _json_lines(path: Path) -> Iterator[list[Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for line in filter(str.strip, file):
+            with suppress(ValueError):  # `ppcl-data shard` names it
+                row = json.loads(line)
+                yield list(row.values()) if isinstance(row, dict) else []
+
+
+def _csv(path: Path) -> Iterator[list[Any]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        yield from islice(csv.reader(file), 1, None)
+
+
+def _parquet(path: Path) -> Iterator[list[Any]]:
+    import pyarrow.parquet  # takes a while
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(16):
+            yield from (list(row.values()) for row in batch.to_pylist())
+
+
+def _in_value(value: Any, folder: Path) -> Iterator[Pixels]:
+    if isinstance(value, dict):  # Hugging Face's images: bytes, a path, or both
+        yield from islice((size for each in value.values() for size in _in_value(each, folder)), 1)
+    elif isinstance(value, bytes):
+        yield from _size(io.BytesIO(value))
+    elif isinstance(value, str) and os.path.splitext(value)[1].lower()[1:] in IMAGE_SUFFIXES and "\0" not in value:
+        yield from _in_file(folder / value)
+
+
+def _in_file(path: Path) -> Iterator[Pixels]:
+    with suppress(OSError), path.open("rb") as file:
+        yield from _size(file)
+
+
+def _size(file: BinaryIO | Any) -> Iterator[Pixels]:
+    """Of an image; nothing where there is none, which `ppcl-data shard` names."""
+    for most in (_HEADER, -1):
+        file.seek(0)
+        with suppress(ValueError):
+            yield open_header(file.read(most)).size
+            return

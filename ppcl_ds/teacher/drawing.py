@@ -1,0 +1,83 @@
+"""Drawing by the stock pipeline from prompts that lie encoded, with any transformer's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppcl_ds.data.batch import Batch, Prompt, Sample
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.noising import Noiser
+from ppcl_ds.teacher.pipeline_call import Arguments, PipelineCall
+
+
+class Drawing:
+    """What is drawn, the same for every model: prompts of some samples, and noise.
+
+    Args:
+        noiser: joins their prompts.
+        samples: of one size.
+        first: number of the first one; each has noise of its own.
+
+    Raises:
+        UserError: with the recipe's guidance, these prompts cannot be read.
+    """
+
+    def __init__(self, recipe: Recipe, call: PipelineCall, noiser: Noiser, samples: Batch, first: int = 0) -> None:
+        self.call, self.size = call, samples.size
+        self.steps, self.guidance = recipe.evaluate.steps, recipe.evaluate.guidance
+        layout, shape = call.to_vae(samples.size), call.latents_shape(samples.size)[1:]
+        seeds = range(recipe.seed + first, recipe.seed + first + len(samples.samples))
+        self.noise = torch.cat([layout.noise(1, shape, torch.Generator().manual_seed(seed)) for seed in seeds])
+        self.prompt = self._joined(noiser, samples).to(noiser.dtype)
+
+    def _joined(self, noiser: Noiser, samples: Batch) -> Prompt:
+        """The prompts together, as they are read with the recipe's guidance."""
+        prompt = noiser.batches.joined([sample.prompt for sample in samples.samples])
+        if self.guidance <= 1 or self.call.embeds_guidance:
+            return prompt
+        if noiser.texts.guiding is None:
+            raise UserError(
+                f"{self.call.folder}: what {type(self.call.pipe).__name__} reads with guidance cannot be made of "
+                "stored prompts; set evaluate.guidance: 1"
+            )
+        empty = noiser.batches.joined([noiser.empty(sample) for sample in samples.samples])
+        return replace(prompt, text=noiser.texts.guiding(prompt.text, empty.text))
+
+    @classmethod
+    def several(
+        cls, recipe: Recipe, call: PipelineCall, noiser: Noiser, samples: Sequence[Sample], most: int
+    ) -> list[Drawing]:
+        """Samples in stored order, at most so many of one size together; from source images, one by one."""
+        found: list[Drawing] = []
+        first = 0
+        for size, group in groupby(samples, lambda sample: sample.size):
+            same = tuple(group)
+            step = 1 if size.source else most
+            for start in range(0, len(same), step):
+                found.append(cls(recipe, call, noiser, Batch(same[start : start + step]), first + start))
+            first += len(same)
+        return found
+
+    def draw(
+        self, answers: Mapping[str, Callable[[Arguments], Any]], decode: Callable[..., Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents (B, ...) as the scheduler steps them, float32; and images (B, C, height, width) in [-1, 1].
+
+        Args:
+            answers: component -> what a transformer puts out for arguments on the CPU.
+            decode: latents to images; None: they are not decoded.
+        """
+        with torch.no_grad():
+            latents, images = self.call.draw(
+                answers, self.noise, self.prompt, self.size, self.steps, self.guidance, decode
+            )
+        if images is not None and images.dim() == 5:  # of a clip, the frame in its middle
+            images = images[:, images.shape[1] // 2]
+        return latents.float(), None if images is None else images.float().cpu() * 2 - 1

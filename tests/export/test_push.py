@@ -1,0 +1,137 @@
+"""`ppcl push` against a server that answers as the Hugging Face hub does, by huggingface_hub's own requests."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppcl_ds.errors import UserError
+from ppcl_ds.export.card import Facts, write_card
+from ppcl_ds.export.consolidate import Form, consolidate
+from ppcl_ds.export.push import push
+from tests.export.trained import pretend_trained
+
+
+class Hub(ThreadingHTTPServer):
+    """Knows one account, whose token is `hf_right`."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.made: list[dict[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def answer(self, content: Any, code: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        self.answer({"error": "Repository not found"}, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+        if self.headers["Authorization"] != "Bearer hf_right":
+            self.answer({"error": "Invalid username or password."}, 401)
+        elif self.path == "/api/repos/create":
+            self.server.made.append(json.loads(body))
+            self.answer({"url": f"{self.server.url}/owner/small", "name": "owner/small"})
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]
+            self.answer({"files": files})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.server.url}/owner/small/commit/1", "commitOid": "1", "success": True})
+        else:
+            self.answer({"valid": True, "message": "", "warnings": [], "errors": []})
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    yield hub
+    hub.shutdown()
+
+
+@pytest.fixture
+def folder(new_run: Callable[..., Path]) -> Path:
+    recipe = pretend_trained(new_run("qwen"), "qwen")
+    consolidate(recipe, ["small"], Form())
+    return recipe.pruned("small").parent
+
+
+def pushed(folder: Path, hub: Hub, token: str, code: int = 0, name: str = "owner/small") -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "ppcl_ds.cli", "push", folder, name, "--private"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_folder_arrives_as_it_is(folder: Path, hub: Hub) -> None:
+    assert "/owner/small/commit/1" in pushed(folder, hub, "hf_right")
+    assert hub.made[0]["name"] == "small"
+    assert hub.made[0].get("private") or hub.made[0].get("visibility") == "private"  # by the release of the client
+    own = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert hub.files == own
+    refused = pushed(folder, hub, "hf_wrong", code=2)
+    assert "the hub refused it" in refused.splitlines()[-1]
+    assert "Traceback" not in refused
+
+
+def test_what_is_not_as_it_was_consolidated_is_not_sent(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder that ppcl consolidate wrote; it has no variant\.json"):
+        push(tmp_path, "owner/small", False)
+    config = folder / "transformer" / "config.json"
+    config.write_text(config.read_text() + "\n")
+    with pytest.raises(UserError, match=r"config\.json: is not what was consolidated"):
+        push(folder, "owner/small", False)
+    config.unlink()
+    with pytest.raises(UserError, match=r"config\.json: is missing"):
+        push(folder, "owner/small", False)
+
+
+def test_a_licence_that_restricts_is_passed_on_with_a_warning(folder: Path) -> None:
+    facts = Facts.model_validate_json((folder / "variant.json").read_bytes())
+    terms = {"license": "other", "license_name": "flux-1-dev-non-commercial-license", "teacher": "someone/FLUX.1-dev"}
+    (folder / "variant.json").write_text(facts.model_copy(update=terms).model_dump_json())
+    write_card(folder, [])
+    card = (folder / "README.md").read_text()
+    assert "license_name: flux-1-dev-non-commercial-license\n" in card
+    assert "base_model: someone/FLUX.1-dev\nbase_model_relation: finetune\n" in card
+    assert "may forbid commercial use" in card
+    (folder / "variant.json").write_text(facts.model_copy(update={"license": "apache-2.0"}).model_dump_json())
+    write_card(folder, [])
+    assert "may forbid" not in (folder / "README.md").read_text()

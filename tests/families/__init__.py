@@ -1,0 +1,1 @@
+"""Every transformer family of diffusers, tiny: its teachers, and its whole pipelines."""

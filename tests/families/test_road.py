@@ -1,0 +1,128 @@
+"""The whole road on tiny stock pipelines of many families: from images to pipelines that stock diffusers draws with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from data_tools.encode import encode
+from data_tools.shard import shard
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.watch.tensorboard import read_scalars
+from tests.clips import LOSSLESS, noise, write_clip
+from tests.conftest import WORDS, command
+from tests.families.pipelines import PIPELINES
+from tests.families.test_call import made, options_of
+
+ROADS = (
+    "qwen_image",
+    "qwen_edit",
+    "flux",
+    "flux2",
+    "flux_kontext",
+    "chroma",
+    "z_image",
+    "sd3",
+    "wan",
+    "wan-clips",
+    "wan22",
+    "wan22-first",
+    "ltx",
+    "ltx_i2v-clips",
+    "ltx2",
+    "hunyuan_video15",
+    "sana",
+    "pixart",
+    "cogvideox",
+)
+"""Of every kind that people have; flow, epsilon and v, images, clips of one frame and more, one transformer or two."""
+IN_THE_ORDINARY_SUITE = {"flux2", "wan22", "pixart"}
+
+
+def recipe_of(name: str, run: Path, component: str) -> dict[str, Any]:
+    name, _, what = name.partition("-")
+    call = PIPELINES[name].call
+    side = int(call["height"])
+    return {
+        "run": str(run),
+        "data": {
+            "source": "{run}/images",
+            "shards": "{run}/shards",
+            "heldout": 0.25,
+            "images": {"size": side, "step": side} | ({"frames": 9} if what == "clips" else {}),
+            "workers": 0,
+        },
+        "teacher": {
+            "path": "{run}/teacher",
+            "precision": "fp32",
+            "component": component,
+            "options": options_of(PIPELINES[name]) | ({"image": "source"} if PIPELINES[name].image else {}),
+        },
+        "probe": {"batch_size": 1, "batches": 4},
+        "plan": {"variants": {"small": 0.15 if name == "z_image" else 0.3}, "candidates": ["uniform"], "max_span": 2},
+        "topology": {"stages": 1, "replicas": 2},
+        "distill": {
+            "steps": 2,
+            "micro_batch": 1,
+            "micro_batches_per_step": 2,
+            "optimizer": {"lr": 1e-3},
+            "log_every": 1,
+            "sample_every": 2,
+        },
+        "evaluate": {"samples": 2, "batch_size": 1, "steps": 2, "velocity_batches": 2},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in IN_THE_ORDINARY_SUITE else pytest.mark.families) for n in ROADS]
+)
+def test_a_family_goes_from_images_to_stock_pipelines(name: str, tmp_path: Path) -> None:
+    family, pipe = made(name.partition("-")[0])
+    run = tmp_path / "run"
+    side = int(family.call["height"])
+    (run / "images").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(12):
+        if name.endswith("clips"):  # of two lengths
+            write_clip(run / "images" / f"{number:02d}.mkv", noise((5, 9)[number % 2], side, side, number), **LOSSLESS)
+        else:
+            pixels = random.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(run / "images" / f"{number:02d}.png")
+        (run / "images" / f"{number:02d}.txt").write_text(f"a tiny {WORDS[number % 4]}")
+    pipe.save_pretrained(run / "teacher")
+    component = "transformer_2" if name == "wan22" else "transformer"
+    path = run / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_of(name, run, component)))
+    recipe = load_recipe(path)
+    shard(recipe.data)
+    encode(recipe)
+    if name.endswith("clips"):
+        index = json.loads((recipe.data.shards / "encoded" / "index.json").read_text())
+        assert len({shape.split("x")[1] for shard in index["shards"] for shape in shard["shapes"]}) == 2
+    for step in ("probe", "plan", "distill", "consolidate", "evaluate"):
+        command(step, path)
+
+    losses = read_scalars(recipe.distillation.board)["run/loss"]
+    assert len(losses) == 2
+    assert all(np.isfinite(value) for _, value in losses)
+    rows = {row["name"]: row for row in json.loads((run / "report.json").read_text())["models"]}
+    assert rows["small"]["params"] < rows["teacher"]["params"]
+    assert rows["teacher"]["velocity_mse"] == 0 < rows["small"]["velocity_mse"]
+    pruned = recipe.pruned("small").parent
+    stock = type(pipe).from_pretrained(pruned, trust_remote_code=True)
+    own = "Pruned" if name == "chroma" else ""
+    assert type(getattr(stock, component)).__name__ == f"{own}{type(getattr(pipe, component)).__name__}"
+    assert sum(p.numel() for p in getattr(stock, component).parameters()) == rows["small"]["params"]
+    stock.set_progress_bar_config(disable=True)
+    drawn = stock(**family.call, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt")[0]
+    assert bool(torch.as_tensor(drawn).isfinite().all())
+    assert isinstance(stock, DiffusionPipeline)

@@ -1,0 +1,177 @@
+"""What runs on an accelerator, checked without one: see `device.py` for what is pretended and `cases.py` for how large.
+
+The tests marked `pretend` are the same at the published sizes, all blocks: `pytest -m pretend`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.pretend.cases import Case
+from tests.pretend.observe import estimated_peaks, observe, run_rank
+from tests.pretend.replay import make_groups, replay
+
+NARROW = Case(heads=2, blocks=4, size=16, tokens=(12,), rounds=1)
+FULL = pytest.mark.pretend
+QWEN = Case(blocks=0, stages=4, replicas=2, rounds=1)
+FLUX = replace(QWEN, family="flux")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        replace(NARROW, then=("look", "save")),
+        replace(NARROW, family="flux", blocks=2),
+        replace(NARROW, plan="width", then=("look", "save")),
+        replace(NARROW, uses=2, ring_offload=True, then=("save",)),
+        replace(NARROW, what="finetune", boundary=1.0, ema=0.9, then=("look", "save")),
+        replace(NARROW, what="finetune", family="flux", blocks=2),
+        replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
+        replace(NARROW, what="probe"),
+        pytest.param(replace(QWEN, then=("look",)), marks=FULL),
+        pytest.param(replace(QWEN, plan="published"), marks=FULL),
+        pytest.param(replace(FLUX, then=("look",)), marks=FULL),
+        pytest.param(replace(QWEN, what="finetune", then=("look",)), marks=FULL),
+    ],
+    ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}",
+)
+def test_no_operation_mixes_devices(case: Case) -> None:
+    """Nothing is refused, on the first and the last stage; what is saved is a file."""
+    for rank in observe(case, (0, case.world - 1)):
+        if "save" in case.then:
+            assert rank.notes["written"]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "place"),
+    [("text", "teacher.py"), ("exchange", "exchange.py"), ("timestep", "teacher.py"), ("norms", "optimizer.py")],
+)
+@pytest.mark.parametrize("size", [replace(NARROW, blocks=8), pytest.param(QWEN, marks=FULL)], ids=["small", "full"])
+def test_a_tensor_on_the_wrong_device_is_caught(size: Case, mistake: str, place: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        case = replace(size, mistake=mistake)
+        case.write(Path(name) / "run")
+        done = run_rank(case, Path(name) / "run")
+    assert done.returncode == 1
+    assert "MixedDevicesError" in done.stderr or mistake == "exchange", done.stderr
+    assert place in done.stderr
+
+
+STEP = Case(blocks=6)
+"""At the published width; its captions are equally long, so nothing is padded."""
+PADDED = replace(NARROW, tokens=(12, 9), micro_batch=4)
+SIZES = [STEP, pytest.param(QWEN, marks=FULL), pytest.param(FLUX, marks=FULL)]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (replace(NARROW, blocks=8), {"training/optimizer.py:step": 1}),
+        (PADDED, {"training/optimizer.py:step": 1}),
+        pytest.param(QWEN, {"training/optimizer.py:step": 1}, marks=FULL),
+    ],
+    ids=["small", "padded", "full"],
+)
+def test_the_host_waits_for_the_device_once_a_step(case: Case, expected: dict[str, int]) -> None:
+    """For the norms, by which the step is clipped; losses, copies and logs wait for nothing."""
+    for rank in observe(case, (0,)):
+        assert rank.waits() == expected
+        assert set(rank.notes["step"]["copies"]) == {"training/delivery.py:sent"}
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_what_is_replayed_from_cpu_memory_is_not_waited_for(rounds: int) -> None:
+    """Neither on its way there nor on its way back."""
+    for rank in observe(replace(NARROW, blocks=8, rounds=rounds, uses=2, ring_offload=True), (0,)):
+        assert rank.waits() == {"training/optimizer.py:step": 1}
+        assert rank.notes["step"]["copies"].keys() == {"training/delivery.py:sent", "distill/replay.py:<lambda>"}
+
+
+def test_the_pipeline_waits_for_what_it_is_told_alone() -> None:
+    """A stage of 1F1B also learns how long its messages are; nothing else is waited for."""
+    [rank] = observe(replace(NARROW, what="finetune", boundary=1.0), (0,))
+    assert set(rank.waits()) == {
+        "training/optimizer.py:step",
+        "training/optimizer.py:clip_norms",
+        "finetune/pipeline.py:train_step",
+    }
+
+
+@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
+def test_the_teacher_is_gathered_ahead(case: Case) -> None:
+    """At least 95 % of the bytes are asked for before the block that needs them."""
+    for rank in observe(case, (0, case.world - 1)):
+        assert rank.ahead() >= 0.95
+
+
+def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
+    [rank] = observe(replace(STEP, zero=(("stage3_prefetch_bucket_size", 50_000_000),)), (0,))
+    assert rank.ahead() < 0.6
+
+
+def test_measuring_units_gathers_ahead() -> None:
+    """Every forward but the first, which learns the order."""
+    [rank] = observe(replace(NARROW, what="swaps", plan="width", stages=1, replicas=2), (0,))
+    assert rank.ahead("products") >= 0.7
+    assert rank.ahead("errors") >= 0.95
+
+
+@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
+def test_attention_has_no_mask_where_nothing_is_padded(case: Case) -> None:
+    [rank] = observe(case, (0,))
+    assert set(rank.notes["step"]["attention"]) == {"flash"}
+
+
+def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
+    [rank] = observe(PADDED, (0,))
+    assert rank.notes["step"]["attention"]["masked"] > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        STEP,
+        replace(STEP, uses=2),
+        replace(STEP, uses=2, ring_offload=True),
+        pytest.param(QWEN, marks=FULL),
+        pytest.param(FLUX, marks=FULL),
+        pytest.param(replace(QWEN, replicas=8), marks=FULL),
+        pytest.param(replace(QWEN, what="finetune"), marks=FULL),
+    ],
+    ids=["small", "replay", "replay-offload", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+)
+def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
+    """Of every stage, within 5 %."""
+    ranks = tuple(range(0, case.world, case.replicas))
+    for rank, expected in zip(observe(case, ranks), estimated_peaks(case), strict=True):
+        assert rank.notes["step"]["peak"] == pytest.approx(expected, rel=0.05)
+
+
+ORDERED = replace(NARROW, stages=2, replicas=2, ranks_per_node=2, zero=(("stage3_param_persistence_threshold", 0),))
+"""On two nodes, each with a teacher of its own (hpZ)."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ORDERED,
+        replace(ORDERED, what="finetune"),
+        pytest.param(replace(QWEN, ranks_per_node=4), marks=FULL),
+        pytest.param(replace(QWEN, what="finetune"), marks=FULL),
+    ],
+    ids=["distill", "finetune", "distill-full", "finetune-full"],
+)
+def test_all_ranks_come_to_their_end_if_every_collective_blocks(case: Case) -> None:
+    """They call the same ones, in orders that fit together, and agree on every size."""
+    assert replay([rank.calls for rank in observe(case)]) > 0
+
+
+@pytest.mark.parametrize("barrier", [False, True], ids=["", "with the init barrier"])
+@pytest.mark.parametrize("case", [ORDERED, replace(ORDERED, what="finetune")], ids=["distill", "finetune"])
+def test_making_groups_waits_for_nobody(case: Case, barrier: bool) -> None:
+    """Nobody splits the default group for a group that is not theirs, so nothing depends on its coming out even."""
+    assert make_groups([rank.groups for rank in observe(case)], barrier) == 0

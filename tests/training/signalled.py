@@ -1,0 +1,32 @@
+"""`ppcl` whose ranks are asked to stop at a moment of your choice: `python -m tests.training.signalled distill RECIPE`.
+
+`ASKED=RANK:SIGNAL:COUNT` sends that rank the signal the COUNT-th time that it enters a function of ours, however busy
+the machine is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FrameType
+from typing import Any
+
+from ppcl_ds.cli import main
+
+RANK, SIGNAL, COUNT = map(int, os.environ["ASKED"].split(":"))
+entered = 0
+
+
+def count(frame: FrameType, event: str, _: Any) -> None:
+    global entered
+    if event == "call" and "/ppcl_ds/" in frame.f_code.co_filename:
+        entered += 1
+        if entered == COUNT:
+            sys.setprofile(None)
+            os.kill(os.getpid(), SIGNAL)
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK") == str(RANK):
+        sys.setprofile(count)
+    main()

@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM stop a training after its step, whenever they come; it goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ppcl_ds.recipe import load_recipe
+from ppcl_ds.training.checkpoint import newest_checkpoint
+from ppcl_ds.watch.lock import FolderLock
+from ppcl_ds.watch.tensorboard import read_scalars
+from tests.conftest import command
+from tests.plans import three_spans
+from tests.ranks import run
+
+MOMENTS = 20
+CALLS = 80_000
+"""Calls of our functions in a rank; about half of them come before its first step."""
+
+
+@pytest.mark.slow  # as many starts of two ranks
+def test_a_run_that_is_stopped_at_any_moment_loses_at_most_a_step(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen", distill={"steps": 10**6, "log_every": 1, "checkpoint_every": 10**6})
+    recipe = load_recipe(path)
+    three_spans().save(recipe.plan_file)
+    folder, moments, reached, trained = recipe.distillation, random.Random(0), 0, 0
+    for number in range(MOMENTS):
+        asked, code = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][number % 2]
+        asks = f"{moments.randrange(2)}:{asked:d}:{moments.randrange(CALLS)}"
+        done = run("tests.training.signalled", "distill", path, env={"ASKED": asks})
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr, done.stderr
+        if not folder.begun:
+            continue
+        checkpoint = newest_checkpoint(folder.checkpoints)
+        for unit in three_spans().units:
+            checkpoint.unit(unit.name)  # is whole
+        logged = read_scalars(folder.board)["run/loss"]
+        assert [step for step, _ in logged] == list(range(1, checkpoint.contents.step + 1))
+        trained += checkpoint.contents.step > reached
+        reached = checkpoint.contents.step
+    assert MOMENTS / 4 < trained < MOMENTS, "moments before and after the first step"
+    assert not list(folder.checkpoints.glob("*.partial"))
+
+
+def test_a_second_start_is_refused_and_the_first_goes_on(new_run: Callable[..., Path]) -> None:
+    path = new_run("qwen", distill={"steps": 4})
+    recipe = load_recipe(path)
+    three_spans().save(recipe.plan_file)
+    with FolderLock(recipe.distillation.path):
+        assert "distill is being trained by process" in command("distill", path, code=2)
+    command("distill", path)
+    assert recipe.distillation.finished(4)

@@ -1,0 +1,38 @@
+"""Checkpoints are safetensors files like any other, and whoever watches sees them grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ppcl_ds.training import tensor_file
+from ppcl_ds.training.tensor_file import write_tensors
+
+
+def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
+    tensors = {
+        "unit/master": torch.randn(1000, dtype=torch.float32),
+        "unit/step": torch.tensor(7.0),
+        "empty": torch.zeros(0),
+        "bf16": torch.randn(3, 5).bfloat16().t(),
+        "random": torch.get_rng_state(),
+    }
+    write_tensors(tensors, tmp_path / "ours", lambda: None)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype
+        assert torch.equal(ours[name], tensor)
+
+
+def test_there_is_a_sign_of_life_for_every_piece_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "_PIECE", 4096)
+    path, sizes = tmp_path / "file", []
+    write_tensors({"a": torch.zeros(5000), "b": torch.zeros(1)}, path, lambda: sizes.append(path.stat().st_size))
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) == 1 + 5 + 1
+    assert sizes[-1] == path.stat().st_size
