@@ -49,10 +49,10 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
     if not chosen:
         print(f"{recipe.run}: every step is done; --from STEP does one again, and all that follow")
         return
-    check(recipe, chosen)
     queued = [each.job for each in read_chain(recipe.run)]
     if busy := [job.number for job in slurm.jobs_of(queued) if not job.over]:
         raise UserError(f"{recipe.run} has jobs in the queue ({', '.join(busy)}); run `ppcl cancel {recipe.run}` first")
+    check(recipe, chosen)  # after the queue, as a job of it holds the training's folder
     folder = folder_of(recipe.run)
     try:
         _write(path, recipe, folder)
