@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from data_tools.samples import SOURCE, caption_parts, captions_of, frames_of, image_suffix
-from ppcl_ds.data import images as pictures
 from ppcl_ds.data.batch import Size
 from ppcl_ds.data.clips import is_clip
+from ppcl_ds.data.images import Buckets
 from ppcl_ds.data.index import SIZE, Member
 from ppcl_ds.data.stored import EMPTY, Stored
 from ppcl_ds.errors import UserError
@@ -44,7 +44,7 @@ class Coder:
     """
 
     encoder: Encoder
-    buckets: pictures.Buckets
+    buckets: Buckets
     frames: int
     keep_images: bool
     longer: int = 0

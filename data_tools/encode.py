@@ -289,15 +289,15 @@ def _checked(path: Path, entry: ShardEntry) -> list[Member]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(teacher: str, device: str, pictures: bool) -> Encoder:
+def _encoder(teacher: str, device: str, images: bool) -> Encoder:
     """Loaded once in a process.
 
     Args:
         teacher: the recipe's section, as JSON.
-        pictures: whether images will be encoded, too.
+        images: whether images will be encoded, too.
     """
     settings = TeacherSection.model_validate_json(teacher)
-    return Encoder(settings.path, settings.component, settings.options, device, pictures)
+    return Encoder(settings.path, settings.component, settings.options, device, images)
 
 
 def _has_images(member: Member) -> bool:
@@ -329,10 +329,8 @@ def _buckets(data: Data, encoder: Encoder) -> images.Buckets:
 @_telling_when_memory_ends()
 def _write_texts(folder: _Folder, data: Data, teacher: TeacherSection) -> None:
     path = folder.path / TEXTS
-    pictures = not data.sizes or any(
-        map(_has_images, _checked(data.shards / "raw" / folder.raw[0].name, folder.raw[0]))
-    )
-    encoder = _encoder(teacher.model_dump_json(), _device(), pictures)
+    images = not data.sizes or any(map(_has_images, _checked(data.shards / "raw" / folder.raw[0].name, folder.raw[0])))
+    encoder = _encoder(teacher.model_dump_json(), _device(), images)
     most = Size(data.images.size, data.images.size, data.images.frames)
     write_shared(path, encoder.texts(replace(most, frames=encoder.frames(most))))
     entry = describe(path, [])

@@ -54,19 +54,19 @@ def _in_order(span: tuple[float, float]) -> tuple[float, float]:
 
 
 class Trajectories(Section):
-    """The teacher's own way from noise to pictures, from captions alone. Every rank has pictures in the making, as many
-    as its micro-batches hold; each teacher forward is read by the units and takes every picture one step further."""
+    """The teacher's own way from noise to images, from captions alone. Every rank has images in the making, as many
+    as its micro-batches hold; each teacher forward is read by the units and takes every image one step further."""
 
     steps: Annotated[tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]], AfterValidator(_in_order)] = (
         10,
         30,
     )
-    """Each picture is drawn in a number of steps from this range, at noise levels of the density that `noise` names."""
+    """Each image is drawn in a number of steps from this range, at noise levels of the density that `noise` names."""
     guidance: Annotated[
         tuple[Annotated[float, Field(ge=1)], Annotated[float, Field(ge=1)]], AfterValidator(_in_order)
     ] = (1.0, 1.0)
-    """Each picture is drawn with a scale of classifier-free guidance from this range, as the pipeline guides; then the
-    teacher also reads every picture with the other prompt. [1, 1]: without. A transformer that takes the scale as a
+    """Each image is drawn with a scale of classifier-free guidance from this range, as the pipeline guides; then the
+    teacher also reads every image with the other prompt. [1, 1]: without. A transformer that takes the scale as a
     number gets the pipeline's default, or that of `teacher.options`."""
 
     @property

@@ -262,7 +262,7 @@ class Distill(Training):
 
     replay: Replay = Replay()
     keep_pictures: int = Field(default=0, ge=0)
-    """About so many finished pictures of `trajectories` are kept in `{run}/pictures`, as encoded shards."""
+    """About so many finished images of `trajectories` are kept in `{run}/pictures`, as encoded shards."""
     calibration_steps: int = Field(default=8, gt=0)
     """Width units start from least squares on so many steps: several times more tokens than a linear has inputs."""
     magnitude_weight: float = Field(default=1.0, ge=0)

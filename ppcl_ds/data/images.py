@@ -187,7 +187,7 @@ class Buckets:
     def fit(self, image: Image.Image) -> Image.Image:
         """The image at its nearest bucket's size: scaled until it covers it, the rest cut off on both sides alike.
 
-        A image of that size already is returned itself.
+        An image of that size already is returned itself.
         """
         bucket = self.nearest(*image.size)
         return image if image.size == bucket else ImageOps.fit(image, bucket, Image.Resampling.LANCZOS)

@@ -96,14 +96,14 @@ class MicroBatchStream:
         self.decoder = _Decoder(shards, buckets, shapes, seed)
         self.settings = Settings(seed, shuffle=split == "train", window=data.window, lanes=lanes)
         self.shards = np.repeat(np.arange(len(entries)), counts)
-        pictures = np.array([captions or not is_alone(shape) for shape in shapes])
-        (self.numbers,) = np.nonzero(pictures[buckets])
+        images = np.array([captions or not is_alone(shape) for shape in shapes])
+        (self.numbers,) = np.nonzero(images[buckets])
         if not len(self.numbers):
             raise UserError(
                 f"{data.shards}: its {split} samples are captions alone; set `trajectories`, or give images"
             )
         # The buckets that count, numbered anew.
-        own = (np.cumsum(pictures) - 1)[buckets[self.numbers]]
+        own = (np.cumsum(images) - 1)[buckets[self.numbers]]
         self.order = Order(self.shards[self.numbers], own, micro_batch, self.settings)
         self.bad: set[str] = set()
         """Samples that were skipped since this process began, `shard:key: why`; see `share`."""

@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's 1,797 real handwritten digits as small pictures with captions, no download needed."""
+"""The demo's data: scikit-learn's 1,797 real handwritten digits as small images with captions, no download needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GREYS = 16
 
 @lru_cache
 def real_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """All real digits: pictures (1797, 64) with pixels in [-1, 1], row by row, and their labels (1797,)."""
+    """All real digits: images (1797, 64) with pixels in [-1, 1], row by row, and their labels (1797,)."""
     pixels, labels = load_digits(return_X_y=True)
     return pixels / (_GREYS / 2) - 1.0, labels
 
@@ -34,21 +34,21 @@ def write_images(folder: Path) -> None:
 
     Greys 0..16 become 0..255, far enough apart that rounding gives each of them back.
     """
-    pictures, labels = real_digits()
+    images, labels = real_digits()
     names = [f"{index:04d}-{WORDS[label]}" for index, label in enumerate(labels)]
     folder.mkdir(parents=True, exist_ok=True)
     present = {path.name for path in folder.iterdir()}
     captions = _captions(len(labels))
-    for name, picture, label, caption in zip(names, pictures, labels, captions, strict=True):
-        if f"{name}.txt" in present:  # written last, so a picture is there too
+    for name, image, label, caption in zip(names, images, labels, captions, strict=True):
+        if f"{name}.txt" in present:  # written last, so an image is there too
             continue
-        greys = np.rint((picture + 1.0) * 127.5).astype(np.uint8)
+        greys = np.rint((image + 1.0) * 127.5).astype(np.uint8)
         Image.fromarray(greys.reshape(8, 8), mode="L").save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption.format(WORDS[label]) + "\n")
 
 
 def write_captions(path: Path) -> None:
-    """Write a caption for every digit, a line each; no pictures."""
+    """Write a caption for every digit, a line each; no images."""
     labels = real_digits()[1]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in digit_captions(labels)))

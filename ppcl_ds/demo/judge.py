@@ -25,32 +25,32 @@ _COMPONENTS = 20
 
 def shown(images: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
     """1 for each drawn digit in which the classifier sees the digit of its prompt, else 0; for `evaluate.scores`."""
-    pictures = np.stack([np.asarray(image.convert("L"), dtype=float).reshape(-1) / 127.5 - 1 for image in images])
+    greys = np.stack([np.asarray(image.convert("L"), dtype=float).reshape(-1) / 127.5 - 1 for image in images])
     asked = np.array([digit_in(caption) for caption in captions])
-    return (_judge().classifier.predict(pictures) == asked).astype(float).tolist()
+    return (_judge().classifier.predict(greys) == asked).astype(float).tolist()
 
 
 def score(images: Tensor, captions: Sequence[str]) -> dict[str, float]:
     """Mark drawn digits.
 
-    A footgun: the Frechet distance of any finite sample is above 0, the more so the fewer pictures there are. 64 of the
-    real digits score 1.3, 500 of them 0.11, all of them 0. Compare only marks of equally many pictures.
+    A footgun: the Frechet distance of any finite sample is above 0, the more so the fewer images there are. 64 of the
+    real digits score 1.3, 500 of them 0.11, all of them 0. Compare only marks of equally many images.
 
     Args:
-        images: (N, 1, 8, 8) in [-1, 1]; what lies outside is clipped, as a picture file would clip it.
+        images: (N, 1, 8, 8) in [-1, 1]; what lies outside is clipped, as an image file would clip it.
         captions: N prompts, each naming one digit.
 
     Returns:
-        `accuracy`: share of pictures in which the classifier sees the digit of the prompt.
+        `accuracy`: share of images in which the classifier sees the digit of the prompt.
         `frechet`: Frechet distance between drawn and real digits, in the space of the real ones' principal components.
     """
     judge = _judge()
     # A diverged model draws NaN: a bad mark, not a crash.
-    pictures = torch.nan_to_num(images.detach().double().cpu()).clamp(-1.0, 1.0).flatten(1).numpy()
+    greys = torch.nan_to_num(images.detach().double().cpu()).clamp(-1.0, 1.0).flatten(1).numpy()
     asked = [digit_in(caption) for caption in captions]
-    drawn = judge.components.transform(pictures)
+    drawn = judge.components.transform(greys)
     return {
-        "accuracy": float(np.mean(judge.classifier.predict(pictures) == asked)),
+        "accuracy": float(np.mean(judge.classifier.predict(greys) == asked)),
         "frechet": frechet_distance(*_moments(drawn), *judge.real),
     }
 
@@ -71,10 +71,10 @@ class _Judge:
 @lru_cache
 def _judge() -> _Judge:
     """Fitted once in a process, on all real digits."""
-    pictures, labels = real_digits()
-    components = PCA(_COMPONENTS, svd_solver="full").fit(pictures)
-    real = _moments(components.transform(pictures))
-    return _Judge(digit_classifier().fit(pictures, labels), components, real)
+    images, labels = real_digits()
+    components = PCA(_COMPONENTS, svd_solver="full").fit(images)
+    real = _moments(components.transform(images))
+    return _Judge(digit_classifier().fit(images, labels), components, real)
 
 
 def _moments(points: Array) -> tuple[Array, Array]:

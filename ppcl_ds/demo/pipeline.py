@@ -101,7 +101,7 @@ def _as_stored(values: Tensor) -> Tensor:
 
 
 class PixelVae(_Weightless):
-    """The picture itself as its latent, in [-1, 1].
+    """The image itself as its latent, in [-1, 1].
 
     Args:
         channels: C, 1 (grey) or 3 (RGB).
@@ -112,7 +112,7 @@ class PixelVae(_Weightless):
         super().__init__()
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Pictures (B, C or 3, H, W) in [-1, 1] -> a distribution that is a point, (B, C, H, W)."""
+        """Images (B, C or 3, H, W) in [-1, 1] -> a distribution that is a point, (B, C, H, W)."""
         if x.shape[1] != self.config.channels:
             x = _grey(x)
         posterior = DiagonalGaussianDistribution(torch.cat([x, torch.full_like(x, -30)], dim=1), deterministic=True)
@@ -120,8 +120,8 @@ class PixelVae(_Weightless):
 
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
         """(B, C, H, W) -> the same, clamped to [-1, 1]."""
-        picture = z.clamp(-1, 1)
-        return DecoderOutput(sample=picture) if return_dict else (picture,)
+        image = z.clamp(-1, 1)
+        return DecoderOutput(sample=image) if return_dict else (image,)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -241,21 +241,21 @@ class DigitsPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> Any:
-        """Draw pictures.
+        """Draw images.
 
         Args:
             prompt: one caption or several.
             negative_prompt: what to stay away from; one for all captions, or one for each.
-            height: of a picture in pixels, even.
-            width: of a picture in pixels, even.
+            height: of an image in pixels, even.
+            width: of an image in pixels, even.
             num_inference_steps: Euler steps.
             true_cfg_scale: classifier-free guidance; up to 1 there is none, and one forward a step instead of two.
-            num_images_per_prompt: pictures of each caption.
+            num_images_per_prompt: images of each caption.
             sigmas: noise levels before the scheduler's shift, one a step; default: from 1 down to one step above 0.
             generator: of the noise.
             latents: packed noise to begin with, (B, H/2 * W/2, 4 C).
             output_type: `pil`, `np` (B, H, W, C), `pt` (B, C, H, W), or `latent`, packed.
-            return_dict: whether the pictures come as `.images`, or in a tuple.
+            return_dict: whether the images come as `.images`, or in a tuple.
         """
         self.check_inputs(prompt, negative_prompt, height, width)
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -286,8 +286,8 @@ class DigitsPipeline(DiffusionPipeline):
         if output_type == "latent":
             images: Any = latents
         else:
-            picture = self.vae.decode(self.unpack_latents(latents, height, width), return_dict=False)[0]
-            images = self.image_processor.postprocess(picture, output_type=output_type)
+            image = self.vae.decode(self.unpack_latents(latents, height, width), return_dict=False)[0]
+            images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

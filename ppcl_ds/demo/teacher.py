@@ -47,8 +47,8 @@ def train_teacher(recipe: Recipe) -> None:
     pipeline = fresh_pipeline(recipe.demo, recipe.seed)
     pipeline.transformer.to(launch.device())
     if recipe.data.sizes:  # which is what those who bring captions alone do not have
-        pictures, labels = real_digits()
-        images = torch.from_numpy(pictures).float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
+        pixels, labels = real_digits()
+        images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8).expand(-1, 3, -1, -1)
         captions = digit_captions(labels)
     else:
         images, captions = read_images(recipe.data.shards / "raw")

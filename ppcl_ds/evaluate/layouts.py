@@ -33,7 +33,7 @@ class Layout:
         path: of an image below `images/`, filled in with `model`, and of the prompt `number`, `id`, `text`, `folder`;
             `k` counts its images from 0, `place` all images of the set.
         per_prompt: images that the scorer expects; the most, where it reads no more.
-        grid: all of a prompt are one picture of 2 x 2, black where there are fewer.
+        grid: all of a prompt are one image of 2 x 2, black where there are fewer.
         entry: where the prompt's line of the file goes, likewise.
         map: whether `images/MODEL.json` says which prompt has which file.
         unique: whether nothing but their text tells prompts apart.
@@ -189,11 +189,11 @@ def _write(path: Path, cells: Sequence[Path], grid: bool) -> None:
             atomic_write(path, cells[0].read_bytes())
         return
     images = [Image.open(cell).convert("RGB") for cell in cells]
-    picture = as_grid(images) if grid else images[0]
+    image = as_grid(images) if grid else images[0]
     buffer = io.BytesIO()
     # OneIG-Bench leaves out cells that are black in every pixel, which lossy compression would not keep so.
     options: dict[str, dict[str, Any]] = {".jpg": {"quality": 95}, ".webp": {"lossless": len(cells) < _CELLS}}
-    picture.save(buffer, Image.registered_extensions()[path.suffix], **options.get(path.suffix, {}))
+    image.save(buffer, Image.registered_extensions()[path.suffix], **options.get(path.suffix, {}))
     atomic_write(path, buffer.getvalue())
 
 

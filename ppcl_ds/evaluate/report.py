@@ -26,7 +26,7 @@ from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.units.plan import UNDISTILLED
 
 _COLUMNS = 16
-"""Pictures of each model in samples.png."""
+"""Images of each model in samples.png."""
 _SIDE = 384
 """Pixels of an image on the page, at most."""
 _SMALL = 160
@@ -54,19 +54,19 @@ class Curves:
     heldout: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
-def draw_samples(pictures: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """One row of pictures a model, the same noise down each column.
+def draw_samples(images: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
+    """One row of images a model, the same noise down each column.
 
     Args:
-        pictures: name -> (N, C, H, W) in [-1, 1].
+        images: name -> (N, C, H, W) in [-1, 1].
         captions: N prompts; written above the columns.
     """
     columns = min(_COLUMNS, len(captions))
     figure, axes = plt.subplots(
-        len(pictures), columns, figsize=(0.75 * columns + 1.6, 0.85 * len(pictures) + 0.3), squeeze=False
+        len(images), columns, figsize=(0.75 * columns + 1.6, 0.85 * len(images) + 0.3), squeeze=False
     )
-    for row, (name, images) in zip(axes, pictures.items(), strict=True):
-        for axis, image in zip(row, images[:columns], strict=True):
+    for row, (name, drawn) in zip(axes, images.items(), strict=True):
+        for axis, image in zip(row, drawn[:columns], strict=True):
             grey = image.shape[0] == 1
             axis.imshow(image.permute(1, 2, 0).clamp(-1, 1) * 0.5 + 0.5, cmap="gray" if grey else None, vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[])

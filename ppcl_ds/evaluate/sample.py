@@ -33,9 +33,9 @@ def sample(
     guidance: float | None = None,
     size: int | None = None,
 ) -> None:
-    """Draw one picture a prompt and write them side by side.
+    """Draw one image a prompt and write them side by side.
 
-    Every prompt starts from the same noise and is drawn by itself, so that its picture does not depend on the others.
+    Every prompt starts from the same noise and is drawn by itself, so that its image does not depend on the others.
 
     Args:
         folder: a pipeline.
@@ -46,14 +46,14 @@ def sample(
         UserError: the folder is none, the size is not possible, or something in the folder is damaged.
     """
     if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: pictures are written as PNG; give a name that ends in .png")
+        raise UserError(f"--out {out}: images are written as PNG; give a name that ends in .png")
     if not folder.is_dir():
         raise UserError(f"model {folder}: there is no such folder")
     if not (folder / "model_index.json").exists():
         raise UserError(f"model {folder}: no model_index.json in it; give a pipeline folder, such as pruned/small")
-    pictures = _by_pipeline(folder, prompts, seed, steps, guidance, size)
+    images = _by_pipeline(folder, prompts, seed, steps, guidance, size)
     try:
-        atomic_write(out, as_columns(pictures, prompts))
+        atomic_write(out, as_columns(images, prompts))
     except OSError as fault:
         raise UserError(f"--out {out}: {fault.strerror}") from None
     print(f"wrote {out}")
@@ -74,7 +74,7 @@ def _by_pipeline(
         options |= {"height": size, "width": size}
     options |= guided(pipeline, pipeline.transformer, guidance)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = []
+    images = []
     with _explained(folder, size), progress("steps", len(prompts) * options["num_inference_steps"]) as advance:
 
         def on_step(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -88,9 +88,9 @@ def _by_pipeline(
             if not watched:
                 advance(options["num_inference_steps"])
             if not hasattr(drawn, "images"):
-                raise UserError(f"{folder} is a {type(pipeline).__name__}, which draws no pictures")
-            pictures.append(drawn.images[0])
-    return pictures
+                raise UserError(f"{folder} is a {type(pipeline).__name__}, which draws no images")
+            images.append(drawn.images[0])
+    return images
 
 
 @contextmanager
@@ -107,31 +107,31 @@ def _explained(folder: Path, size: int | None) -> Iterator[None]:
 
 
 _LEAST = 128
-"""Smaller pictures are enlarged to about this width, by a whole number, so that they can be seen."""
+"""Smaller images are enlarged to about this width, by a whole number, so that they can be seen."""
 _GAP, _TEXT = 8, 12
 """Pixels between columns, and of the letters' height."""
 
 
-def as_image(picture: Tensor) -> Image.Image:
-    """A picture (C, H, W) in [-1, 1], C = 1 or 3, as diffusers would save it."""
-    values = ((picture.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # (C, H, W)
+def as_image(image: Tensor) -> Image.Image:
+    """An image (C, H, W) in [-1, 1], C = 1 or 3, as diffusers would save it."""
+    values = ((image.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # (C, H, W)
     return Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def as_columns(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> bytes:
-    """One row of pictures of one size, their prompts below, as a PNG."""
-    factor = max(1, _LEAST // pictures[0].width)
-    width, height = (side * factor for side in pictures[0].size)
+def as_columns(images: Sequence[Image.Image], prompts: Sequence[str]) -> bytes:
+    """One row of images of one size, their prompts below, as a PNG."""
+    factor = max(1, _LEAST // images[0].width)
+    width, height = (side * factor for side in images[0].size)
     # matplotlib's own font is there on every machine.
     font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), _TEXT)
     texts = ["\n".join(textwrap.wrap(prompt, int(width / font.getlength("e")))) for prompt in prompts]
     lines = max(1 + text.count("\n") for text in texts)
-    size = (len(pictures) * (width + _GAP) - _GAP, height + _GAP + lines * (_TEXT + 4))
+    size = (len(images) * (width + _GAP) - _GAP, height + _GAP + lines * (_TEXT + 4))
     page = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(page)
-    for column, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+    for column, (image, text) in enumerate(zip(images, texts, strict=True)):
         left = column * (width + _GAP)
-        page.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, 0))
+        page.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, 0))
         pen.multiline_text((left, height + _GAP // 2), text, fill="black", font=font, spacing=2)
     buffer = io.BytesIO()
     page.save(buffer, format="PNG")

@@ -123,8 +123,8 @@ class _Encoder:
         if key not in self.kept:
             parts = []
             for paths in _parts(images):
-                pictures = [Image.open(path).convert("RGB") for path in paths]
-                pixels = self.processor(images=pictures, return_tensors="pt").pixel_values.to(self.device)
+                opened = [Image.open(path).convert("RGB") for path in paths]
+                pixels = self.processor(images=opened, return_tensors="pt").pixel_values.to(self.device)
                 read = self.model.get_image_features if self.reads_text else self.model
                 parts.append(_pooled(read(pixel_values=pixels)).float().cpu())
             self.kept[key] = torch.cat(parts)

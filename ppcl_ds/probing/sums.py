@@ -130,7 +130,7 @@ class BlockSums:
         self.tokens[half] += len(after)
         self.cosines[half] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum()
         if number < MINIBATCHES:
-            # The same places in every block; drawn, because evenly spaced ones would fall into columns of the picture.
+            # The same places in every block; drawn, because evenly spaced ones would fall into columns of the image.
             drawn = torch.randperm(len(after), generator=torch.Generator().manual_seed(number))[:SAMPLED]
             self.sample[number, : len(drawn)] += after[drawn.to(after.device)].double()
             self.sampled[number] += len(drawn)

@@ -38,7 +38,7 @@ class Encoder:
         folder: the pipeline.
         component, options: see `PipelineCall`.
         device: where the models run.
-        pictures: whether images will be encoded; else the VAE is not loaded.
+        images: whether images will be encoded; else the VAE is not loaded.
 
     Raises:
         UserError: they cannot be loaded.
@@ -50,10 +50,10 @@ class Encoder:
         component: str = "transformer",
         options: Mapping[str, Any] | None = None,
         device: str = "cpu",
-        pictures: bool = True,
+        images: bool = True,
     ) -> None:
         dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        encodes: Encodes = "all" if pictures else "text"
+        encodes: Encodes = "all" if images else "text"
         self.call = PipelineCall(folder, component, options, encodes=encodes, device=device, dtype=dtype)
         self.layouts = PipelineCall(folder, component, options)
         self.device, self.dtype = device, dtype
@@ -136,7 +136,7 @@ class Encoder:
         return latents
 
     def no_latents(self, size: Size) -> Tensor:
-        """What stands in the place of a picture's latents where there is none: no channels, (0[, F], H, W).
+        """What stands in the place of an image's latents where there is none: no channels, (0[, F], H, W).
 
         Raises:
             UserError: the pipeline does not draw at this size.

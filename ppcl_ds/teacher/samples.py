@@ -1,4 +1,4 @@
-"""Samples to look at models by: noisy images where there are some, else pictures in the making, from captions alone."""
+"""Samples to look at models by: noisy images where there are some, else images in the making, from captions alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Micro-batches of the teacher's own trajectories, from captions alone: pictures in the making, and how they get on.
+"""Micro-batches of the teacher's own trajectories, from captions alone: how they begin and advance.
 
 Shapes: B samples; latents as the scheduler steps them, (B, ...).
 """
@@ -27,13 +27,13 @@ from ppcl_ds.teacher.guidance import Guide
 from ppcl_ds.teacher.noising import NoisyBatch, NoisyStream, draw_places
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 
-_PICTURE, _UNPROMPTED, _BUCKET, _REAL = range(1, 5)
+_TRAJECTORY, _UNPROMPTED, _BUCKET, _REAL = range(1, 5)
 """What a random number is for; beside the seed, so that none is drawn twice."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture in the making.
+class Trajectory:
+    """A trajectory on its way.
 
     Attributes:
         number: among those of its pool; all but `place` and `latents` follow from it.
@@ -51,12 +51,12 @@ class Picture:
     latents: Tensor
 
 
-Pool = tuple[Picture, ...]
+Pool = tuple[Trajectory, ...]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A picture that has been drawn.
+    """A trajectory that has been drawn.
 
     Attributes:
         key: no other one has it; what stands behind its last `-` is the shape of its latents, as the VAE lays them out.
@@ -70,23 +70,23 @@ class Finished:
 class TrajectoryStream:
     """Endless numbered micro-batches like those of `NoisyStream`; what the teacher says of each is told to `advance`.
 
-    Micro-batch j belongs to lane j mod `lanes`. A lane has a pool of pictures for every bucket of captions, as many as
-    a micro-batch holds. Which bucket a micro-batch is of, captions, noise, schedules and guidance are drawn by seed,
+    Micro-batch j belongs to lane j mod `lanes`. A lane has a pool of trajectories for every bucket of captions, as many
+    as a micro-batch holds. Which bucket a micro-batch is of, captions, noise, schedules and guidance are drawn by seed,
     lane and number alone. So ranks of any number that divides the lanes see the same samples, as long as each goes
     through its lanes in order and tells what the teacher has said before it asks for the lane's next micro-batch.
-    Pictures begin at noise. Those that a pool begins with have fewer steps the earlier they stand in it, so that it is
-    soon at staggered places.
+    Trajectories begin at noise. Those that a pool begins with have fewer steps the earlier they stand in it, so that it
+    is soon at staggered places.
 
     Args:
         call: the teacher's pipeline.
         lanes: micro-batches in an optimizer step.
         kept: so many micro-batches of a lane back, a state can still be asked for.
-        pictures: so many of the finished ones, over all lanes, are kept; about, where there are several buckets.
+        keep: so many of the finished ones, over all lanes, are kept; about, where there are several buckets.
 
     Attributes:
         clean: captions, and images, if there are some.
-        dropped: pictures that were not finite, on this rank.
-        finished: pictures that have been drawn, as many as are kept; whoever takes them empties it.
+        dropped: trajectories that were not finite, on this rank.
+        finished: trajectories that have been drawn, as many as are kept; whoever takes them empties it.
 
     Raises:
         UserError: the pipeline cannot be guided, or asks this transformer only later than at noise.
@@ -101,7 +101,7 @@ class TrajectoryStream:
         lanes: int,
         settings: Trajectories,
         kept: int = 1,
-        pictures: int = 0,
+        keep: int = 0,
     ) -> None:
         self.settings = settings
         self.recipe, self.call, self.split, self.noise = recipe, call, split, recipe.noise
@@ -122,14 +122,14 @@ class TrajectoryStream:
             )
         self.guide = Guide(call)
         self.pools: dict[tuple[int, int], Pool] = {}
-        """Lane and bucket -> its pictures."""
+        """Lane and bucket -> its trajectories."""
         self.before: dict[int, deque[tuple[int, dict[int, Pool]]]] = {}
         """Lane -> its newest micro-batches with the pools that it had before each."""
         self.dropped = 0
-        self.pictures = pictures
+        self.keep = keep
         self.finished: list[Finished] = []
         self.known: set[str] = set()
-        """Keys of pictures that were kept before this process began."""
+        """Keys of trajectories that were kept before this process began."""
         if recipe.data.real_share:
             _ = self.images
 
@@ -167,10 +167,10 @@ class TrajectoryStream:
             self.pools[lane, bucket] = tuple(self._begun(lane, bucket, number) for number in range(self.micro_batch))
         return self.pools[lane, bucket]
 
-    def _begun(self, lane: int, bucket: int, number: int) -> Picture:
-        """A picture at its beginning."""
+    def _begun(self, lane: int, bucket: int, number: int) -> Trajectory:
+        """A trajectory at its beginning."""
         sample = self.clean.sample(bucket, number * self.lanes + lane)
-        random = self._random(_PICTURE, lane, bucket, number)
+        random = self._random(_TRAJECTORY, lane, bucket, number)
         fewest, most = self.settings.steps
         steps = int(random.randint(fewest, most + 1))
         if number < self.micro_batch:
@@ -189,15 +189,15 @@ class TrajectoryStream:
         layout = self.call.to_vae(sample.size)
         noise = torch.randn(1, *layout.shape, generator=generator)
         latents = layout.put_back(noise, self.call.latents_shape(sample.size)[1:])
-        return Picture(number, 0, sample, tuple(rungs), scale, latents)
+        return Trajectory(number, 0, sample, tuple(rungs), scale, latents)
 
     def _batch(self, number: int, pool: Pool) -> NoisyBatch:
         size, dtype = pool[0].sample.size, self.noiser.dtype
         own, other = [], []
-        for picture, unprompted in zip(pool, self._unprompted(number), strict=True):
-            prompts = [picture.sample.prompt, self.noiser.empty(picture.sample)]
+        for trajectory, unprompted in zip(pool, self._unprompted(number), strict=True):
+            prompts = [trajectory.sample.prompt, self.noiser.empty(trajectory.sample)]
             first, second = (prompt.to(dtype) for prompt in (reversed(prompts) if unprompted else prompts))
-            asked = Asked(picture.latents.to(dtype), picture.rungs[picture.place], first)
+            asked = Asked(trajectory.latents.to(dtype), trajectory.rungs[trajectory.place], first)
             own.append(asked)
             other.append(replace(asked, prompt=second))
         ask = self.noiser.batches.arguments
@@ -209,56 +209,60 @@ class TrajectoryStream:
         return [self.guides and bool(place < self.noise.caption_dropout) for place in drawn]
 
     def advance(self, number: int, own: Tensor, other: Tensor | None) -> None:
-        """Take the pictures of a micro-batch one step further; in the place of those that are finished others begin.
+        """Take the trajectories of a micro-batch one step further; others begin in place of those that are finished.
 
         Args:
             own, other: what the transformer put out for `arguments` and `other` of the micro-batch, (B, ...).
         """
         lane, bucket = number % self.lanes, self._bucket(number)
         pool = self._pool(lane, bucket)
-        size, newest = pool[0].sample.size, max(picture.number for picture in pool)
+        size, newest = pool[0].sample.size, max(trajectory.number for trajectory in pool)
         said = own.float().cpu().split(1)
         others = said if other is None else other.float().cpu().split(1)
         moved = []
-        for picture, one, two, unprompted in zip(pool, said, others, self._unprompted(number), strict=True):
+        for trajectory, one, two, unprompted in zip(pool, said, others, self._unprompted(number), strict=True):
             prompted, without = (two, one) if unprompted else (one, two)
             output = self.call.stepped_by(prompted, size)
-            if picture.scale > 1:
-                output = self._guided(picture, prompted, without)
-            latents = self._stepped(picture, output)
-            place = picture.place + 1
+            if trajectory.scale > 1:
+                output = self._guided(trajectory, prompted, without)
+            latents = self._stepped(trajectory, output)
+            place = trajectory.place + 1
             finite = bool(latents.isfinite().all())
             self.dropped += not finite
-            if finite and place < len(picture.rungs):
-                moved.append(replace(picture, place=place, latents=latents))
+            if finite and place < len(trajectory.rungs):
+                moved.append(replace(trajectory, place=place, latents=latents))
             else:
-                if finite and self._wanted(bucket, picture):
+                if finite and self._wanted(bucket, trajectory):
                     shape = "x".join(map(str, self.call.to_vae(size).shape))
-                    key = f"{lane:06d}_{bucket}_{picture.number:06d}-{shape}"
+                    key = f"{lane:06d}_{bucket}_{trajectory.number:06d}-{shape}"
                     if key not in self.known:
-                        self.finished.append(Finished(key, picture.sample, latents))
+                        self.finished.append(Finished(key, trajectory.sample, latents))
                 newest += 1
                 moved.append(self._begun(lane, bucket, newest))
         self.pools[lane, bucket] = tuple(moved)
 
-    def _wanted(self, bucket: int, picture: Picture) -> bool:
-        """Whether a finished picture is kept: the first ones of each pool, but for those in too few steps."""
+    def _wanted(self, bucket: int, trajectory: Trajectory) -> bool:
+        """Whether a finished trajectory is kept: the first ones of each pool, but for those in too few steps."""
         count, before = (int(self._ends[n]) if n >= 0 else 0 for n in (bucket, bucket - 1))
-        own = self.pictures * (count - before) / int(self._ends[-1]) / self.lanes
-        return bool(picture.sample.caption) and 0 <= picture.number - self.micro_batch < own
+        own = self.keep * (count - before) / int(self._ends[-1]) / self.lanes
+        return bool(trajectory.sample.caption) and 0 <= trajectory.number - self.micro_batch < own
 
-    def _guided(self, picture: Picture, prompted: Tensor, without: Tensor) -> Tensor:
-        prompt, empty, guiding = picture.sample.prompt, self.noiser.empty(picture.sample), self.noiser.texts.guiding
+    def _guided(self, trajectory: Trajectory, prompted: Tensor, without: Tensor) -> Tensor:
+        prompt, empty, guiding = (
+            trajectory.sample.prompt,
+            self.noiser.empty(trajectory.sample),
+            self.noiser.texts.guiding,
+        )
         assert guiding is not None
         both: Prompt = replace(prompt, text=guiding(tuple(prompt.text), tuple(empty.text)))
-        rung, size = picture.rungs[picture.place], picture.sample.size
-        return self.guide(prompted, without, picture.latents, rung, both, size, picture.scale)
+        rung, size = trajectory.rungs[trajectory.place], trajectory.sample.size
+        return self.guide(prompted, without, trajectory.latents, rung, both, size, trajectory.scale)
 
-    def _stepped(self, picture: Picture, output: Tensor) -> Tensor:
-        ladder, place = self.call.ladder(picture.sample.size), picture.place
-        last = place + 1 == len(picture.rungs)
+    def _stepped(self, trajectory: Trajectory, output: Tensor) -> Tensor:
+        ladder, place = self.call.ladder(trajectory.sample.size), trajectory.place
+        last = place + 1 == len(trajectory.rungs)
         return ladder.step(
-            picture.latents, output, picture.rungs[place], len(ladder) if last else picture.rungs[place + 1]
+            trajectory.latents, output, trajectory.rungs[place], len(ladder) if last else trajectory.rungs[place + 1]
         )
 
     @contextmanager
@@ -281,9 +285,9 @@ class TrajectoryStream:
             pools = later[0] if later else {b: pool for (of, b), pool in self.pools.items() if of == lane}
             for bucket, pool in pools.items():
                 name = f"{lane}/{self.clean.decoder.shapes[bucket]}"
-                places = [[picture.number, picture.place] for picture in pool]
+                places = [[trajectory.number, trajectory.place] for trajectory in pool]
                 found[f"{name}/places"] = torch.tensor(places, dtype=torch.int32).view(torch.float32)
-                found[f"{name}/latents"] = torch.cat([picture.latents for picture in pool])
+                found[f"{name}/latents"] = torch.cat([trajectory.latents for trajectory in pool])
         return found
 
     def load(self, state: Mapping[str, Tensor], rank: int, world: int) -> None:

@@ -5,7 +5,7 @@
                                   of its flat vector
       rank-00000.safetensors ...  per unit of the rank's stage: `UNIT/master`, `UNIT/exp_avg`, `UNIT/exp_avg_sq` (that
                                   part, float32), `UNIT/step` (); the rank's random state; and, of trajectories,
-                              `pool/LANE/SHAPE/latents` and `places`, what its pictures in the making were
+                              `pool/LANE/SHAPE/latents` and `places`, what its images in the making were
 
 A unit's flat vector is its parameters laid end to end, so a part of it is the same thing on any topology. Where a whole
 variant is fine-tuned, its blocks stand in the units' place, and `BLOCK/ema` is the moving average of a block's weights.

@@ -1,4 +1,4 @@
-"""What trajectories end in: finished pictures as encoded shards, for another training, and a few for TensorBoard."""
+"""What trajectories end in: finished images as encoded shards, for another training, and a few for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHOWN = 8
 
 
 class Pictures:
-    """The finished pictures of a run; every rank makes one and makes every call.
+    """The finished images of a run; every rank makes one and makes every call.
 
     They lie in `RUN/pictures/encoded`, as `ppcl-data encode` would have written them. A file holds what a rank has
     finished since the checkpoint before; what was written after the one that a run goes on from is made again.

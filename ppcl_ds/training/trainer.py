@@ -102,8 +102,8 @@ class Training(ABC):
         size, lanes, trajectories = settings.micro_batch, settings.micro_batches_per_step, settings.trajectories
         if trajectories is None:
             return NoisyStream(self.recipe, call, "train", size, lanes)
-        kept, pictures = self.kept, self.kept_pictures
-        return TrajectoryStream(self.recipe, call, "train", size, lanes, trajectories, kept, pictures)
+        kept, images = self.kept, self.kept_pictures
+        return TrajectoryStream(self.recipe, call, "train", size, lanes, trajectories, kept, images)
 
     @property
     def kept(self) -> int:
@@ -112,7 +112,7 @@ class Training(ABC):
 
     @property
     def kept_pictures(self) -> int:
-        """How many finished pictures of trajectories are kept."""
+        """How many finished images of trajectories are kept."""
         return 0
 
     @torch.no_grad()
@@ -297,7 +297,7 @@ class Training(ABC):
         return own
 
     def _keep_pictures(self, step: int) -> dict[str, Tensor]:
-        """Write the pictures that were finished, see `Pictures.keep`."""
+        """Write the images that were finished, see `Pictures.keep`."""
         if not (isinstance(self.data, TrajectoryStream) and self.kept_pictures):
             return {}
         with self.timer.phase("checkpoint"):

@@ -23,7 +23,7 @@ from ppcl_ds.teacher.guidance import Guide
 from ppcl_ds.teacher.noising import Noiser
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.teacher import forward, open_teacher
-from ppcl_ds.teacher.trajectories import Picture, TrajectoryStream
+from ppcl_ds.teacher.trajectories import Trajectory, TrajectoryStream
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.calls import answer
@@ -77,7 +77,7 @@ def stream(new_run: Callable[..., Path]) -> Callable[..., TrajectoryStream]:
     return make
 
 
-def go_on(stream: TrajectoryStream, readings: int) -> list[tuple[Picture, ...]]:
+def go_on(stream: TrajectoryStream, readings: int) -> list[tuple[Trajectory, ...]]:
     """Pools of lane 0 before each reading; the teacher always says zero."""
     seen = []
     batches = stream.take(0, 2)
