@@ -18,13 +18,11 @@ from torch import Tensor
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.names import PREFIX, from_file, load_names
 from ppcl_ds.export.pipeline_folder import require_new, write_pipeline
-from ppcl_ds.teacher.files import ModelFiles, Source, empty_model
+from ppcl_ds.teacher.files import QUANTISED, ModelFiles, Source, empty_model
 from ppcl_ds.teacher.flows import block_lists
 from ppcl_ds.teacher.keys import find_keys
 from ppcl_ds.teacher.own import own_of
 from ppcl_ds.units.variant import laid_out
-
-_SCALES = (".comfy_quant", ".weight_scale", ".scale_weight")
 
 
 def import_file(source: Path, base: Path, out: Path, max_shard_size: int) -> None:
@@ -73,7 +71,7 @@ def read_single_file(path: Path) -> dict[str, Source]:
                 found[name[len(prefix) :]] = Source(torch.Size(shape), dtype, partial(_loaded, path, name))
     except (OSError, SafetensorError, ValueError) as fault:
         raise UserError(f"{path}: no readable safetensors file ({fault})") from None
-    if strange := next((name for name in found if name.endswith(_SCALES)), None):
+    if strange := next((name for name in found if name.endswith(QUANTISED)), None):
         raise UserError(f"{path}: is quantised (it has '{strange}'); import the plain file")
     return found
 

@@ -75,6 +75,9 @@ def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequ
     Args:
         measured: of all ranks.
         lists: block numbers of each run of blocks in which spans can lie.
+
+    Raises:
+        UserError: a figure is not finite.
     """
     streams = sorted({stream for _, stream in measured})
     figures: dict[str, dict[str, Figure]] = {}
@@ -84,7 +87,13 @@ def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequ
         mean = halves[name] = _mean(np.stack(list(by_stream.values())))
         for stream, values in (by_stream | {MEAN: mean}).items():
             figures.setdefault(stream, {})[name] = _figure(values.reshape(2, -1, values.shape[-1]))
-    cka = figures[MEAN]["cka"].value
+    cka, error = figures[MEAN]["cka"].value, figures[MEAN]["error"].value
+    for block in (block for blocks in lists for block in blocks[:-1]):
+        if cka[block][block + 1] is None or error[block][block + 1] is None:
+            raise UserError(
+                f"the figures of block {block + 1} are not finite, and no plan can be made of them; run the teacher "
+                "in another teacher.precision (fp16 overflows where bf16 and fp32 do not)"
+            )
     spans = ppcl_spans(cka, lists)
     ends = {blocks[0]: blocks[-1] for blocks in lists}
     last = {u: end for first, end in ends.items() for u in range(first, end + 1)}
@@ -95,7 +104,7 @@ def make_report(measured: Measured, teacher: str, unused: list[str], lists: Sequ
         teacher=teacher,
         tokens={stream: round(np.nanmax(measured["tokens", stream].sum(0))) for stream in streams},
         cka=cka,
-        error=figures[MEAN]["error"].value,
+        error=error,
         spans=spans,
         unstable=unstable,
         unused=unused,

@@ -235,13 +235,13 @@ def text_mask(arguments: Arguments, capture: Capture) -> Tensor | None:
 
 
 def open_teacher(recipe: Recipe, weights: bool = True) -> Teacher:
-    """The recipe's teacher, all of whose tensors are there.
+    """The recipe's teacher, whose tensors are what its configuration says.
 
     Args:
         weights: whether tensors will be read.
 
     Raises:
-        UserError: it cannot be called (see `Teacher`), or lacks a tensor.
+        UserError: it cannot be called (see `Teacher`), or its tensors are others.
     """
     settings, side = recipe.teacher, recipe.data.images.size
     teacher = Teacher(
@@ -253,9 +253,8 @@ def open_teacher(recipe: Recipe, weights: bool = True) -> Teacher:
         size=Size(side, side),
     )
     _ = teacher.call
-    missing = sorted(name for name, _ in teacher.empty.named_parameters() if name not in teacher.files.keys)
-    if missing:
-        raise UserError(f"teacher {teacher.files.folder}: tensor '{missing[0]}' is missing from the safetensors files")
+    if weights:
+        teacher.files.check(teacher.empty)
     return teacher
 
 
