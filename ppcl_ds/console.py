@@ -43,7 +43,7 @@ def run(app: typer.Typer) -> None:
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        signal.signal(number, launch.leave_by_signal)
     if launch.is_rank():
         launch.end_with_launcher()
     reporting.keep_in(reporting.of_job()).update()  # what an earlier start left is over

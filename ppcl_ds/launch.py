@@ -25,6 +25,16 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+signalled: list[int] = []
+"""Signals that asked this process to leave. Python drops an exception that is raised while it closes a generator or
+frees an object, and `SystemExit` with it; who can stop in order looks here, too."""
+
+
+def leave_by_signal(number: int, _: object) -> NoReturn:
+    """Handle SIGINT or SIGTERM: end with the exit code that shells give it."""
+    signalled.append(number)
+    sys.exit(128 + number)
+
 
 def is_rank() -> bool:
     """Whether this process is already one of several (started by torchrun)."""

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ppcl_ds import launch
+
 _STOP = 1
 """What is asked by the file; every other wish is the number of a signal."""
 
@@ -23,7 +25,8 @@ class Preemption:
 
     Slurm's notice is SIGUSR1. The launcher (`slurm/ranks.sh`) blocks it for everything that it starts, so it ends no
     rank, reader or helper, wherever it arrives and however often, and a rank finds it pending when it looks.
-    SIGINT and SIGTERM are kept from now on; a second one ends the process at once.
+    SIGINT and SIGTERM are kept from now on, and so is one that came before and has not ended the process; a second
+    one ends it at once.
 
     Args:
         run: the run folder. A `STOP` in it is of an earlier run and removed, unless Slurm may have been told by it
@@ -41,6 +44,7 @@ class Preemption:
         self.exit_code = 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._keep)
+        self.asked = self.asked or next(iter(launch.signalled), 0)
         if dist.get_rank() == 0:
             self.note.unlink(missing_ok=True)
             if self.file.exists() and "SLURM_JOB_ID" not in os.environ:

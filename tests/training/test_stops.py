@@ -55,3 +55,15 @@ def test_a_second_start_is_refused_and_the_first_goes_on(new_run: Callable[..., 
         assert "distill is being trained by process" in command("distill", path, code=2)
     command("distill", path)
     assert recipe.distillation.finished(4)
+
+
+@pytest.mark.parametrize(("asked", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_whose_exception_is_lost_ends_the_run_after_its_first_step(
+    new_run: Callable[..., Path], asked: signal.Signals, code: int
+) -> None:
+    path = new_run("qwen", distill={"steps": 10**6})
+    recipe = load_recipe(path)
+    three_spans().save(recipe.plan_file)
+    done = run("tests.training.signalled", "distill", path, env={"ASKED": f"1:{asked:d}:5000", "SWALLOWED": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    assert newest_checkpoint(recipe.distillation.checkpoints).contents.step == 1
