@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +49,13 @@ class SaysCpu(TorchFunctionMode):
         if func in _VALUES and args[0].is_meta:
             return func(torch.zeros(args[0].shape, dtype=args[0].dtype))
         return func(*args, **(kwargs or {}))
+
+
+class Remembering(TorchDispatchMode):
+    """Inside, an operation on meta tensors like those of an earlier call is not asked again; see `_computed`."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _computed(func, args, dict(kwargs or {}))
 
 
 class WithoutWeights(TorchDispatchMode):
@@ -88,7 +97,49 @@ class WithoutWeights(TorchDispatchMode):
         Args:
             given: its tensors, before they were moved to the meta device.
         """
+        return _computed(func, args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Like:
+    """What a meta tensor is, but for its identity."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_KNOWN: dict[Any, Any] = {}
+"""Operation and what it was given -> what it gives."""
+
+
+def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation gives; of meta tensors like those of an earlier call, without asking the operation.
+
+    Most of the meta device's kernels are slow Python, and blocks of one class ask them the same again and again.
+    """
+    leaves, form = pytree.tree_flatten((args, kwargs))
+    if not _is_pure(func) or any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in leaves):
         return func(*args, **kwargs)
+    key = (func, form, *(_like(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
+    if key not in _KNOWN:
+        output = func(*args, **kwargs)
+        if all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(output)):
+            _KNOWN[key] = pytree.tree_map_only(Tensor, _like, output)
+        return output
+    return pytree.tree_map_only(
+        _Like, lambda like: torch.empty_strided(like.size, like.stride, dtype=like.dtype, device="meta"), _KNOWN[key]
+    )
+
+
+def _like(tensor: Tensor) -> _Like:
+    return _Like(tensor.shape, tensor.stride(), tensor.dtype)
+
+
+@cache
+def _is_pure(func: Any) -> bool:
+    """Whether what an operation gives shares no memory with what it is given, and it writes into none of that."""
+    return not any(each.alias_info for each in (*func._schema.arguments, *func._schema.returns))
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -136,7 +187,7 @@ class Trace(WithoutWeights):
     def call(self, func: Any, given: list[Tensor], args: Any, kwargs: dict[str, Any]) -> Any:
         named = any(t.is_meta or t in self._made or t.untyped_storage() in self._written for t in given)
         names = [self.name(tensor) for tensor in given if named]
-        output = func(*args, **kwargs)
+        output = _computed(func, args, kwargs)
         if not named and not any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(output)):
             return output  # its values say all
         leaves, _ = pytree.tree_flatten((args, kwargs))

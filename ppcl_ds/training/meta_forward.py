@@ -7,7 +7,7 @@ Shapes: B batch, S text tokens.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from ppcl_ds.errors import UserError, brief
 from ppcl_ds.teacher.anatomy import Capture, Tap
 from ppcl_ds.teacher.pipeline_call import Arguments
 from ppcl_ds.teacher.teacher import Teacher, forward, text_mask
-from ppcl_ds.teacher.weightless import WithoutWeights
+from ppcl_ds.teacher.weightless import Remembering, WithoutWeights
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def meta_forward(teacher: Teacher, size: Size, batch: int = 1, taps: Iterable[Ta
     on_meta = _tree_on_meta(arguments)
     try:
         try:
-            capture, output, began, ended = _run(teacher, model, on_meta, taps, nullcontext())
+            capture, output, began, ended = _run(teacher, model, on_meta, taps, Remembering())
         except RuntimeError:  # it looks at values of what it is given, lengths of captions for example
             capture, output, began, ended = _run(teacher, model, arguments, taps, WithoutWeights())
             for number, conditioning in capture.conditioning.items():
