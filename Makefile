@@ -8,15 +8,18 @@ READY := .venv/ready
 FAMILIES := .venv/families
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-slurm test-pretend test-families test-tools lint bench clean
+.PHONY: setup demo test test-long test-slurm test-pretend test-families test-tools lint bench clean
 
 setup: $(READY)  ## only the environment
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
 
-test: $(READY)  ## the test suite, a test file a core
+test: $(READY)  ## the test suite but for what takes long, a test file a core
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=30
+
+test-long: $(READY)  ## the tests of tests/long.txt, each of which takes more than ten seconds
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations=30 -m long
 
 test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this host, as root; on Debian, installs it first
 	@which slurmctld slurmd munged chromium >/dev/null || \

@@ -29,8 +29,14 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("no deadline", deadline=None)  # the machine may be busy with other test files
 hypothesis.settings.load_profile("no deadline")
 
-SLOW_SECONDS = 30
-"""More than this on an idle machine needs the marker `slow`."""
+LONG_SECONDS = 10
+"""A test that takes longer on an idle machine stands in long.txt."""
+
+LONG = frozenset((Path(__file__).parent / "long.txt").read_text().splitlines())
+"""Tests and whole files of tests that `make test` leaves to `make test-long`."""
+
+_OTHERS = ("slurm", "families", "pretend", "tools")
+"""Markers of suites of their own."""
 
 WORDS = ["zero", "one", "two", "three"]
 
@@ -118,6 +124,22 @@ def pytest_configure(config: pytest.Config) -> None:
         start_server()
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what stands in long.txt.
+
+    Raises:
+        UsageError: a line is of a file that was collected whole, and there is no such test.
+    """
+    names = {name for item in items for name in (item.nodeid, item.nodeid.partition("::")[0])}
+    for item in items:
+        if LONG & {item.nodeid, item.nodeid.partition("::")[0]}:
+            item.add_marker("long")
+    stale = sorted(name for name in LONG if name not in names and name.partition("::")[0] in names)
+    if stale and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"tests/long.txt: there is no test {stale[0]}")
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is there before the first test stays: a collection of garbage need not look at it every time."""
     gc.collect()
@@ -125,13 +147,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Name the tests that take long and are not marked `slow`; a busy machine makes them no failures."""
+    """Name the tests that take long and are not known to; a busy machine makes them no failures."""
     seconds: dict[str, float] = {}
     for report in itertools.chain.from_iterable(terminalreporter.stats.values()):
-        if isinstance(report, pytest.TestReport) and "slow" not in report.keywords:
+        if isinstance(report, pytest.TestReport) and not {*_OTHERS, "long"} & set(report.keywords):
             seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
-    if long := {test: took for test, took in seconds.items() if took > SLOW_SECONDS}:
-        terminalreporter.section(f"over {SLOW_SECONDS} s and not marked slow", sep="=")
+    if long := {test: took for test, took in seconds.items() if took > LONG_SECONDS}:
+        terminalreporter.section(f"over {LONG_SECONDS} s and not in tests/long.txt", sep="=")
         for test, took in sorted(long.items(), key=lambda each: -each[1]):
             terminalreporter.line(f"{took:.0f}s {test}")
 

@@ -7,9 +7,8 @@ positions) keeps its values, so that models that branch on them run; whatever a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -64,6 +63,9 @@ class WithoutWeights(TorchDispatchMode):
     What depends on values that are not there (a choice of experts) is done as if they were zeros.
     """
 
+    forgets = True
+    """Whether it does not matter of what a tensor was made."""
+
     def __init__(self) -> None:
         super().__init__()
         self._says = ExitStack()
@@ -78,6 +80,9 @@ class WithoutWeights(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        return _computed(func, args, kwargs, self._asked) if self.forgets else self._asked(func, args, kwargs)
+
+    def _asked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(tensor.is_meta for tensor in given):
             if func in _INDEXED:  # the shape of what a real mask chooses is known, that of a meta one is not
@@ -100,40 +105,57 @@ class WithoutWeights(TorchDispatchMode):
         return _computed(func, args, kwargs)
 
 
-@dataclass(frozen=True)
-class _Like:
-    """What a meta tensor is, but for its identity."""
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
 _KNOWN: dict[Any, Any] = {}
-"""Operation and what it was given -> what it gives."""
+"""Operation and what it was given -> what it gives, as `_described` has both."""
 
 
-def _computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _computed(func: Any, args: Any, kwargs: dict[str, Any], asked: Callable[..., Any] | None = None) -> Any:
     """What an operation gives; of meta tensors like those of an earlier call, without asking the operation.
 
     Most of the meta device's kernels are slow Python, and blocks of one class ask them the same again and again.
+
+    Args:
+        asked: does an operation that may need more than to be called; None: none does.
     """
-    leaves, form = pytree.tree_flatten((args, kwargs))
-    if not _is_pure(func) or any(isinstance(leaf, Tensor) and not leaf.is_meta for leaf in leaves):
-        return func(*args, **kwargs)
-    key = (func, form, *(_like(leaf) if isinstance(leaf, Tensor) else (type(leaf), leaf) for leaf in leaves))
-    if key not in _KNOWN:
-        output = func(*args, **kwargs)
-        if all(isinstance(leaf, Tensor) and leaf.is_meta for leaf in pytree.tree_leaves(output)):
-            _KNOWN[key] = pytree.tree_map_only(Tensor, _like, output)
-        return output
-    return pytree.tree_map_only(
-        _Like, lambda like: torch.empty_strided(like.size, like.stride, dtype=like.dtype, device="meta"), _KNOWN[key]
-    )
+    call = asked or (lambda func, args, kwargs: func(*args, **kwargs))
+    try:
+        described = _described(args), _described(tuple(kwargs.items()))
+    except _HasValuesError:
+        return call(func, args, kwargs)
+    if not _is_pure(func):
+        is_view = not (kwargs or func._schema.is_mutable)
+        return func(*args) if is_view else call(func, args, kwargs)
+    key = func, *described
+    if key in _KNOWN:
+        return _like(_KNOWN[key])
+    output = call(func, args, kwargs)
+    tensors = output if isinstance(output, (tuple, list)) else (output,)
+    if all(isinstance(tensor, Tensor) and tensor.is_meta for tensor in tensors):
+        _KNOWN[key] = _described(output)
+    return output
 
 
-def _like(tensor: Tensor) -> _Like:
-    return _Like(tensor.shape, tensor.stride(), tensor.dtype)
+class _HasValuesError(Exception):
+    """A tensor is real."""
+
+
+def _described(value: Any) -> Any:
+    """The same for values that an operation cannot tell apart, but for what meta tensors' storages hold."""
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            raise _HasValuesError
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_described, value))
+    return type(value), value
+
+
+def _like(described: Any) -> Any:
+    """New meta tensors: one, or a tuple of them."""
+    if isinstance(described[0], torch.Size):
+        size, stride, dtype = described
+        return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+    return tuple(map(_like, described))
 
 
 @cache
@@ -162,6 +184,8 @@ class Trace(WithoutWeights):
         model: its parameters and buffers are named.
         names: name in the model's state dict -> another name to go by.
     """
+
+    forgets = False
 
     def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()

@@ -81,7 +81,6 @@ def recipe_of(name: str, run: Path, component: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in IN_THE_ORDINARY_SUITE else pytest.mark.families) for n in ROADS]
 )

@@ -22,7 +22,6 @@ CALLS = 80_000
 """Calls of our functions in a rank; about half of them come before its first step."""
 
 
-@pytest.mark.slow  # as many starts of two ranks
 def test_a_run_that_is_stopped_at_any_moment_loses_at_most_a_step(new_run: Callable[..., Path]) -> None:
     path = new_run("qwen", distill={"steps": 10**6, "log_every": 1, "checkpoint_every": 10**6})
     recipe = load_recipe(path)
