@@ -115,7 +115,8 @@ def test_figures_are_means_over_halves_and_streams_with_their_spread() -> None:
 
 
 def test_a_span_that_either_half_would_end_elsewhere_is_marked() -> None:
-    same = {3: falling([0.1, 0.05, 0.2, 0.1]), 6: falling([0.1])}
+    others = {u: falling([0.1]) for u in (1, 2, 4, 5)}
+    same = others | {3: falling([0.1, 0.05, 0.2, 0.1]), 6: falling([0.1])}
     one = {0: falling([0.1, 0.05, 0.15]), **same}
     other = {0: falling([0.1, 0.11, 0.05]), **same}
     report = make_report(halves([one, other], 8), "Some", [], [range(8)])
@@ -195,3 +196,9 @@ def test_a_damaged_report_is_named_in_one_line(tmp_path: Path, damage: str) -> N
         load_report(tmp_path)
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_no_report_is_made_of_figures_that_are_not_finite() -> None:
+    rows = {0: falling([0.1, 0.05]), 1: [1.0, float("nan")]}
+    with pytest.raises(UserError, match="block 2 are not finite"):
+        make_report(halves([rows, rows], 3), "Some", [], [range(3)])
