@@ -239,15 +239,18 @@ def open_run(path: Path) -> Recipe:
     trained = next(filter(Path.exists, written), written[0])
     try:
         # The folder may have been moved since: what lies in it is read from where it is now.
-        return written_recipe(trained.read_bytes()).model_copy(update={"run": path})
+        return written_recipe(trained.read_bytes(), run=path)
     except OSError:
         raise UserError(f"{path} is not the folder of a run that was trained: {trained} is missing") from None
-    except ValueError as fault:
+    except (ValueError, TypeError, KeyError) as fault:
         raise UserError(f"{trained} cannot be read ({brief(fault)}); give the recipe file") from None
 
 
-def written_recipe(content: bytes) -> Recipe:
+def written_recipe(content: bytes, run: Path | None = None) -> Recipe:
     """The recipe that a training wrote, whatever release it was; keys that are gone count for nothing.
+
+    Args:
+        run: where the run folder is now, and so all that was in it; None: where it was.
 
     Raises:
         ValueError: it is damaged, or no recipe.
@@ -259,7 +262,17 @@ def written_recipe(content: bytes) -> Recipe:
             node = node.get(section) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node.pop(key, None)
-    return Recipe.model_validate(raw)
+    return Recipe.model_validate(_moved(raw, str(raw["run"]), str(run)) if run else raw)
+
+
+def _moved(node: Any, before: str, now: str) -> Any:
+    """Paths in a folder that has been moved."""
+    if isinstance(node, dict):
+        return {key: _moved(value, before, now) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_moved(value, before, now) for value in node]
+    inside = isinstance(node, str) and (node == before or node.startswith(f"{before}/"))
+    return now + node[len(before) :] if inside else node
 
 
 def _fill_in_run(node: Any, run: str) -> Any:

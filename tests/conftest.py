@@ -30,7 +30,7 @@ hypothesis.settings.register_profile("no deadline", deadline=None)  # the machin
 hypothesis.settings.load_profile("no deadline")
 
 LONG_SECONDS = 10
-"""A test that takes longer on an idle machine stands in long.txt, but for a few without which `make test` says little."""
+"""A test that takes longer on an idle machine stands in long.txt, but for a few on which all others stand."""
 
 LONG = frozenset((Path(__file__).parent / "long.txt").read_text().splitlines())
 """Tests and whole files of tests that `make test` leaves to `make test-long`."""

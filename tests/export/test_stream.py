@@ -80,9 +80,7 @@ def test_the_command_takes_a_recipe_or_a_run_folder_that_was_moved(new_run: NewR
     command("consolidate", path)
     assert {folder.name for folder in (recipe.run / "pruned").iterdir()} == {"small", "medium"}
     copy = tmp_path / "elsewhere"
-    recipe.run.rename(copy)
-    (recipe.run / "teacher").parent.mkdir()
-    (copy / "teacher").rename(recipe.run / "teacher")
+    recipe.run.rename(copy)  # with the teacher in it
     command("consolidate", copy, "--variant", "small", "--out", tmp_path / "mine", "--dtype", "bf16")
     expected = stored(copy / "pruned" / "small" / "transformer")
     wanted = {name: tensor.bfloat16() for name, tensor in expected.items()}
