@@ -89,7 +89,8 @@ class PipelineRun:
         given = self._known(options or {})
         asked = [given.pop(name) for name in SOURCES if name in given]
         self.edits = bool(asked) or self._needs_a_source
-        self.options = self._unguided() | dict(self.own.options) | given
+        own = {name: value for name, value in self.own.options.items() if name in self.parameters}
+        self.options = self._unguided() | own | given
         self.rungs = RUNGS
         self._examples: dict[tuple[Size, int], Prompt] = {}
         self.entering: dict[Size, Rearrangement] = {}

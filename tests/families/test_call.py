@@ -133,6 +133,7 @@ REFUSED = {
     "bria_fibo_edit": "cannot be asked",  # looks into its prompt
     "dit": "no method encode_prompt",
     "joyimage": "cannot be asked",  # its text encoder runs in another method
+    "omnigen": "no method encode_prompt",
     "qwen_image_21_edit": "cannot be asked",  # its mask of pictures is looked at
     "qwen_layered": "cannot be asked",  # reads pictures with a fourth channel
     "sana_sprint": "asked",  # draws two steps or none
