@@ -15,11 +15,12 @@ from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.units.plan import Plan, check_plan, load_plan
+from ppcl_ds.units.plan import Plan, check_plan, load_plan, refuse_edited, replace_plan
 
 
 def plan(recipe: Recipe) -> None:
     """Choose by what the probe found, write `plan.yaml`, print the variants."""
+    refuse_edited(recipe.plan_file)
     teacher = open_teacher(recipe)
     as_given = recipe.plan.rule == "given" and not recipe.plan.variants and not recipe.plan.candidates
     report = None if as_given else load_report(recipe.probe_folder)
@@ -44,10 +45,16 @@ def budget_for(recipe: Recipe, plan: Plan, teacher: Teacher, swaps: Swaps | None
 
 
 def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> None:
-    """Write `plan.yaml` and print its variants."""
-    plan.save(recipe.plan_file)
+    """Write `plan.yaml`, keep an earlier one beside it, and print its variants.
+
+    Raises:
+        UserError: the earlier one has been edited.
+    """
+    earlier = replace_plan(recipe.plan_file, plan)
     print_table(lines_of(plan, teacher, forecast, budget), teacher.anatomy, forecast)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
+    if earlier:
+        print(f"the earlier one is {earlier}")
 
 
 def check(recipe: Recipe) -> None:

@@ -19,7 +19,7 @@ from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
-from ppcl_ds.units.plan import load_plan
+from ppcl_ds.units.plan import load_plan, refuse_edited
 
 
 class Replan:
@@ -37,6 +37,7 @@ class Replan:
 
     def __init__(self, recipe: Recipe, run: Path) -> None:
         self.recipe = recipe
+        refuse_edited(recipe.plan_file)  # now, not after an hour of measuring
         self.teacher = open_teacher(recipe)
         other = recipe.model_copy(update={"run": run})
         self.checkpoint: Checkpoint = newest_checkpoint(other.distillation.checkpoints)

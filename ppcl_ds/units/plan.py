@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 
 import yaml
@@ -87,11 +88,55 @@ class Plan(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the plan as a small commented YAML file."""
-        content = self.model_dump(mode="json") | {"units": list(self.units)}
-        written = yaml.dump(
-            content, Dumper=_PlanFile, default_flow_style=None, sort_keys=False, allow_unicode=True, width=118
+        atomic_write(path, self.written)
+
+    @property
+    def written(self) -> str:
+        """What its file holds."""
+        plan = self.model_dump(mode="json") | {"units": list(self.units)}
+        content = yaml.dump(
+            plan, Dumper=_PlanFile, default_flow_style=None, sort_keys=False, allow_unicode=True, width=118
         )
-        atomic_write(path, f"{_HEADER}\n{written}")
+        content = f"{_HEADER}\n{content}"
+        return f"{_SEAL}{_digest(content)}\n{content}"
+
+
+_SEAL = "# Written by ppcl, with this digest of what follows: "
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def refuse_edited(path: Path) -> None:
+    """Nothing if there is no plan file, or one as `Plan.save` has written it.
+
+    Raises:
+        UserError: somebody else has written it, or into it.
+    """
+    if not path.exists():
+        return
+    first, _, rest = path.read_bytes().decode(errors="replace").partition("\n")
+    if first != _SEAL + _digest(rest):
+        raise UserError(f"{path} has been edited, and is not overwritten; move it away to have a plan written there")
+
+
+def replace_plan(path: Path, plan: Plan) -> Path | None:
+    """Write a plan file; another one that stands there is kept as `plan-1.yaml`, `plan-2.yaml`, ... beside it.
+
+    Returns:
+        Where that one is now, if there was one.
+
+    Raises:
+        UserError: that one has been edited.
+    """
+    refuse_edited(path)
+    kept = None
+    if path.exists() and path.read_text() != plan.written:
+        names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in count(1))
+        kept = path.replace(next(name for name in names if not name.exists()))
+    plan.save(path)
+    return kept
 
 
 class _PlanFile(yaml.SafeDumper):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
+from ppcl_ds.units.plan import Plan, UnitPlan, load_plan, replace_plan
 from tests.conftest import TEACHERS, make_teacher
 from tests.pipelines import OPTIONS
 
@@ -53,6 +53,26 @@ def test_a_saved_plan_is_made_to_be_edited(tmp_path: Path) -> None:
     assert lines[0].startswith("# ")
     assert sum("span: [" in line for line in lines) == len(PLAN.units)  # a unit is one line
     assert max(map(len, lines)) <= 120
+
+
+def test_a_plan_that_somebody_has_edited_is_not_overwritten_and_earlier_ones_are_kept(tmp_path: Path) -> None:
+    path, others = tmp_path / "plan.yaml", PLAN.model_copy(update={"variants": {"small": ("early",)}})
+    assert replace_plan(path, PLAN) is None
+    assert replace_plan(path, PLAN) is None  # the same
+    assert [replace_plan(path, plan) for plan in (others, PLAN)] == [tmp_path / f"plan-{n}.yaml" for n in (1, 2)]
+    assert [(tmp_path / f"plan-{n}.yaml").read_text() for n in (1, 2)] == [PLAN.written, others.written]
+    written = PLAN.written
+    for edited in (
+        written.replace("early", "first"),
+        written + "# mine\n",
+        written.partition("\n")[2],
+        written.replace("\n", "\r\n"),
+        "",
+    ):
+        path.write_bytes(edited.encode())
+        with pytest.raises(UserError, match="has been edited, and is not overwritten"):
+            replace_plan(path, others)
+        assert path.read_bytes() == edited.encode()
 
 
 @pytest.mark.parametrize("name", ["yes", "1", "null", "12B, fast", "größer", "a: b", "#1", "it's", 'a "b"'])
