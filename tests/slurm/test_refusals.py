@@ -130,7 +130,8 @@ def test_a_run_that_does_not_fit(path: Path) -> None:
     edit(path, "cluster", accelerator="h10")
     refused(path, "did you mean 'h100'?")
     edit(path, "cluster", accelerator="rtx4090")
-    edit(path, "distill", micro_batch=10**6)
+    edit(path, "data", images={"size": 512})
+    edit(path, "distill", micro_batch=256)
     refused(path, "distilling needs ", "GiB on an rtx4090")
 
 
