@@ -18,8 +18,6 @@ from tests.plans import three_spans
 from tests.ranks import run
 
 MOMENTS = 20
-CALLS = 80_000
-"""Calls of our functions in a rank; about half of them come before its first step."""
 
 
 def test_a_run_that_is_stopped_at_any_moment_loses_at_most_a_step(new_run: Callable[..., Path]) -> None:
@@ -27,9 +25,12 @@ def test_a_run_that_is_stopped_at_any_moment_loses_at_most_a_step(new_run: Calla
     recipe = load_recipe(path)
     three_spans().save(recipe.plan_file)
     folder, moments, reached, trained = recipe.distillation, random.Random(0), 0, 0
+    calls = path.with_name("calls")
+    run("tests.training.signalled", "distill", path, "--until", "1", env={"ASKED": "0:0:0", "CALLS": str(calls)})
+    before_the_first_step = int(calls.read_text())
     for number in range(MOMENTS):
         asked, code = [(signal.SIGINT, 130), (signal.SIGTERM, 143)][number % 2]
-        asks = f"{moments.randrange(2)}:{asked:d}:{moments.randrange(CALLS)}"
+        asks = f"{moments.randrange(2)}:{asked:d}:{moments.randrange(2 * before_the_first_step)}"
         done = run("tests.training.signalled", "distill", path, env={"ASKED": asks})
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr, done.stderr
