@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -220,7 +221,7 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(raw, dict):
         raise UserError(f"recipe {path}: expected keys and values, found {type(raw).__name__}")
     try:
-        return Recipe.model_validate(_fill_in_run(raw, str(raw.get("run", ""))))
+        return Recipe.model_validate(_with_texts(raw, lambda text: text.replace("{run}", str(raw.get("run", "")))))
     except ValidationError as fault:
         whys = [_explain(error, lines) for error in fault.errors()]
         more = f"; and {len(whys) - _TOLD} more" if len(whys) > _TOLD else ""
@@ -262,23 +263,19 @@ def written_recipe(content: bytes, run: Path | None = None) -> Recipe:
             node = node.get(section) if isinstance(node, dict) else None
         if isinstance(node, dict):
             node.pop(key, None)
-    return Recipe.model_validate(_moved(raw, str(raw["run"]), str(run)) if run else raw)
+    if run:
+        before, now = str(raw["run"]), str(run)
+        raw = _with_texts(raw, lambda text: now + text[len(before) :] if f"{text}/".startswith(f"{before}/") else text)
+    return Recipe.model_validate(raw)
 
 
-def _moved(node: Any, before: str, now: str) -> Any:
-    """Paths in a folder that has been moved."""
+def _with_texts(node: Any, change: Callable[[str], str]) -> Any:
+    """The same tree with every text in it changed."""
     if isinstance(node, dict):
-        return {key: _moved(value, before, now) for key, value in node.items()}
+        return {key: _with_texts(value, change) for key, value in node.items()}
     if isinstance(node, list):
-        return [_moved(value, before, now) for value in node]
-    inside = isinstance(node, str) and (node == before or node.startswith(f"{before}/"))
-    return now + node[len(before) :] if inside else node
-
-
-def _fill_in_run(node: Any, run: str) -> Any:
-    if isinstance(node, dict):
-        return {key: _fill_in_run(value, run) for key, value in node.items()}
-    return node.replace("{run}", run) if isinstance(node, str) else node
+        return [_with_texts(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
 
 
 _TOLD = 10

@@ -229,3 +229,8 @@ def test_whatever_stands_in_a_recipe_it_is_used_or_one_line(tmp_path: Path, key:
     else:
         assert math.isfinite(read)
         assert read == float(value)  # type: ignore[arg-type]
+
+
+def test_run_stands_for_the_run_folder_in_lists_too(tmp_path: Path) -> None:
+    text = TEXT.replace("source: my_images", 'source: ["{run}/images", others]')
+    assert [str(source) for source in load(tmp_path, text).data.source] == ["runs/a/images", "others"]

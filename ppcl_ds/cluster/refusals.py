@@ -19,12 +19,8 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.steps import Step
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
+from ppcl_ds.training.checks import checkpoint_bytes
 from ppcl_ds.units.plan import Plan, load_plan
-
-_TRAINING_BYTES = 12
-"""Of a parameter in a checkpoint: a master and two moments in float32."""
-_AVERAGE_BYTES = 4
-"""Its moving average, if one is kept."""
 
 
 def nodes_of(recipe: Recipe) -> int:
@@ -133,8 +129,8 @@ def _bytes_to_write(recipe: Recipe, distilling: Estimate, tunings: Sequence[Esti
 
     Encoded shards are not counted: how large they are, encoding tells.
     """
-    kept = (recipe.distill.keep_checkpoints + 1) * distilling.parameters * _TRAINING_BYTES
+    kept = (recipe.distill.keep_checkpoints + 1) * checkpoint_bytes(distilling.parameters, average=False)
     if recipe.finetune:
-        each = _TRAINING_BYTES + (_AVERAGE_BYTES if recipe.finetune.ema else 0)
-        kept += (recipe.finetune.keep_checkpoints + 1) * sum(tuning.parameters for tuning in tunings) * each
+        tuned = checkpoint_bytes(sum(tuning.parameters for tuning in tunings), bool(recipe.finetune.ema))
+        kept += (recipe.finetune.keep_checkpoints + 1) * tuned
     return kept + variants * distilling.teacher_parameters * DTYPES[recipe.teacher.precision].itemsize

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from ppcl_ds.evaluate.painter import Painter, call_options, described, needs_sha
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.pipeline_files import read_index
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.watch.preemption import stop_file
+from ppcl_ds.watch.preemption import noticed, stop_file
 
 _SMALL = 2**20
 """Bytes of a file that is told from another by its content; larger ones by size and time of change."""
@@ -235,7 +234,7 @@ def _draw(painter: Painter, todo: Sequence[Image], total: int) -> bool:
 
 def _stops(painter: Painter, counted: _Counted) -> str:
     """Why drawing ends before this image, the same on every rank where they draw together; empty: it does not."""
-    told = int(signal.SIGUSR1 in signal.sigpending())  # which `slurm/ranks.sh` blocks
+    told = int(noticed())
     asked = int(stop_file(painter.recipe.run).exists())
     if painter.sharded:
         told, asked = (max(each) for each in zip(*launch.all_gather((told, asked)), strict=True))

@@ -11,14 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.names import PREFIX, from_file, load_names
 from ppcl_ds.export.pipeline_folder import require_new, write_pipeline
-from ppcl_ds.teacher.files import QUANTISED, ModelFiles, Source, empty_model
+from ppcl_ds.teacher.files import QUANTISED, ModelFiles, Source, empty_model, tensors_of
 from ppcl_ds.teacher.flows import block_lists
 from ppcl_ds.teacher.keys import find_keys
 from ppcl_ds.teacher.own import own_of
@@ -59,18 +58,15 @@ def read_single_file(path: Path) -> dict[str, Source]:
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: only .safetensors files are read; a pickle file could run anything")
     try:
-        with safe_open(path, framework="pt") as opened:
-            names = list(opened.keys())
-            prefix = PREFIX if any(name.startswith(PREFIX) for name in names) else ""
-            found = {}
-            for name in names:
-                if not name.startswith(prefix):
-                    continue  # of a whole checkpoint: text encoders, VAE
-                shape = opened.get_slice(name).get_shape()
-                dtype = (opened.get_slice(name)[:0] if shape else opened.get_tensor(name)).dtype
-                found[name[len(prefix) :]] = Source(torch.Size(shape), dtype, partial(_loaded, path, name))
+        stored = tensors_of(path)
     except (OSError, SafetensorError, ValueError) as fault:
         raise UserError(f"{path}: no readable safetensors file ({fault})") from None
+    prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
+    found = {
+        name[len(prefix) :]: Source(tensor.shape, tensor.dtype, partial(_loaded, path, name))
+        for name, tensor in stored.items()
+        if name.startswith(prefix)  # the others are a whole checkpoint's text encoders and VAE
+    }
     if strange := next((name for name in found if name.endswith(QUANTISED)), None):
         raise UserError(f"{path}: is quantised (it has '{strange}'); import the plain file")
     return found

@@ -68,7 +68,7 @@ def check(recipe: Recipe, variant: str, from_run: Path | None) -> Start:
     parts = parts_of(anatomy, empty, whole.tensors, settings.trainable)
     trained = {name for part in parts for name in part.parameters}
     parameters = sum(p.numel() for name, p in empty.named_parameters() if name in trained)
-    check_folder(folder, parameters, settings.keep_checkpoints)
+    check_folder(folder, parameters, settings.keep_checkpoints, bool(settings.ema))
     return start
 
 

@@ -84,7 +84,7 @@ def empty_model(config: dict[str, Any]) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-class _Stored(NamedTuple):
+class Stored(NamedTuple):
     """Where a tensor lies, and what it is."""
 
     file: Path
@@ -92,13 +92,18 @@ class _Stored(NamedTuple):
     dtype: torch.dtype
 
 
-def _tensors_of(file: Path) -> dict[str, _Stored]:
+def tensors_of(file: Path) -> dict[str, Stored]:
+    """What a safetensors file holds, by name; none of it is loaded.
+
+    Raises:
+        OSError, SafetensorError: it cannot be read.
+    """
     found = {}
     with safe_open(file, framework="pt") as opened:
         for key in opened.keys():  # noqa: SIM118, it is no mapping
             stored = opened.get_slice(key)
             shape = torch.Size(stored.get_shape())
-            found[key] = _Stored(file, shape, (stored[:0] if shape else opened.get_tensor(key)).dtype)
+            found[key] = Stored(file, shape, (stored[:0] if shape else opened.get_tensor(key)).dtype)
     return found
 
 
@@ -140,25 +145,25 @@ class ModelFiles:
             )
         self._stored = self._index() if weights else {}
 
-    def _index(self) -> dict[str, _Stored]:
+    def _index(self) -> dict[str, Stored]:
         """What the safetensors files hold."""
         index = self.folder / SAFE_WEIGHTS_INDEX_NAME
         single = self.folder / SAFETENSORS_WEIGHTS_NAME
         try:
             if not index.exists():
                 self._refuse_variants(single)
-                return _tensors_of(single)
+                return tensors_of(single)
             names = dict(json.loads(index.read_text())["weight_map"])
             if not names:
                 raise ValueError("the index lists no tensors")
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as fault:
             raise UserError(f"teacher {self.folder}: cannot read {single.name} or its index: {brief(fault)}") from None
-        found: dict[str, _Stored] = {}
+        found: dict[str, Stored] = {}
         for file in sorted({self.folder / str(name) for name in names.values()}):
             if not file.exists():
                 raise UserError(f"teacher {self.folder}: weights file {file.name} is missing; copy it again")
             try:
-                found |= _tensors_of(file)
+                found |= tensors_of(file)
             except (OSError, SafetensorError) as fault:
                 raise UserError(
                     f"teacher {self.folder}: {file.name} cannot be read ({brief(fault)}); copy it again"

@@ -15,9 +15,6 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.lock import check_lock
 
-_PARAMETER_BYTES = 12
-"""Of a trained parameter in a checkpoint: the master and AdamW's two moments, in float32."""
-
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
@@ -61,18 +58,25 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
             )
 
 
-def check_folder(folder: TrainingFolder, parameters: int, keep: int) -> None:
+def checkpoint_bytes(parameters: int, average: bool) -> int:
+    """How large a checkpoint is: of each trained parameter the master, AdamW's two moments and its moving average, if
+    one is kept, all float32."""
+    return parameters * 4 * (4 if average else 3)
+
+
+def check_folder(folder: TrainingFolder, parameters: int, keep: int, average: bool = False) -> None:
     """That a training's folder can be written into, by nobody else, and has room for its checkpoints.
 
     Args:
         parameters: that are trained.
         keep: checkpoints that stay; one more is there while the newest is written.
+        average: whether their moving average is kept.
 
     Raises:
         UserError: it is not so.
     """
     there = sum(1 for _ in folder.checkpoints.glob("step-*[0-9]"))
-    require_space(folder.checkpoints, _PARAMETER_BYTES * parameters * max(1, keep + 1 - there))
+    require_space(folder.checkpoints, checkpoint_bytes(parameters, average) * max(1, keep + 1 - there))
     if not launch.is_rank():  # the first rank holds the lock of its own start
         check_lock(folder.path)
 

@@ -20,6 +20,11 @@ def stop_file(run: Path) -> Path:
     return run / "STOP"
 
 
+def noticed() -> bool:
+    """Whether Slurm's notice has come: SIGUSR1, which `slurm/ranks.sh` blocks, so that it stays pending."""
+    return signal.SIGUSR1 in signal.sigpending()
+
+
 class Preemption:
     """Every rank makes one, and all ask it after every step.
 
@@ -60,7 +65,7 @@ class Preemption:
         """Whether the run ends after this step, the same on every rank; all must ask, and write a checkpoint if so."""
         first = dist.get_rank() == 0
         own = self.asked or (_STOP if first and self.file.exists() else 0)
-        wish = torch.tensor(own or (signal.SIGUSR1 if signal.SIGUSR1 in signal.sigpending() else 0))
+        wish = torch.tensor(own or (signal.SIGUSR1 if noticed() else 0))
         dist.all_reduce(wish, dist.ReduceOp.MAX, self.group)
         number = int(wish)
         if number and first:
