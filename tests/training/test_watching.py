@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -113,6 +114,7 @@ def test_a_start_takes_back_what_comes_after_its_checkpoint(alone: None, tmp_pat
         for step in steps:
             board.scalars(step, {"run/loss": first + step / 10})
         del board
+        time.sleep(1)  # TensorBoard reads files in the order of their names, which tell starts apart by the second
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     found = [(event.step, round(event.value, 1)) for event in events.Scalars("run/loss")]
