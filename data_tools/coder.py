@@ -99,10 +99,9 @@ class Coder:
         Raises:
             UserError: the pipeline does not draw at it.
         """
-        height, width, frames = (*map(int, size.decode().split("x")), 1)[:3]
-        asked = Size(height, width, frames)
+        asked = Size.read(size.decode())
         if asked.frames > 1 and (fits := self.encoder.frames(asked)) != asked.frames:
-            raise UserError(f"data.sizes: {size.decode()}: the pipeline draws {fits} frames, not {asked.frames}")
+            raise UserError(f"data.sizes: {asked}: the pipeline draws {fits} frames, not {asked.frames}")
         return asked
 
     def _fitted(self, parts: dict[str, bytes], suffix: str, name: str) -> list[Image.Image]:

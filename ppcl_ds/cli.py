@@ -126,7 +126,7 @@ def estimate(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Pixels of a sample: 1024, or HEIGHTxWIDTH.", show_default="data.images.size"
+            metavar="SIZE", help="Of a sample: 1024, HEIGHTxWIDTH or HEIGHTxWIDTHxFRAMES.", show_default="the recipe's"
         ),
     ] = None,
     variant: Annotated[

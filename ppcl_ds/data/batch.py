@@ -5,6 +5,7 @@ Shapes: B samples, C latent channels, F latent frames, H and W latent height and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,21 @@ class Size:
     width: int
     frames: int = 1
     source: tuple[int, int] | None = None
+
+    @classmethod
+    def read(cls, text: str) -> Size:
+        """Height x width, and x frames of a clip, as in `480x832x81`; one number for both sides of a square.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
+            raise ValueError(f"{text} is no size; give a number of pixels, 768x1344, or 480x832x81 with frames")
+        height, width, frames = ([*map(int, text.split("x"))] + [0, 0])[:3]
+        return cls(height, width or height, frames or 1)
+
+    def __str__(self) -> str:
+        return "x".join(map(str, (self.height, self.width, *([self.frames] if self.frames > 1 else ()))))
 
 
 @dataclass(frozen=True)

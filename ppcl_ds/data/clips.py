@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -87,7 +87,7 @@ def header(data: bytes) -> Header:
     if stills := _unpacked(data):
         return _header_of_frames(stills)
     frames, end = 0, 0.0
-    with _opened(data) as (container, stream):
+    with _opened(io.BytesIO(data)) as (container, stream):
         for packet in container.demux():
             if packet.pts is None:  # the last of each stream, which holds nothing
                 continue
@@ -99,6 +99,18 @@ def header(data: bytes) -> Header:
         if end < said - _LACKING:
             raise ValueError(f"is cut short: it ends after {end:.2f} of {said:.2f} seconds")
         return Header(stream.width, stream.height, str(stream.pix_fmt), frames)
+
+
+def glance(file: BinaryIO) -> Header:
+    """What a clip says of itself, little of which is read and nothing checked: for a first look.
+
+    Raises:
+        ValueError: as `header`.
+    """
+    with _opened(file) as (container, stream):
+        seconds = (container.duration or 0) / 1e6
+        frames = stream.frames or round(seconds * float(stream.average_rate or 0))  # not every container counts them
+        return Header(stream.width, stream.height, str(stream.pix_fmt), max(1, frames))
 
 
 def decode(data: bytes) -> Iterator[Image.Image]:
@@ -113,7 +125,7 @@ def decode(data: bytes) -> Iterator[Image.Image]:
             yield images.as_rgb(images.decode(still))
     if stills:
         return
-    with _opened(data) as (container, stream):
+    with _opened(io.BytesIO(data)) as (container, stream):
         stream.codec_context.options = {"err_detect": "crccheck+explode"}  # rather than guess what is lost
         number = -1
         for number, frame in enumerate(container.decode(stream)):
@@ -126,14 +138,14 @@ def decode(data: bytes) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _opened(data: bytes) -> Iterator[tuple[Any, Any]]:
+def _opened(file: BinaryIO) -> Iterator[tuple[Any, Any]]:
     """The container and its video; whatever PyAV raises becomes a ValueError of one line."""
     try:
         import av
     except ImportError:
         raise ValueError("is read where PyAV is installed: pip install 'ppcl-ds[video]'") from None
     try:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(file) as container:
             if not container.streams.video:
                 raise ValueError("has no video in it")
             yield container, container.streams.video[0]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental._config import patch  # type: ignore[attr-defined] - torch makes it at run time
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +29,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of a device's tensors that are made inside and still alive.
 
     A tensor that was there before does not count, nor does a view; in `peak` stands the most that was alive at once.
+    Where a block picks what a mask marks, all of it is marked: most memory that it can need.
     """
 
     def __init__(self, device: str = "meta") -> None:
@@ -36,6 +38,15 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._known = WeakIdKeyDictionary()
+        self._picks_all: Any = patch(meta_nonzero_assume_all_nonzero=True)
+
+    def __enter__(self) -> Any:
+        self._picks_all.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *fault: Any) -> None:
+        super().__exit__(*fault)
+        self._picks_all.__exit__(*fault)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in self._storages((args, kwargs)):

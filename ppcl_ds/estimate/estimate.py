@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,16 +84,15 @@ def print_estimate(recipe: Recipe, teacher: Teacher, variant: str | None = None)
 
 
 def read_size(text: str) -> Size:
-    """`1024` or `768x1344`, height and width, in pixels.
+    """As `Size.read`.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is no size.
     """
-    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
-    if found is None:
-        raise UserError(f"--size {text}: give one number, or height and width such as 768x1344")
-    height, width = found.groups()
-    return Size(int(height), int(width or height))
+    try:
+        return Size.read(text)
+    except ValueError as fault:
+        raise UserError(f"--size: {fault}") from None
 
 
 def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> Estimate:
@@ -128,7 +126,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         teacher_parameters=sum(elements for elements, _ in account.teacher.parameters),
         plan=inputs.source,
         parameters=account.parameters,
-        pixels=(inputs.size.height, inputs.size.width),
+        sample=inputs.size,
         tokens={stream: tensor.shape[1] for stream, tensor in forward.capture.streams[0].items()},
         precision=precision,
         cluster=cluster,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_ds.data.batch import Size
 from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.probing.costs import ProbingCosts
 from ppcl_ds.training.phases import Parts, Phase
@@ -98,7 +99,7 @@ class Estimate(Numbers):
         teacher_parameters: how many it has.
         plan: where the units come from, in words.
         parameters: of all units together, or of the variant.
-        pixels: height and width of a sample.
+        sample: its size.
         tokens: of each stream that enters the first block.
         precision: dtype of teacher and students while they run.
         cluster: the one asked about.
@@ -124,7 +125,7 @@ class Estimate(Numbers):
     teacher_parameters: int
     plan: str
     parameters: int
-    pixels: tuple[int, int]
+    sample: Size
     tokens: dict[str, int]
     precision: str
     cluster: Cluster

@@ -11,7 +11,7 @@ from ppcl_ds import launch
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator
-from ppcl_ds.estimate.estimate import size
+from ppcl_ds.estimate.estimate import size as sized
 from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.estimate.numbers import Estimate
 from ppcl_ds.recipe import Recipe
@@ -106,12 +106,13 @@ units, an optimizer in CPU memory more."""
 
 
 def fitted(
-    machine: Machine, draft: Callable[[Setting], Recipe], teacher: Teacher, side: int, alone: bool
+    machine: Machine, draft: Callable[[Setting], Recipe], teacher: Teacher, size: Size, alone: bool
 ) -> tuple[Setting, Estimate]:
     """The first of the settings that fits, on as few stages as hold the library.
 
     Args:
         draft: the recipe with a setting.
+        size: of a sample, in pixels.
         alone: whether samples are read one by one.
 
     Raises:
@@ -120,8 +121,8 @@ def fitted(
 
     def estimated(setting: Setting) -> Estimate:
         per_node = machine.world // machine.nodes
-        inputs = read_inputs(draft(setting), machine.nodes, per_node, size=Size(side, side), teacher=teacher)
-        return size(inputs, machine.accelerator)
+        inputs = read_inputs(draft(setting), machine.nodes, per_node, size=size, teacher=teacher)
+        return sized(inputs, machine.accelerator)
 
     for setting in (each for each in SETTINGS if each.micro_batch == 1 or not alone):
         found = estimated(setting)
@@ -134,11 +135,12 @@ def fitted(
     tried = [found, *(estimated(more) for more in _with_more_stages(setting, machine, len(found.stages[0].layers)))]
     least = math.ceil(min(each.memory.peak for each in tried) / machine.accelerator.usable_bytes * machine.memory)
     larger = found.smallest
+    clip = f" and {size.frames} frames" if size.frames > 1 else ""
     each = " each" if machine.gpus > 1 else ""
     several = f", or {larger.nodes * larger.gpus_per_node} of these" if larger and machine.gpus else ""
     raise UserError(
-        f"{teacher.path}: {machine} is too little to distill {teacher.class_name} at {side} x {side} pixels, with "
-        f"micro_batch 1, checkpointing and offload; the least is {least} GB{each}{several}"
+        f"{teacher.path}: {machine} is too little to distill {teacher.class_name} at {size.height} x {size.width} "
+        f"pixels{clip}, with micro_batch 1, checkpointing and offload; the least is {least} GB{each}{several}"
     )
 
 

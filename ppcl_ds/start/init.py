@@ -22,6 +22,7 @@ from ppcl_ds.start.pipeline import (
     Because,
     check_pipeline,
     component_of,
+    frames_of,
     guidance_of,
     one_by_one,
     side_of,
@@ -58,7 +59,8 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
     size, step = side_of(asked.call, asked.size, images.side)
     of_gpus, of_cpu = Because("bf16", "half the memory of fp32"), Because("fp32", "the CPU's own; bf16 on GPUs")
     precision = of_gpus if given.gpus else of_cpu
-    square = Size(size.value, size.value)
+    frames = frames_of(asked.call, size.value, asked.size, images)
+    square = Size(size.value, size.value, frames.value if frames else 1)
     teacher = Teacher(pipeline, False, component=component, dtype=DTYPES[precision.value], size=square)
     check_pipeline(asked.call, square)  # in float32, as layouts are learned
     values: dict[str, Any] = {
@@ -75,6 +77,8 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
         "precision": precision,
         "size": size,
         "step": step,
+        "frames": frames,
+        "drawn": "x".join(map(str, (square.height, square.width, *([square.frames] if frames else ())))),
         "max_aspect": _max_aspect(images),
         "heldout": _heldout(images),
         "captions": images.captions,
@@ -87,7 +91,7 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
     values |= _training(teacher, square, given.gpus > 0)
     draft = _Draft(values, given, images)
     alone = one_by_one(asked.call, square)
-    setting, found = fitted(given, lambda each: draft.recipe(draft.text(each)), teacher, size.value, bool(alone))
+    setting, found = fitted(given, lambda each: draft.recipe(draft.text(each)), teacher, square, bool(alone))
     text = draft.text(setting, found, alone)
     draft.recipe(text)
     try:
@@ -151,7 +155,8 @@ class _Draft:
         samples = max(256, -(-8 * channels // tokens))
         there = self.images.samples
         if there is not None and there < samples:
-            return Because(max(2, there // micro_batch), "once through the images; more of them would make it surer")
+            why = f"once through the {self.images.kind}; more of them would make it surer"
+            return Because(max(2, there // micro_batch), why)
         times = samples // 2 * tokens / channels
         why = f"{samples} samples: half of them have {times:.3g} times as many tokens as the teacher has channels"
         return Because(-(-samples // micro_batch), why)
@@ -200,16 +205,16 @@ def _max_aspect(images: Look) -> Because:
     if not images.images:
         return Because(2.0, "the source was not looked at; 1: squares alone")
     if images.squares:
-        return Because(1.0, f"the first {len(images.images)} images are squares, or nearly")
-    return Because(2.0, f"the first {len(images.images)} images are not all squares: buckets from 1:2 to 2:1")
+        return Because(1.0, f"the first {len(images.images)} {images.kind} are squares, or nearly")
+    return Because(2.0, f"the first {len(images.images)} {images.kind} are not all squares: buckets from 1:2 to 2:1")
 
 
 def _heldout(images: Look) -> Because:
     there = images.samples
     if there is None:
-        return Because(0.05, f"a dozen of the first {LOOKED} images, and more of more, for the figures")
+        return Because(0.05, f"a dozen of the first {LOOKED} {images.kind}, and more of more, for the figures")
     share = min(0.25, max(0.05, math.ceil(1600 / there) / 100))
-    return Because(share, f"about {share * there:.0f} of {there} images, for the figures")
+    return Because(share, f"about {share * there:.0f} of {there} {images.kind}, for the figures")
 
 
 def _drawing_steps(teacher: Teacher) -> Because:

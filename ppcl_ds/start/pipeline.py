@@ -14,9 +14,12 @@ from ppcl_ds.data.text import Joining
 from ppcl_ds.errors import UserError, missing
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.sections import Plan
+from ppcl_ds.start.source import Look
+from ppcl_ds.teacher.encoding import frames_read
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.pipeline_check import check
 from ppcl_ds.teacher.pipeline_files import read_index
+from ppcl_ds.teacher.pipeline_run import FRAMES
 from ppcl_ds.teacher.replacing import ending, replaced
 from ppcl_ds.teacher.surgery import shorten
 from ppcl_ds.teacher.teacher import Teacher
@@ -60,7 +63,7 @@ def side_of(call: PipelineCall, known: Size, source: int | None) -> tuple[Becaus
     Raises:
         UserError: the images are too small for it.
     """
-    own, name = _own_side(call, known), type(call.pipe).__name__
+    own, name = _own(call, known).height, type(call.pipe).__name__
     factor = int(getattr(call.pipe, "vae_scale_factor", None) or 8)
     least = 2 * factor
     usual = least if factor == 1 else max(64, least)
@@ -76,14 +79,38 @@ def side_of(call: PipelineCall, known: Size, source: int | None) -> tuple[Becaus
     return Because(side, why), None if step == usual else Because(step, "two latents: 64 would be too coarse")
 
 
-def _own_side(call: PipelineCall, known: Size) -> int:
-    """Side of the square with as many pixels as the pipeline draws if nobody says how large."""
+def frames_of(call: PipelineCall, side: int, known: Size, source: Look) -> Because | None:
+    """Frames of a clip; None: the source has none, or the pipeline draws none.
+
+    Args:
+        side: pixels.
+        known: a size that the pipeline can be asked for.
+
+    Raises:
+        UserError: the source has clips, and the pipeline draws images.
+    """
+    name = type(call.pipe).__name__
+    if not call.draws_clips and source.kind == "clips":
+        raise UserError(f"source: it has clips; {name} draws images")
+    if not call.draws_clips or (source.frames is None and not source.captions):
+        return None
+    own = _own(call, known).frames
+    wanted = own if source.frames is None else min(own, source.frames)
+    found = frames_read(call, Size(side, side, wanted))
+    if wanted == own:
+        return Because(found, f"as {name} draws by itself")
+    return Because(found, f"nine in ten clips have {source.frames}, of which its VAE reads so many; {name} draws {own}")
+
+
+def _own(call: PipelineCall, known: Size) -> Size:
+    """The square with as many pixels, and as many frames, as the pipeline draws if nobody says how large."""
 
     def asked(old: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         given = inspect.signature(old).bind(*args, **kwargs).arguments
         return given.get("height"), given.get("width")
 
-    own = {side: call.parameters[side].default for side in ("height", "width") if side in call.parameters}
+    sides = ("height", "width", *FRAMES)
+    own = {side: call.parameters[side].default for side in sides if side in call.parameters}
     height = width = None
     if hasattr(call.pipe, "prepare_latents"):
         with ExitStack() as stack, suppress(UserError):
@@ -91,7 +118,8 @@ def _own_side(call: PipelineCall, known: Size) -> int:
             height, width = call.run(stack, known, call.example(known), options=own)
     if not (isinstance(height, int) and isinstance(width, int)):
         height, width = known.height, known.width
-    return math.isqrt(height * width)
+    frames = next((own[name] for name in FRAMES if isinstance(own.get(name), int)), known.frames)
+    return Size(math.isqrt(height * width), math.isqrt(height * width), frames)
 
 
 def guidance_of(call: PipelineCall, size: Size) -> Because:

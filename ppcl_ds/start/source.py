@@ -1,4 +1,4 @@
-"""A first look at a source: how large its first images are. What is wrong in it, `ppcl-data shard` says."""
+"""A first look at a source: how large its first images and clips are. What is wrong in it, `ppcl-data shard` says."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from typing import Any, BinaryIO
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
+from ppcl_ds.data import clips
 from ppcl_ds.data.images import open_header
-from ppcl_ds.data.index import IMAGE_SUFFIXES
+from ppcl_ds.data.index import CLIP_SUFFIXES, IMAGE_SUFFIXES, SUFFIXES
 from ppcl_ds.errors import UserError, brief, missing, shown
 
 LOOKED = 256
-"""Images that are looked at."""
+"""Images and clips that are looked at."""
 
 _HEADER = 1 << 16
 """Bytes of a file that most headers lie in."""
@@ -34,21 +35,35 @@ _HEADER = 1 << 16
 _CAPTIONS = (".txt", ".json")
 _TABLES = (".jsonl", ".csv", ".parquet")
 
-Pixels = tuple[int, int]
-"""Width and height."""
+Seen = tuple[int, int, int]
+"""Width and height in pixels, and frames: 1 of an image."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the first images of a source are like.
+    """What the first images and clips of a source are like.
 
     Attributes:
         images: their sizes, at most `LOOKED`; none of a source that was not looked at, as it has to be fetched.
         captions: whether there are captions alone.
     """
 
-    images: tuple[Pixels, ...]
+    images: tuple[Seen, ...]
     captions: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What most of them are, as a word."""
+        return "clips" if 2 * len(self._clips) > len(self.images) else "images"
+
+    @property
+    def frames(self) -> int | None:
+        """Nine in ten of its clips have at least so many; None: there is no clip."""
+        return self._clips[len(self._clips) // 10] if self._clips else None
+
+    @property
+    def _clips(self) -> list[int]:
+        return sorted(frames for _, _, frames in self.images if frames > 1)
 
     @property
     def samples(self) -> int | None:
@@ -58,18 +73,18 @@ class Look:
     @property
     def side(self) -> int | None:
         """Nine in ten of them have at least side x side pixels; None: nobody knows."""
-        pixels = sorted(width * height for width, height in self.images)
+        pixels = sorted(width * height for width, height, _ in self.images)
         return math.isqrt(pixels[len(pixels) // 10]) if pixels else None
 
     @property
     def squares(self) -> bool:
         """Whether nine in ten of them are squares, or nearly."""
-        oblong = sum(max(each) > 1.1 * min(each) for each in self.images)
+        oblong = sum(max(sides) > 1.1 * min(sides) for *sides, _ in self.images)
         return bool(self.images) and oblong <= len(self.images) // 10
 
 
 def look(source: str) -> Look:
-    """Read the headers of the first images of a source.
+    """Read the headers of the first images and clips of a source.
 
     Raises:
         UserError: it is none; the message says what one is.
@@ -78,13 +93,14 @@ def look(source: str) -> Look:
         return Look(())
     if all(path.suffix.lower() == ".txt" for path in _paths(source)):
         return Look((), captions=True)
-    every = (pixels for path in _paths(source) for pixels in _sizes(path))
+    every = (seen for path in _paths(source) for seen in _sizes(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         images = tuple(islice(every, LOOKED))
     if not images:
         raise UserError(
-            f"source {shown(source)}: no image ({', '.join(IMAGE_SUFFIXES[:3])}, ...) with a caption was found in it; "
+            f"source {shown(source)}: no image ({', '.join(IMAGE_SUFFIXES[:3])}, ...) or clip "
+            f"({', '.join(CLIP_SUFFIXES[:3])}, ...) with a caption was found in it; "
             "beside NAME.png lies NAME.txt, or a table names both (docs/data.md)"
         )
     return Look(images)
@@ -106,7 +122,7 @@ def _paths(source: str) -> Iterator[Path]:
             yield path
 
 
-def _sizes(path: Path) -> Iterator[Pixels]:
+def _sizes(path: Path) -> Iterator[Seen]:
     kind = path.suffix.lower()
     if path.is_dir():
         return _in_folder(path)
@@ -117,32 +133,35 @@ def _sizes(path: Path) -> Iterator[Pixels]:
     raise UserError(f"source {shown(path)}: neither a folder, nor a table ({', '.join(_TABLES)}), nor a shard (.tar)")
 
 
-def _in_folder(top: Path) -> Iterator[Pixels]:
+def _in_folder(top: Path) -> Iterator[Seen]:
     for folder, below, names in os.walk(top, followlinks=True):
         below[:] = sorted(name for name in below if not name.startswith((".", "__MACOSX")))
-        there = {name.lower() for name in names}
+        captioned = {name.lower()[: -len(each)] for name in names for each in _CAPTIONS if name.lower().endswith(each)}
+        for name in (name for name in below if name.lower() in captioned):
+            yield from _in_frames(Path(folder, name))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder, name)
             kind = path.suffix.lower()
             if kind == ".tar" or kind == ".parquet" or name in ("metadata.jsonl", "metadata.csv"):
                 yield from _sizes(path)
-            elif kind[1:] in IMAGE_SUFFIXES and any(path.stem.lower() + each in there for each in _CAPTIONS):
+            elif kind[1:] in SUFFIXES and path.stem.lower() in captioned:
                 yield from _in_file(path)
 
 
-def _in_tar(path: Path) -> Iterator[Pixels]:
+def _in_tar(path: Path) -> Iterator[Seen]:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                file = tar.extractfile(member) if Path(member.name).suffix.lower()[1:] in IMAGE_SUFFIXES else None
+                kind = Path(member.name).suffix.lower()[1:]
+                file = tar.extractfile(member) if kind in SUFFIXES else None
                 if file:
-                    yield from _size(file)
+                    yield from _size(file, kind)
     except (tarfile.TarError, OSError) as fault:
         raise UserError(f"source {shown(path)}: it cannot be read ({brief(fault)})") from None
 
 
-def _in_table(path: Path) -> Iterator[Pixels]:
-    """Of a row the first value that is an image, or the path of one."""
+def _in_table(path: Path) -> Iterator[Seen]:
+    """Of a row the first value that is an image, or the path of one or of a clip."""
     read = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()]
     try:
         for row in islice(read(path), LOOKED):
@@ -172,24 +191,40 @@ def _parquet(path: Path) -> Iterator[list[Any]]:
             yield from (list(row.values()) for row in batch.to_pylist())
 
 
-def _in_value(value: Any, folder: Path) -> Iterator[Pixels]:
+def _in_value(value: Any, folder: Path) -> Iterator[Seen]:
     if isinstance(value, dict):  # Hugging Face's images: bytes, a path, or both
         yield from islice((size for each in value.values() for size in _in_value(each, folder)), 1)
     elif isinstance(value, bytes):
-        yield from _size(io.BytesIO(value))
-    elif isinstance(value, str) and os.path.splitext(value)[1].lower()[1:] in IMAGE_SUFFIXES and "\0" not in value:
-        yield from _in_file(folder / value)
+        yield from _size(io.BytesIO(value), "")
+    elif isinstance(value, str) and "\0" not in value:
+        if os.path.splitext(value)[1].lower()[1:] in SUFFIXES:
+            yield from _in_file(folder / value)
+        else:
+            yield from _in_frames(folder / value)
 
 
-def _in_file(path: Path) -> Iterator[Pixels]:
+def _in_frames(folder: Path) -> Iterator[Seen]:
+    """Of a folder whose files are the frames of a clip."""
+    with suppress(OSError):  # most often, no folder
+        names = sorted(name for name in os.listdir(folder) if Path(name).suffix.lower()[1:] in IMAGE_SUFFIXES)
+        for width, height, _ in _in_file(folder / names[0]) if names else ():
+            yield width, height, len(names)
+
+
+def _in_file(path: Path) -> Iterator[Seen]:
     with suppress(OSError), path.open("rb") as file:
-        yield from _size(file)
+        yield from _size(file, path.suffix.lower()[1:])
 
 
-def _size(file: BinaryIO | Any) -> Iterator[Pixels]:
-    """Of an image; nothing where there is none, which `ppcl-data shard` names."""
+def _size(file: BinaryIO | Any, kind: str) -> Iterator[Seen]:
+    """Of an image or a clip; nothing where there is none, which `ppcl-data shard` names."""
+    if kind in CLIP_SUFFIXES:
+        with suppress(ValueError):
+            width, height, _, frames = clips.glance(file)
+            yield width, height, frames
+        return
     for most in (_HEADER, -1):
         file.seek(0)
         with suppress(ValueError):
-            yield open_header(file.read(most)).size
+            yield *open_header(file.read(most)).size, 1
             return

@@ -72,34 +72,10 @@ class Encoder:
         return self.layouts.example(size).source is not None
 
     def frames(self, size: Size) -> int:
-        """How many frames of a clip are encoded: most that the pipeline draws of those there are, and its VAE reads.
-
-        Args:
-            size: of the clip, with all of its frames.
-        """
+        """As `frames_read`; every size is asked for once."""
         if size not in self._frames:
-            self._frames[size] = next((n for n in range(size.frames, 1, -1) if self._reads(replace(size, frames=n))), 1)
+            self._frames[size] = frames_read(self.layouts, size)
         return self._frames[size]
-
-    def _reads(self, size: Size) -> bool:
-        """Whether the VAE makes of so many frames what the pipeline gives it, and of one less it makes less."""
-        made = self._made_of(size)
-        if made is None or made == self._made_of(replace(size, frames=size.frames - 1)):
-            return False
-        try:
-            return made == self.layouts.to_vae(size).shape
-        except UserError:
-            return False
-
-    def _made_of(self, size: Size) -> torch.Size | None:
-        """The shape (C, F, H, W) of the latents of a clip, found without weights; None: the VAE refuses it."""
-        vae = self.layouts.pipe.vae
-        try:
-            with torch.no_grad(), WithoutWeights():
-                clip = torch.zeros(1, 3, size.frames, size.height, size.width, dtype=vae.dtype, device=vae.device)
-                return mean_of(vae.encode(clip)).shape[1:]
-        except Exception:  # whatever a VAE says to a number of frames
-            return None
 
     @torch.no_grad()
     def latents(self, clips: Sequence[Sequence[Image.Image]]) -> Tensor:
@@ -211,3 +187,35 @@ def mean_of(encoded: Any) -> Tensor:
     if hasattr(encoded, "latent_dist"):
         return encoded.latent_dist.mode()
     return next(iter(as_tree(encoded).values()))
+
+
+def frames_read(call: PipelineCall, size: Size) -> int:
+    """How many frames of a clip are encoded: most that the pipeline draws of those there are, and its VAE reads.
+
+    Args:
+        call: without weights.
+        size: of the clip, with all of its frames.
+    """
+    return next((n for n in range(size.frames, 1, -1) if _reads(call, replace(size, frames=n))), 1)
+
+
+def _reads(call: PipelineCall, size: Size) -> bool:
+    """Whether the VAE makes of so many frames what the pipeline gives it, and of one less it makes less."""
+    made = _made_of(call, size)
+    if made is None or made == _made_of(call, replace(size, frames=size.frames - 1)):
+        return False
+    try:
+        return made == call.to_vae(size).shape
+    except UserError:
+        return False
+
+
+def _made_of(call: PipelineCall, size: Size) -> torch.Size | None:
+    """The shape (C, F, H, W) of the latents of a clip, found without weights; None: the VAE refuses it."""
+    vae = call.pipe.vae
+    try:
+        with torch.no_grad(), WithoutWeights():
+            clip = torch.zeros(1, 3, size.frames, size.height, size.width, dtype=vae.dtype, device=vae.device)
+            return mean_of(vae.encode(clip)).shape[1:]
+    except Exception:  # whatever a VAE says to a number of frames
+        return None

@@ -33,7 +33,7 @@ RUNGS = 1000
 SOURCES = ("image", "control_image")
 """Arguments of a pipeline that take a source image; where they may be left out, an option `image: source` gives one."""
 
-_FRAMES = ("num_frames", "frames", "video_length")
+FRAMES = ("num_frames", "frames", "video_length")
 """Arguments of a pipeline that say how many frames a clip has."""
 
 _CAPTIONS = (
@@ -234,7 +234,7 @@ class PipelineRun:
     @property
     def draws_clips(self) -> bool:
         """Whether the pipeline is told how many frames to draw."""
-        return any(name in self.parameters for name in _FRAMES)
+        return any(name in self.parameters for name in FRAMES)
 
     @property
     def source_argument(self) -> str:
@@ -295,7 +295,7 @@ class PipelineRun:
         """The pipeline's `__call__`; returns what `Asked`, which ends it, found, or what it returned at its end."""
         stack.enter_context(torch.no_grad())
         stack.enter_context(SaysCpu())
-        sides = {"height": size.height, "width": size.width, **dict.fromkeys(_FRAMES, size.frames)}
+        sides = {"height": size.height, "width": size.width, **dict.fromkeys(FRAMES, size.frames)}
         standard: dict[str, Any] = {"prompt": caption, "num_inference_steps": self.rungs, "output_type": "latent"}
         standard |= sides
         standard["generator"] = torch.Generator().manual_seed(0)  # some draw from what their VAE says of a source

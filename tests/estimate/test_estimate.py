@@ -84,7 +84,7 @@ def test_a_larger_cluster_is_found_where_one_is_too_small(
 def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
     numbers = size(read_inputs(load_recipe(unprepared(family)), 1, 2), ACCELERATORS["h100"])
     assert numbers.fits
-    assert numbers.pixels == (8, 8)
+    assert numbers.sample == Size(8, 8)
     assert numbers.tokens == {"image": 16, "text": {"qwen": CAPTION, "flux": 4, "sd3": 8 + 4}[family]}
     assert numbers.plan.startswith("assumed")
     assert numbers.smallest is not None
@@ -174,7 +174,7 @@ def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared
     assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┃│├┡")
     numbers = Estimate.model_validate_json(file.read_text())
     assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
-    assert numbers.pixels == (4, 8)
+    assert numbers.sample == Size(4, 8)
     assert printed.index("fits: ") < printed.index("(lower bound: ") < printed.index("Probing")
     assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
 
@@ -191,7 +191,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"gpus_per_node": 3}, r"topology.stages \(2\) does not divide"),
     ({"accelerator": "h10"}, "did you mean 'h100'"),
     ({"utilisation": 40}, "--utilisation 40"),
-    ({"pixels": "big"}, "--size big"),
+    ({"pixels": "big"}, "--size: big is no size"),
     ({"pixels": "7"}, "have to be even"),
     ({"json": Path("/proc/numbers.json")}, "--json /proc/numbers.json"),
 ]
@@ -222,12 +222,14 @@ def test_a_copy_of_the_teacher_on_a_number_of_ranks_that_does_not_divide_them_is
         size(read_inputs(recipe, 1, 4), ACCELERATORS["h100"])
 
 
-@pytest.mark.parametrize(("text", "sides"), [("128", Size(128, 128)), ("96x160", Size(96, 160))])
-def test_sizes_are_one_number_or_two(text: str, sides: Size) -> None:
+@pytest.mark.parametrize(
+    ("text", "sides"), [("128", Size(128, 128)), ("96x160", Size(96, 160)), ("96x160x9", Size(96, 160, 9))]
+)
+def test_sizes_are_one_to_three_numbers(text: str, sides: Size) -> None:
     assert read_size(text) == sides
 
 
-@pytest.mark.parametrize("text", ["", "0", "x", "12x", "x12", "1x2x3", "-4", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "x", "12x", "x12", "1x2x3x4", "1x0x3", "-4", "1.5"])
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--size"):
         read_size(text)

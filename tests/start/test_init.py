@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -17,19 +18,22 @@ from PIL import Image
 
 from data_tools.encode import encode
 from data_tools.shard import shard
+from ppcl_ds.data.index import split_entries
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.start.init import init
+from ppcl_ds.start.pipeline import Because
 from ppcl_ds.start.source import LOOKED, look
 from ppcl_ds.teacher import surgery
 from ppcl_ds.teacher.own import Own
+from tests.clips import noise, write_clip
 from tests.conftest import command
 from tests.families.pipelines import PIPELINES
 from tests.families.pipelines.parts import CHANNELS, WIDTH, flow, flux2_vae, mistral3, transformer
 from tests.families.pipelines.words import qwen_tokenizer
 from tests.pipelines import make_pipeline
 
-SIDES = {"flux2": 16, "wan22": 16, "pixart": 16, "qwen": 8}
+SIDES = {"mochi": 16, "flux2": 16, "wan22": 16, "pixart": 16, "qwen": 8}
 
 
 def flux2() -> diffusers.Flux2Pipeline:
@@ -91,7 +95,7 @@ DRAWN = {"flux2": (1.0, 50), "wan22": (5.0, 50), "pixart": (4.5, 20), "qwen": (1
 """Guidance and steps by the signature of the pipelines' calls; FLUX.2's transformer reads its guidance as a number."""
 
 
-@pytest.mark.parametrize("name", SIDES)
+@pytest.mark.parametrize("name", DRAWN)
 def test_the_recipe_loads_and_says_why(name: str, started: Callable[..., tuple[Recipe, str]]) -> None:
     recipe, text = started(name)
     assert recipe.data.images.size == SIDES[name]
@@ -195,9 +199,61 @@ def test_every_kind_of_source_is_looked_at(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"image": held, "text": ["a"] * 3}), tmp_path / "rows.parquet")
     for source in ("images", "rows.jsonl", "rows.csv", "shard.tar", "rows.parquet", "rows.{jsonl,csv}"):
         found = look(str(tmp_path / source))
-        assert set(found.images) == {(20, 10)}, source
+        assert set(found.images) == {(20, 10, 1)}, source
         assert found.samples == (6 if "{" in source else 3)
     assert look("https://host/{000..012}.tar").images == ()
+
+
+def draw_clips(folder: Path, lengths: list[int], side: int) -> None:
+    """As files and as folders of frames, in turn."""
+    for number, length in enumerate(lengths):
+        name = folder / f"clip{number}"
+        if number % 2:
+            name.mkdir()
+            for place, frame in enumerate(noise(length, side, side)):
+                frame.save(name / f"{place:03d}.png")
+        else:
+            write_clip(name.with_suffix(".mkv" if number % 4 else ".mp4"), noise(length, side, side))
+        name.with_suffix(".txt").write_text("a tiny clip")
+
+
+def test_clips_are_looked_at_wherever_they_lie(tmp_path: Path) -> None:
+    """Lengths by what each container says of itself, which is what was written."""
+    draw_clips(tmp_path / "clips", lengths := [5, 6, 7, 8], 16)
+    rows = [{"video": name, "caption": "a"} for name in ("clip0.mp4", "clip1", "clip2.mkv", "clip3")]
+    (tmp_path / "clips" / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.make_archive(str(tmp_path / "shard"), "tar", tmp_path / "clips")
+    for source, found in (("clips", lengths), ("clips/t.jsonl", lengths), ("shard.tar", [5, 7])):
+        seen = look(str(tmp_path / source)).images
+        assert sorted(seen) == [(16, 16, each) for each in found] or source == "shard.tar", source
+        assert {(16, 16, each) for each in found} <= set(seen), source
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_recipe_for_clips(
+    captions: bool, made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many frames as nine in ten clips have and the VAE reads, or as the pipeline draws by itself; it runs."""
+    monkeypatch.chdir(tmp_path)
+    if captions:
+        (tmp_path / "source.txt").write_text("a tiny clip\n" * 20)
+    else:
+        draw_clips(tmp_path / "source", [3, *[7] * 23], SIDES["wan22"])
+    name = "mochi" if captions else "wan22"
+    if captions:  # it draws 480 x 848 by itself
+        monkeypatch.setattr("ppcl_ds.start.init.side_of", lambda *given: (Because(16, "small"), None))
+    init(made(name) / "teacher", "source.txt" if captions else "source", Path("r.yaml"), 0, None)
+    recipe = load_recipe(Path("r.yaml"))
+    drawn = inspect.signature(diffusers.MochiPipeline.__call__).parameters["num_frames"].default
+    assert recipe.data.sizes == ({f"{SIDES[name]}x{SIDES[name]}x{drawn}": 1} if captions else {})
+    assert recipe.data.images.frames == (1 if captions else 5)
+    if not captions:
+        [line] = [line for line in Path("r.yaml").read_text().splitlines() if line.strip().startswith("frames:")]
+        assert "nine in ten clips have 7" in line
+        shard(recipe.data)
+        encode(recipe)
+        shapes = {shape for entry in split_entries(recipe.data, "train") for shape in entry.shapes}
+        assert {len(shape.split("x")) for shape in shapes} == {4}, "channels, frames, height, width"
 
 
 def test_no_more_than_the_first_images_are_looked_at(tmp_path: Path) -> None:
@@ -270,6 +326,12 @@ def test_refusals(
     [line] = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert re.search(says, line), line
     assert not list(tmp_path.glob("*.yaml"))
+
+
+def test_clips_for_a_pipeline_of_images(started: Callable[..., tuple[Recipe, str]], tmp_path: Path) -> None:
+    draw_clips(tmp_path / "clips", [5, 5], 16)
+    with pytest.raises(UserError, match="it has clips; PixArtSigmaPipeline draws images"):
+        started("pixart", source=str(tmp_path / "clips"))
 
 
 def test_images_that_are_too_small(started: Callable[..., tuple[Recipe, str]], tmp_path: Path) -> None:
