@@ -34,7 +34,7 @@ class Size:
         """
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", text):
             raise ValueError(f"{text} is no size; give a number of pixels, 768x1344, or 480x832x81 with frames")
-        height, width, frames = ([*map(int, text.split("x"))] + [0, 0])[:3]
+        height, width, frames = [*map(int, text.split("x")), 0, 0][:3]
         return cls(height, width or height, frames or 1)
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx.experimental._config import patch  # type: ignore[attr-defined] - torch makes it at run time
+from torch.fx.experimental import _config as symbolic
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._known = WeakIdKeyDictionary()
-        self._picks_all: Any = patch(meta_nonzero_assume_all_nonzero=True)
+        self._picks_all: Any = symbolic.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
 
     def __enter__(self) -> Any:
         self._picks_all.__enter__()
