@@ -1,4 +1,4 @@
-"""What every pipeline's units need is estimated without weights; units are as large as their blocks in the stock model."""
+"""What every pipeline's units need is estimated without weights; units are as large as their blocks of the model."""
 
 from __future__ import annotations
 
