@@ -25,7 +25,7 @@ _FAULTS = (OSError, ValueError, RuntimeError, ImportError, AttributeError, Safet
 """What diffusers raises for folders that are incomplete, damaged or of a release that it does not know."""
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+def load_model(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """The transformer in a folder that `ppcl consolidate` or `save_pretrained` wrote, on the CPU, ready to draw.
 
     Args:
@@ -35,7 +35,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
     Raises:
         UserError: there is no such model, or its files cannot be read.
     """
-    files = ModelFiles(folder)
+    files = ModelFiles(Path(folder).expanduser())
     assert files.model_class is not None
     model_class: Any = files.model_class
     try:
@@ -44,7 +44,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
         raise UserError(f"model {folder}: cannot be loaded ({brief(fault)[:300]})") from None
 
 
-def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def load_pipeline(folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> DiffusionPipeline:
     """The pipeline in a diffusers folder, on the CPU; nothing is downloaded.
 
     The transformer of a variant takes ControlNets of the teacher, see `spread_residuals`.
@@ -56,6 +56,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     Raises:
         UserError: there is no such pipeline, or its files cannot be read.
     """
+    folder = Path(folder).expanduser()
     pipeline = _opened(folder, dtype)
     if (folder / FACTS).exists():
         facts = read_facts(folder)

@@ -77,6 +77,20 @@ def test_guidance_reaches_the_pipeline(pipeline: Path, tmp_path: Path) -> None:
     assert np.abs(columns(tmp_path / "out.png", 16, 1)[0] - pixels(expected)).max() <= 1
 
 
+def test_folders_may_be_strings_of_ones_home(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(pipeline.parent))
+    loaded = ppcl_ds.load_pipeline(f"~/{pipeline.name}")
+    assert type(loaded) is diffusers.FluxPipeline
+    model, stock = (
+        ppcl_ds.load_model(f"{pipeline}/transformer"),
+        diffusers.FluxTransformer2DModel.from_pretrained(pipeline / "transformer", torch_dtype=torch.bfloat16),
+    )
+    for (name, found), expected in zip(model.state_dict().items(), stock.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+    with pytest.raises(UserError, match="nowhere"):
+        ppcl_ds.load_model("nowhere")
+
+
 def test_what_cannot_be_drawn_is_one_line(pipeline: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.png"
     for folder, size, words in (
@@ -94,7 +108,7 @@ def test_what_cannot_be_drawn_is_one_line(pipeline: Path, tmp_path: Path) -> Non
     shutil.copytree(pipeline / "transformer", tmp_path / "torn")
     (tmp_path / "torn" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot read"):
-        ppcl_ds.load_model(tmp_path / "torn", torch.float32)
+        ppcl_ds.load_model(str(tmp_path / "torn"))
     (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline", "_diffusers_version": "0.37.0"}')
     with pytest.raises(UserError, match="cannot be loaded"):
         ppcl_ds.load_pipeline(tmp_path, torch.float32)
