@@ -46,6 +46,14 @@ def outcome(path: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, d
     return losses, {unit.name: checkpoint.unit(unit.name) for unit in PLAN.units}
 
 
+DEATHS_ON_TRAJECTORIES = {"0:forward:20": 2, "1:exchange:9": 4}
+"""The teacher is asked at every second step."""
+TRAJECTORIES: dict[str, object] = {
+    "trajectories": {"steps": [2, 4], "guidance": [1.5, 3.0]},
+    "replay": {"uses": 2, "ring": 3},
+}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prepared: Callable[[str], Path]) -> Path:
     """A run of the same recipe that nothing stopped."""
@@ -58,6 +66,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prepared: Callable[[
     PLAN.save(load_recipe(path).plan_file)
     command("distill", path)
     return path
+
+
+def killed(path: Path, death: str, newest: int) -> None:
+    """Run until a rank dies; the checkpoint that it leaves behind is the one that is expected."""
+    began = time.monotonic()
+    done = run_dying(path, death)
+    assert done.returncode != 0
+    assert "was ended by SIGKILL" in done.stderr, done.stderr
+    assert time.monotonic() - began < 90
+    assert newest_checkpoint(load_recipe(path).distillation.checkpoints).contents.step == newest
 
 
 def expect_same(path: Path, other: Path) -> None:
@@ -73,16 +91,21 @@ def test_a_run_whose_ranks_are_killed_three_times_ends_as_one_that_never_was(
     path = new(new_run)
     folder = load_recipe(path).distillation.checkpoints
     for death, newest in DEATHS.items():
-        began = time.monotonic()
-        done = run_dying(path, death)
-        assert done.returncode != 0
-        assert "was ended by SIGKILL" in done.stderr, done.stderr
-        assert time.monotonic() - began < 90
-        assert newest_checkpoint(folder).contents.step == newest
+        killed(path, death, newest)
     assert (folder / "step-000006.partial").exists()  # what the last one was killed at
     command("distill", path)
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-000006", "step-000008"]
     expect_same(path, uninterrupted)
+
+
+def test_pictures_in_the_making_and_the_ring_go_on_as_if_no_rank_had_been_killed(new_run: Callable[..., Path]) -> None:
+    path = new(new_run, **TRAJECTORIES)
+    for death, newest in DEATHS_ON_TRAJECTORIES.items():
+        killed(path, death, newest)
+    command("distill", path)
+    other = new(new_run, **TRAJECTORIES)
+    command("distill", other)
+    expect_same(path, other)
 
 
 @pytest.mark.launcher
