@@ -102,8 +102,9 @@ def readings(recipe: Recipe, teacher: Any) -> Iterator[tuple[NoisyBatch, Any, An
     stream = TrajectoryStream(recipe, call, "train", distill.micro_batch, lanes, distill.trajectories)
     for number, batch in stream.take(0, 1):
         calls, outputs, velocity = watch(teacher, batch)
-        assert batch.number == number
-        stream.advance(number, velocity, None if batch.other is None else teacher(**batch.other)[0])
+        if batch.number is not None:  # else it is of images, `data.real_share`
+            assert batch.number == number
+            stream.advance(number, velocity, None if batch.other is None else teacher(**batch.other)[0])
         yield batch, calls, outputs
 
 
@@ -188,13 +189,19 @@ TRAJECTORIES = {"steps": [2, 4], "guidance": [1.5, 3.0]}
 
 
 @pytest.mark.parametrize(
-    "more",
-    [{"replay": REPLAY}, {"trajectories": TRAJECTORIES}, {"replay": REPLAY, "trajectories": TRAJECTORIES}],
+    ("more", "real_share"),
+    [
+        ({"replay": REPLAY}, 0.0),
+        ({"trajectories": TRAJECTORIES}, 0.0),
+        ({"replay": REPLAY, "trajectories": TRAJECTORIES}, 0.4),
+    ],
     ids=["replay", "trajectories", "both"],
 )
-def test_with_replay_and_on_trajectories_too(more: dict[str, Any], new_run: Callable[..., Path]) -> None:
+def test_with_replay_and_on_trajectories_too(
+    more: dict[str, Any], real_share: float, new_run: Callable[..., Path]
+) -> None:
     """A restart goes on with pictures as they were, and fills the ring again; the next topology draws the same."""
-    path = new_run("qwen", distill=SETTINGS | more)
+    path = new_run("qwen", distill=SETTINGS | more, data={"real_share": real_share})
     mix_shapes(path)
     PLAN.save(load_recipe(path).plan_file)
     found = reference(load_recipe(path))

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import checkpoint_tag, load_recipe
 from ppcl_ds.sampling import Trajectories
 from ppcl_ds.teacher.guidance import Guide
-from ppcl_ds.teacher.noising import Noiser
+from ppcl_ds.teacher.noising import Noiser, NoisyStream
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.teacher import forward, open_teacher
 from ppcl_ds.teacher.trajectories import Trajectory, TrajectoryStream
@@ -107,6 +108,23 @@ def test_guidance_is_drawn_from_its_range(stream: Callable[..., TrajectoryStream
     scales = {picture.scale for pool in go_on(stream(guidance=[2.0, 5.0]), 20) for picture in pool}
     assert 2 <= min(scales) < 3 < max(scales) <= 5
     assert {picture.scale for pool in go_on(stream(), 5) for picture in pool} == {1.0}
+
+
+def test_a_share_of_the_micro_batches_is_of_images(new_run: Callable[..., Path]) -> None:
+    """Whoever reads them; they are what a run on images alone reads under the same numbers."""
+    path = new_run("qwen", distill={"trajectories": {"steps": [3, 6]}}, data={"real_share": 0.3})
+    recipe = load_recipe(path)
+    call, settings = open_teacher(recipe).call, recipe.distill.trajectories
+    assert settings is not None
+    images = dict(islice(NoisyStream(recipe, call, "train", 4, 2).take(0, 1), 60))
+    every = dict(islice(TrajectoryStream(recipe, call, "train", 4, 2, settings).take(0, 1), 60))
+    real = [number for number, batch in every.items() if batch.number is None]
+    assert 8 <= len(real) <= 28
+    for number in real:
+        torch.testing.assert_close(every[number].arguments, images[number].arguments, rtol=0, atol=0)
+        assert torch.equal(every[number].target, images[number].target)
+    one = TrajectoryStream(recipe, call, "train", 4, 2, settings).take(1, 2)
+    assert [number for number, batch in islice(one, 30) if batch.number is None] == [n for n in real if n % 2]
 
 
 def test_a_picture_that_is_not_finite_is_replaced(stream: Callable[..., TrajectoryStream]) -> None:
