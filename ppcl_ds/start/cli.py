@@ -13,7 +13,12 @@ app = typer.Typer()
 @app.command()
 def init(
     pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE_FOLDER", help="The teacher: a diffusers pipeline.")],
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="Images with captions: a folder, a table or shards.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="Images or clips with captions, or captions alone: a folder, a table or shards."
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(metavar="RECIPE", help="What to write.", show_default="the folder's name.yaml")
     ] = None,
@@ -26,7 +31,7 @@ def init(
 ) -> None:
     """Write a recipe that runs, with a reason beside every value.
 
-    Looks at the pipeline's configurations, at the first images of the source and at the GPUs of this machine, or of the
+    Looks at the pipeline's configurations, at the first images and clips of the source and at the GPUs of this machine, or of the
     one that the options describe. No weights are read, and no recipe is overwritten.
     """
     from ppcl_ds.start.init import init

@@ -36,7 +36,9 @@ _CAPTIONS = (".txt", ".json")
 _TABLES = (".jsonl", ".csv", ".parquet")
 
 Seen = tuple[int, int, int]
-"""Width and height in pixels, and frames: 1 of an image."""
+"""Width and height in pixels, and frames: 1 of an image, 0 of a caption alone."""
+
+_CAPTION = (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ def look(source: str) -> Look:
     every = (seen for path in _paths(source) for seen in _sizes(path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        images = tuple(islice(every, LOOKED))
+        seen = tuple(islice(every, LOOKED))
+    images = tuple(each for each in seen if each != _CAPTION)
+    if seen and not images:
+        return Look((), captions=True)
     if not images:
         raise UserError(
             f"source {shown(source)}: no image ({', '.join(IMAGE_SUFFIXES[:3])}, ...) or clip "
@@ -149,23 +154,27 @@ def _in_folder(top: Path) -> Iterator[Seen]:
 
 
 def _in_tar(path: Path) -> Iterator[Seen]:
+    kinds = set()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                kind = Path(member.name).suffix.lower()[1:]
+                kinds.add(kind := Path(member.name).suffix.lower()[1:])
                 file = tar.extractfile(member) if kind in SUFFIXES else None
                 if file:
                     yield from _size(file, kind)
+        if kinds.isdisjoint(SUFFIXES) and {f".{kind}" for kind in kinds}.intersection(_CAPTIONS):
+            yield _CAPTION
     except (tarfile.TarError, OSError) as fault:
         raise UserError(f"source {shown(path)}: it cannot be read ({brief(fault)})") from None
 
 
 def _in_table(path: Path) -> Iterator[Seen]:
-    """Of a row the first value that is an image, or the path of one or of a clip."""
+    """Of a row the first value that is an image, or the path of one or of a clip; of one of texts, a caption."""
     read = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}[path.suffix.lower()]
     try:
         for row in islice(read(path), LOOKED):
-            yield from islice((size for value in row for size in _in_value(value, path.parent)), 1)
+            found = list(islice((size for value in row for size in _in_value(value, path.parent)), 1))
+            yield from found or ([] if any(map(_is_of_an_image, row)) or not any(row) else [_CAPTION])
     except (OSError, ValueError, csv.Error) as fault:  # pyarrow's own are of these
         raise UserError(f"source {shown(path)}: it cannot be read ({brief(fault)})") from None
 
@@ -191,13 +200,17 @@ def _parquet(path: Path) -> Iterator[list[Any]]:
             yield from (list(row.values()) for row in batch.to_pylist())
 
 
+def _is_of_an_image(value: Any) -> bool:
+    return isinstance(value, dict | bytes) or (isinstance(value, str) and Path(value).suffix.lower()[1:] in SUFFIXES)
+
+
 def _in_value(value: Any, folder: Path) -> Iterator[Seen]:
     if isinstance(value, dict):  # Hugging Face's images: bytes, a path, or both
         yield from islice((size for each in value.values() for size in _in_value(each, folder)), 1)
     elif isinstance(value, bytes):
         yield from _size(io.BytesIO(value), "")
     elif isinstance(value, str) and "\0" not in value:
-        if os.path.splitext(value)[1].lower()[1:] in SUFFIXES:
+        if _is_of_an_image(value):
             yield from _in_file(folder / value)
         else:
             yield from _in_frames(folder / value)

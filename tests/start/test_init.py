@@ -23,7 +23,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.start.init import init
 from ppcl_ds.start.pipeline import Because
-from ppcl_ds.start.source import LOOKED, look
+from ppcl_ds.start.source import LOOKED, Look, look
 from ppcl_ds.teacher import surgery
 from ppcl_ds.teacher.own import Own
 from tests.clips import noise, write_clip
@@ -273,6 +273,24 @@ def _no_pipeline(folder: Path) -> None:
 def _no_transformer(folder: Path) -> None:
     (folder / "teacher").mkdir()
     (folder / "teacher" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+
+
+def test_tables_and_shards_of_captions_are_no_images(tmp_path: Path) -> None:
+    """And a table whose images are missing is not one of captions."""
+    (tmp_path / "a.jsonl").write_text('{"caption": "a cat"}\n' * 3)
+    (tmp_path / "a.csv").write_text("caption,source\na cat,web\n")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a cat"], "score": [0.5]}), tmp_path / "a.parquet")
+    (tmp_path / "shard").mkdir()
+    (tmp_path / "shard" / "0.txt").write_text("a cat")
+    shutil.make_archive(str(tmp_path / "a"), "tar", tmp_path / "shard")
+    for name in ("a.jsonl", "a.csv", "a.parquet", "a.tar"):
+        assert look(str(tmp_path / name)) == Look((), captions=True), name
+    (tmp_path / "gone.csv").write_text("path,caption\ngone.png,a cat\n")
+    with pytest.raises(UserError, match="no image"):
+        look(str(tmp_path / "gone.csv"))
 
 
 def test_captions_are_enough(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
