@@ -11,7 +11,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,14 +33,13 @@ from data_tools.work import digest_of, own_part, partial_name, spread, sweep, wo
 from ppcl_ds.atomic import sha256
 from ppcl_ds.console import Advance
 from ppcl_ds.data import images
-from ppcl_ds.data.batch import Size
 from ppcl_ds.data.index import Index, Member, ShardEntry, describe, scan
 from ppcl_ds.data.stream import TEXTS
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Data
 from ppcl_ds.sections import Teacher as TeacherSection
-from ppcl_ds.teacher.encoding import Encoder
+from ppcl_ds.teacher.encoding import Encoder, largest
 
 COMMAND = "ppcl-data encode"
 
@@ -331,8 +330,7 @@ def _write_texts(folder: _Folder, data: Data, teacher: TeacherSection) -> None:
     path = folder.path / TEXTS
     images = not data.sizes or any(map(_has_images, _checked(data.shards / "raw" / folder.raw[0].name, folder.raw[0])))
     encoder = _encoder(teacher.model_dump_json(), _device(), images)
-    most = Size(data.images.size, data.images.size, data.images.frames)
-    write_shared(path, encoder.texts(replace(most, frames=encoder.frames(most))))
+    write_shared(path, encoder.texts(largest(data, encoder.layouts)))
     entry = describe(path, [])
     folder.write_done(TEXTS, _Done(settings=folder.settings, raw_sha256="", entry=entry, skipped=[]))
 

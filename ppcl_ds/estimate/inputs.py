@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -11,8 +11,8 @@ from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.sections import Data, Topology, Training
-from ppcl_ds.teacher.encoding import frames_read
+from ppcl_ds.sections import Topology, Training
+from ppcl_ds.teacher.encoding import largest
 from ppcl_ds.teacher.gathering import with_gathering
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
@@ -87,16 +87,7 @@ def read_inputs(
         raise UserError(
             f"teacher.ranks_per_copy is {sharding.ranks_per_copy}, which does not divide the {cluster.world} processes"
         )
-    return Inputs(recipe, variant, cluster, teacher, plan, source, size or _largest(recipe.data, teacher), sharding)
-
-
-def _largest(data: Data, teacher: Teacher) -> Size:
-    """Of the samples of a recipe the one with the most pixels."""
-    images = data.images
-    real = Size(images.size, images.size, images.frames)
-    if images.frames > 1:
-        real = replace(real, frames=frames_read(teacher.call, real))
-    return max([real, *map(Size.read, data.sizes)], key=lambda size: size.height * size.width * size.frames)
+    return Inputs(recipe, variant, cluster, teacher, plan, source, size or largest(recipe.data, teacher.call), sharding)
 
 
 def cluster_for(topology: Topology, nodes: int, gpus_per_node: int) -> Cluster:

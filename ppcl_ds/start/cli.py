@@ -31,8 +31,8 @@ def init(
 ) -> None:
     """Write a recipe that runs, with a reason beside every value.
 
-    Looks at the pipeline's configurations, at the first images and clips of the source and at the GPUs of this machine, or of the
-    one that the options describe. No weights are read, and no recipe is overwritten.
+    Looks at the pipeline's configurations, at the first images and clips of the source and at the GPUs of this machine,
+    or of the one that the options describe. No weights are read, and no recipe is overwritten.
     """
     from ppcl_ds.start.init import init
 

@@ -21,6 +21,7 @@ from ppcl_ds.data.batch import Prompt, Size
 from ppcl_ds.data.guiding import Guiding
 from ppcl_ds.data.stored import Texts
 from ppcl_ds.errors import UserError
+from ppcl_ds.sections import Data
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.pipeline_check import check
 from ppcl_ds.teacher.pipeline_files import Encodes, open_pipeline
@@ -197,6 +198,19 @@ def frames_read(call: PipelineCall, size: Size) -> int:
         size: of the clip, with all of its frames.
     """
     return next((n for n in range(size.frames, 1, -1) if _reads(call, replace(size, frames=n))), 1)
+
+
+def largest(data: Data, call: PipelineCall) -> Size:
+    """Of the samples that a recipe reads and draws the one with the most pixels, frames counted.
+
+    Args:
+        call: without weights.
+    """
+    images = data.images
+    real = Size(images.size, images.size, images.frames)
+    if images.frames > 1:
+        real = replace(real, frames=frames_read(call, real))
+    return max([real, *map(Size.read, data.sizes)], key=lambda size: size.height * size.width * size.frames)
 
 
 def _reads(call: PipelineCall, size: Size) -> bool:
