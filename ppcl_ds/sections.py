@@ -118,9 +118,10 @@ class Teacher(Section):
     `{image: source}` gives a pipeline that may edit an image (FLUX.1 Kontext) that of each sample."""
     precision: Precision = "bf16"
     """Dtype of teacher and units while they run; masters and optimizer state are always float32."""
-    ranks_per_copy: int | None = Field(default=None, gt=1)
+    ranks_per_copy: int | None = Field(default=None, gt=0)
     """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
-    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
+    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small. 1: each
+    has all of it, which is fastest; `ppcl estimate` says where it fits."""
 
 
 class Noise(Section):

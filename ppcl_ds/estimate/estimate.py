@@ -171,6 +171,8 @@ def _notes(account: Account, cluster: Cluster, precision: Precision, accelerator
         )
     if isinstance(account, Distilling) and account.uses > 1:
         yield from _places(account, cluster, accelerator)
+    if cluster.world > 1:
+        yield from _copies(account, cluster, accelerator)
     if precision != "bf16":
         yield "times are those of bf16; memory is that of the recipe's precision"
 
@@ -180,12 +182,25 @@ def _places(account: Distilling, cluster: Cluster, accelerator: Accelerator) -> 
     replay = account.settings.replay
     other = replay.model_copy(update={"offload": not replay.offload})
     elsewhere = replace(account, settings=account.settings.model_copy(update={"replay": other}))
-    here, there = (
-        _fits([add_up(stage) for stage in each.phases(cluster)], accelerator) for each in (account, elsewhere)
-    )
+    here, there = (_has_room(each, cluster, accelerator) for each in (account, elsewhere))
     if there and (replay.offload or not here):
         has = "has room for" if replay.offload else "is too small for"
         yield f"set distill.replay.offload: {str(other.offload).lower()}; the accelerator {has} what is replayed"
+
+
+def _copies(account: Account, cluster: Cluster, accelerator: Accelerator) -> Iterator[str]:
+    """What should be changed about how many ranks share a copy of the teacher."""
+    sharding = account.teacher.sharding
+    otherwise = replace(account.teacher, sharding=replace(sharding, whole=not sharding.whole))
+    here, there = (_has_room(each, cluster, accelerator) for each in (account, replace(account, teacher=otherwise)))
+    if there and not sharding.whole:
+        yield "set teacher.ranks_per_copy: 1; each accelerator has room for the whole teacher, and nothing is gathered"
+    if there and sharding.whole and not here:
+        yield "leave teacher.ranks_per_copy out; the accelerator is too small for the whole teacher"
+
+
+def _has_room(account: Account, cluster: Cluster, accelerator: Accelerator) -> bool:
+    return _fits([add_up(stage) for stage in account.phases(cluster)], accelerator)
 
 
 def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
@@ -196,7 +211,7 @@ def _smallest(account: Account, topology: Topology, gpus_per_node: int, accelera
     cuts = sum(not layer.joined for layer in account.layers)
     for cluster in growing_clusters(topology, gpus_per_node, cuts, _MOST_NODES):
         divides = cluster.world % account.teacher.sharding.ranks_per_copy == 0
-        if divides and _fits([add_up(stage) for stage in account.phases(cluster)], accelerator):
+        if divides and _has_room(account, cluster, accelerator):
             return cluster
     return None
 

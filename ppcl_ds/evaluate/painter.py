@@ -159,8 +159,9 @@ class Painter:
         # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
         from ppcl_ds.teacher.sharded import load_teacher
 
-        config = read_deepspeed_file(self.recipe.deepspeed.teacher)
-        return _Spread(load_teacher(model, config, self.dtype, self.recipe.teacher.ranks_per_copy), self.dtype)
+        config, ranks = read_deepspeed_file(self.recipe.deepspeed.teacher), self.recipe.teacher.ranks_per_copy
+        # Whole beside units is not yet whole beside text encoders and VAE.
+        return _Spread(load_teacher(model, config, self.dtype, None if ranks == 1 else ranks), self.dtype)
 
 
 class _Spread(nn.Module):

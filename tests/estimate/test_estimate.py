@@ -158,6 +158,23 @@ def test_it_says_where_replayed_readings_should_lie(unprepared: Unprepared) -> N
     assert "replay" not in notes(2, False) + notes(200, True)
 
 
+def test_it_says_where_every_process_should_have_the_whole_teacher(unprepared: Unprepared) -> None:
+    def sized(whole: bool, gib: float = 80.0) -> Estimate:
+        teacher: dict[str, Any] = {"ranks_per_copy": 1} if whole else {}
+        recipe = load_recipe(unprepared("qwen", teacher=teacher))
+        card = ACCELERATORS["h100"].model_copy(update={"memory_gib": gib})
+        return size(read_inputs(recipe, 1, 2), card)
+
+    def notes(whole: bool, usable: float) -> str:
+        return " ".join(sized(whole, usable / 0.9 / 2**30).notes)
+
+    divided, whole = (sized(each).memory.peak for each in (False, True))
+    assert divided < whole
+    assert "set teacher.ranks_per_copy: 1" in notes(False, whole + 1)
+    assert "ranks_per_copy" not in notes(False, (divided + whole) / 2) + notes(True, whole + 1)
+    assert "leave teacher.ranks_per_copy out" in notes(True, (divided + whole) / 2)
+
+
 def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:
     numbers = size(read_inputs(load_recipe(unprepared("qwen")), 3, 2), ACCELERATORS["h100"])
     assert numbers.micro_batches == 6

@@ -96,6 +96,15 @@ def test_several_nodes_hold_a_second_copy_each(account: Distilling) -> None:
     assert memory(single, Cluster(4, 8, 2, 16)).resident["teacher copy in the node"] == 0
 
 
+def test_a_whole_copy_on_every_rank_gathers_nothing(account: Distilling, teacher: Any) -> None:
+    whole = sharded(account, ranks_per_copy=1, whole=True)
+    found = memory(whole, EIGHT)
+    own = {part: size for part, size in found.resident.items() if part.startswith("teacher")}
+    assert own == {"teacher": sum(p.nbytes for p in teacher.parameters()) // teacher.dtype.itemsize * 2}
+    assert found.phases["teacher forward"]["gathered block"] == 0
+    assert whole.teacher.gathers(5, EIGHT) == Traffic()
+
+
 def test_a_copy_in_every_node_keeps_gathers_off_the_network(account: Distilling) -> None:
     used = 2 * sum(elements for elements, _ in account.teacher.used if elements > SHARDING.persistent)
     cluster = Cluster(2, 4, 2, 4)

@@ -60,6 +60,7 @@ class Case:
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
         then: what else is done after the steps: `look`, `save`.
+        whole: whether every rank has the whole teacher.
         zero: changes to `zero_optimization` of the teacher's DeepSpeed file.
     """
 
@@ -83,6 +84,7 @@ class Case:
     boundary: float = 0.0
     ema: float = 0.0
     mistake: str = ""
+    whole: bool = False
     then: tuple[str, ...] = ()
     zero: tuple[tuple[str, int], ...] = ()
 
@@ -142,7 +144,7 @@ class Case:
                     "images": {"size": self.size},
                     "workers": 0,
                 },
-                "teacher": {"path": folder / "teacher"},
+                "teacher": {"path": folder / "teacher"} | ({"ranks_per_copy": 1} if self.whole else {}),
                 "noise": {"caption_dropout": 0.0},
                 "probe": {"batch_size": 2, "batches": 2 * self.world, "blocks_at_once": 2, "max_span": 3},
                 "plan": {"variants": {"small": 0.4}, "max_span": 3},

@@ -32,12 +32,15 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, what="finetune", family="flux", blocks=2),
         replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
         replace(NARROW, what="probe"),
+        replace(NARROW, what="probe", whole=True, stages=1, replicas=2),
+        replace(NARROW, what="swaps", whole=True, plan="width", stages=1, replicas=2),
+        replace(NARROW, what="finetune", whole=True, boundary=1.0, then=("look", "save")),
         pytest.param(replace(QWEN, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, plan="published"), marks=FULL),
         pytest.param(replace(FLUX, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, what="finetune", then=("look",)), marks=FULL),
     ],
-    ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}",
+    ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}" + "-whole" * case.whole,
 )
 def test_no_operation_mixes_devices(case: Case) -> None:
     """Nothing is refused, on the first and the last stage; what is saved is a file."""
@@ -108,6 +111,16 @@ def test_the_teacher_is_gathered_ahead(case: Case) -> None:
         assert rank.ahead() >= 0.95
 
 
+@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
+def test_a_teacher_held_whole_is_never_gathered(case: Case) -> None:
+    """Nor does a forward ask anything of the other ranks; it is looked at and drawn by, too."""
+    case = replace(case, whole=True, then=("look",))
+    for rank in observe(case, (0, case.world - 1)):
+        for during in ("step", "look"):
+            assert not rank.notes[during]["gathered"].keys() & {"ahead", "late"}
+        assert rank.waits() == {"training/optimizer.py:step": 1}
+
+
 def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
     [rank] = observe(replace(STEP, zero=(("stage3_prefetch_bucket_size", 50_000_000),)), (0,))
     assert rank.ahead() < 0.6
@@ -137,12 +150,14 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         STEP,
         replace(STEP, uses=2),
         replace(STEP, uses=2, ring_offload=True),
+        replace(STEP, whole=True),
+        pytest.param(replace(QWEN, whole=True), marks=FULL),
         pytest.param(QWEN, marks=FULL),
         pytest.param(FLUX, marks=FULL),
         pytest.param(replace(QWEN, replicas=8), marks=FULL),
         pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["small", "replay", "replay-offload", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+    ids=["small", "replay", "replay-offload", "whole", "qwen-whole", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     """Of every stage, within 5 %."""
