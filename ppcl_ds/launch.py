@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+FILLED = 0.75
+"""Share of free memory that is filled on purpose."""
+
 signalled: list[int] = []
 """Signals that asked this process to leave. Python drops an exception that is raised while it closes a generator or
 frees an object, and `SystemExit` with it; who can stop in order looks here, too."""
@@ -110,6 +113,24 @@ def set_timeout(timeout: float) -> None:
 
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=2 * timeout), group)
+
+
+def room(needed: int = 0) -> int:
+    """Bytes that every rank may still fill, three quarters of what is free; on the CPU, of its part of that.
+
+    All ranks must call it, and are told the same; a process that has joined no others may call it, too.
+
+    Args:
+        needed: bytes that will be taken by something else.
+    """
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.empty_cache()  # what torch keeps for later counts as free
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device_name() == "cpu" else 1
+    own = int(FILLED * (accelerator.available_memory() - needed)) // sharers
+    return min(all_gather(own)) if dist.is_initialized() else own
 
 
 def gpus() -> int:

@@ -149,7 +149,7 @@ class Probe(Section):
     """Longest span, in blocks, that is measured; memory and arithmetic grow with it."""
     blocks_at_once: int | None = Field(default=None, gt=0)
     """The sums of so many blocks are in memory at a time; the teacher reads all samples again for the next ones, and
-    the result is the same. Default: as many as 32 GiB hold."""
+    the result is the same. Default: as many as the memory that is left holds."""
 
 
 Rule = Literal["error", "ppcl", "influence", "uniform", "random", "given"]

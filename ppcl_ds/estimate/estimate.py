@@ -18,10 +18,12 @@ from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, WholeRun, add_up, least_time
 from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.whole import whole_runs
+from ppcl_ds.launch import FILLED
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision, Topology
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.training.meta_forward import MetaForward
 from ppcl_ds.training.phases import Account
 from ppcl_ds.training.traffic import Cluster
 
@@ -114,13 +116,12 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
     phases = account.phases(cluster)
     memories = [add_up(stage) for stage in phases]
     step, seconds = least_time(phases, accelerator, utilisation)
-    probing = None
+    probing, probing_peak = None, 0
     runs: tuple[WholeRun, ...] = ()
     if isinstance(account, Distilling):
         runs = tuple(whole_runs(account, inputs, forward, accelerator, utilisation))
     if inputs.variant is None:
-        anatomy, batch = inputs.teacher.anatomy, inputs.training.micro_batch
-        probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
+        probing, probing_peak = _probing(account, inputs, forward, accelerator)
     return Estimate(
         training="finetune" if inputs.variant else "distill",
         variant=inputs.variant,
@@ -135,7 +136,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         accelerator=accelerator,
         notes=tuple(_notes(account, cluster, precision, accelerator)),
         stages=tuple(_stages(account, cluster, memories)),
-        fits=_fits(memories, accelerator),
+        trains=_fits(memories, accelerator),
         smallest=_smallest(account, recipe.topology, cluster.gpus_per_node, accelerator),
         micro_batches=account.rounds(cluster) * cluster.world,
         samples=account.samples(cluster),
@@ -145,6 +146,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         seconds=seconds,
         runs=runs,
         probing=probing,
+        probing_peak=probing_peak,
         probing_seconds=_probing_seconds(probing, cluster, accelerator, utilisation) if probing else 0.0,
     )
 
@@ -214,6 +216,18 @@ def _smallest(account: Account, topology: Topology, gpus_per_node: int, accelera
         if divides and _has_room(account, cluster, accelerator):
             return cluster
     return None
+
+
+def _probing(
+    account: Account, inputs: Inputs, forward: MetaForward, accelerator: Accelerator
+) -> tuple[ProbingCosts, int]:
+    """What probing costs, and the peak of a process: as many sums as the teacher leaves room for."""
+    teacher, batch, section = account.teacher, inputs.training.micro_batch, inputs.recipe.probe
+    there = sum(teacher.resident(inputs.cluster).values()) + teacher.gathered(inputs.cluster)
+    there += teacher.activations * section.batch_size // batch
+    room = int(FILLED * (accelerator.usable_bytes - there))
+    costs = probing_costs(inputs.teacher.anatomy, forward.capture, forward.flops_until, batch, section, room)
+    return costs, there + costs.sums + costs.boundaries
 
 
 def _probing_seconds(probing: ProbingCosts, cluster: Cluster, accelerator: Accelerator, utilisation: float) -> float:

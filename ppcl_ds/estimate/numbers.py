@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from ppcl_ds.estimate.accelerators import Accelerator
 from ppcl_ds.probing.costs import ProbingCosts
@@ -105,7 +105,7 @@ class Estimate(Numbers):
         accelerator: the one in it.
         notes: where the estimate departs from the recipe.
         stages: in order.
-        fits: whether the fullest stage fits.
+        trains: whether the fullest stage fits.
         smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
         micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
         samples: in a step.
@@ -115,6 +115,7 @@ class Estimate(Numbers):
         seconds: of a step, at least.
         runs: the whole distillation, and what it would cost otherwise; none for fine-tuning.
         probing: what `ppcl probe` needs; None for fine-tuning.
+        probing_peak: bytes of a process that probes, the teacher among them.
         probing_seconds: of it on this cluster, at least; communication is left out.
     """
 
@@ -131,7 +132,7 @@ class Estimate(Numbers):
     accelerator: Accelerator
     notes: tuple[str, ...]
     stages: tuple[Stage, ...]
-    fits: bool
+    trains: bool
     smallest: Cluster | None
     micro_batches: int
     samples: int
@@ -141,7 +142,14 @@ class Estimate(Numbers):
     seconds: float
     runs: tuple[WholeRun, ...]
     probing: ProbingCosts | None
+    probing_peak: int
     probing_seconds: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fits(self) -> bool:
+        """Whether training and, before it, probing do."""
+        return self.trains and self.probing_peak <= self.accelerator.usable_bytes
 
     @property
     def fullest(self) -> int:

@@ -126,10 +126,10 @@ def fitted(
 
     for setting in (each for each in SETTINGS if each.micro_batch == 1 or not alone):
         found = estimated(setting)
-        if not found.fits and found.smallest and found.smallest.nodes <= machine.nodes:
+        if not found.trains and found.smallest and found.smallest.nodes <= machine.nodes:
             setting = replace(setting, stages=found.smallest.stages)
             found = estimated(setting)
-        if found.fits:
+        if found.trains:
             whole = replace(setting, whole=True)
             if machine.world > 1 and (with_whole := estimated(whole)).fits:
                 return whole, with_whole

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import deepspeed
 import torch
@@ -50,7 +50,7 @@ class Whole(nn.Module):
         return self.module(*args, **kwargs)
 
 
-Loaded = deepspeed.DeepSpeedEngine | Whole
+Loaded: TypeAlias = deepspeed.DeepSpeedEngine | Whole
 """Either is called as the transformer is, which is its `module`."""
 
 

@@ -40,7 +40,7 @@ def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
     return sharded(distilling(inputs, run_once(inputs)))
 
 
-def sharded(account: Distilling, **changes: int) -> Distilling:
+def sharded(account: Distilling, **changes: Any) -> Distilling:
     return replace(account, teacher=replace(account.teacher, sharding=replace(SHARDING, **changes)))
 
 

@@ -60,6 +60,8 @@ class Case:
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
         then: what else is done after the steps: `look`, `save`.
+        gib: memory of the accelerator.
+        at_once: blocks whose sums probing has in memory; 0: as many as there is room for.
         whole: whether every rank has the whole teacher.
         zero: changes to `zero_optimization` of the teacher's DeepSpeed file.
     """
@@ -84,6 +86,8 @@ class Case:
     boundary: float = 0.0
     ema: float = 0.0
     mistake: str = ""
+    gib: float = 80.0
+    at_once: int = 2
     whole: bool = False
     then: tuple[str, ...] = ()
     zero: tuple[tuple[str, int], ...] = ()
@@ -146,7 +150,12 @@ class Case:
                 },
                 "teacher": {"path": folder / "teacher"} | ({"ranks_per_copy": 1} if self.whole else {}),
                 "noise": {"caption_dropout": 0.0},
-                "probe": {"batch_size": 2, "batches": 2 * self.world, "blocks_at_once": 2, "max_span": 3},
+                "probe": {
+                    "batch_size": 2,
+                    "batches": 2 * self.world,
+                    "blocks_at_once": self.at_once or None,
+                    "max_span": 3,
+                },
                 "plan": {"variants": {"small": 0.4}, "max_span": 3},
                 "topology": {"stages": self.stages, "replicas": self.replicas},
                 "distill": training

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.seen = case, folder, Seen()
         self.recipe = case.recipe(folder)
-        self.device: Device = pretend(self.seen)
+        self.device: Device = pretend(self.seen, case.gib)
         self.program: Program = join(case.rank, case.world, min(case.ranks_per_node, case.world))
         _shapes_for_weights()
         from ppcl_ds.teacher.teacher import open_teacher
@@ -190,7 +190,16 @@ def probe(run: Run) -> None:
 
     reader = probing.open_reader(run.recipe, run.teacher, torch.device("meta"))
     lanes, blocks = reader.lanes, len(run.teacher.blocks)
-    run.watched("probed", lambda: measure(lanes, reader.sums(Part()), blocks, 1e-6, lambda block: True))
+    passes = 0
+
+    def sums() -> Iterator[Any]:
+        nonlocal passes
+        for each in reader.sums(Part()):
+            passes += 1
+            yield each
+
+    run.watched("probed", lambda: measure(lanes, sums(), blocks, 1e-6, lambda block: True))
+    run.notes["passes"] = passes
 
 
 def _shapes_for_weights() -> None:

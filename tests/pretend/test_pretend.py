@@ -166,6 +166,16 @@ def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
         assert rank.notes["step"]["peak"] == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.parametrize("gib", [12.0, 24.0])
+def test_probing_fills_the_memory_that_is_there_and_no_more(gib: float) -> None:
+    """Sums of 14 blocks of the published width take 12 GiB: on the smaller card, of one range after the other."""
+    case = Case(what="probe", blocks=14, stages=1, replicas=8, gib=gib, at_once=0)
+    [rank] = observe(case, (0,))
+    assert rank.notes["probed"]["peak"] < gib * 2**30
+    assert rank.notes["passes"] == (1 if gib == 24 else 3)
+    assert rank.notes["probed"]["peak"] > gib / 2 * 2**30
+
+
 ORDERED = replace(NARROW, stages=2, replicas=2, ranks_per_node=2, zero=(("stage3_param_persistence_threshold", 0),))
 """On two nodes, each with a teacher of its own (hpZ)."""
 
