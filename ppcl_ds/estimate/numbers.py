@@ -189,9 +189,9 @@ def least_time(
     bounds, total, beside = [], 0.0, 0.0
     for phase in zip(*stages, strict=True):
         fullest = max(phase, key=lambda own: own.flops)
-        moved = most(own.moved for own in phase)
+        moved, in_turn = most(own.moved for own in phase), most(own.in_turn for own in phase)
         computing = fullest.flops / (accelerator.tflops * 1e12 * utilisation) / (1 - fullest.waits)
-        seconds = max(computing, seconds_of(moved, accelerator))
+        seconds = max(computing, seconds_of(moved, accelerator), seconds_of(in_turn, accelerator))
         bounds.append(Bound(name=fullest.name, flops=fullest.flops, moved=moved, waits=fullest.waits, seconds=seconds))
         if fullest.beside_next:
             beside = seconds

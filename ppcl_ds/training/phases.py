@@ -30,6 +30,7 @@ class Phase:
         name: such as `teacher forward`.
         flops: that it computes in a step.
         moved: bytes that it moves in a step, by link.
+        in_turn: where processes move theirs one after the other, the bytes of all that wait for each other.
         resident: memory that this phase needs and that stays from step to step.
         transient: memory that is there in this phase alone, at its worst.
         host: pinned CPU memory that stays from step to step.
@@ -40,6 +41,7 @@ class Phase:
     name: str
     flops: float = 0.0
     moved: Traffic = field(default_factory=Traffic)
+    in_turn: Traffic = field(default_factory=Traffic)
     resident: Parts = field(default_factory=dict)
     transient: Parts = field(default_factory=dict)
     host: Parts = field(default_factory=dict)
