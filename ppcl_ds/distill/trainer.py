@@ -76,6 +76,10 @@ class Trainer(Training):
         replay = self.recipe.distill.replay
         return replay.ring if replay.uses > 1 else 1
 
+    @property
+    def together(self) -> bool:
+        return self.recipe.distill.replay.uses > 1
+
     def step(self, batches: Deliveries) -> None:
         with self.timer.phase("students"):
             for arrived in self.ring.members(self.engine.global_steps, partial(self.arrivals, batches)):

@@ -119,6 +119,10 @@ class FineTuner(Training):
     def prepare(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
+    @property
+    def together(self) -> bool:
+        return True
+
     def step(self, batches: Deliveries) -> None:
         """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
         own = self.stage_names[self.engine.stage_id]

@@ -76,7 +76,7 @@ class Training(ABC):
         cpu_group = dist.new_group(
             dist.get_process_group_ranks(self.group), backend="gloo", use_local_synchronization=True
         )
-        self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers)
+        self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers, self.together)
         self.watchdog = Watchdog(settings.timeout, folder.path / "flight_recorder")
         self.preemption = Preemption(recipe.run, folder.path)
         self.timer = Timer(self.watchdog.on_phase)
@@ -109,6 +109,11 @@ class Training(ABC):
     def kept(self) -> int:
         """Readings that are needed again after a restart."""
         return 1
+
+    @property
+    @abstractmethod
+    def together(self) -> bool:
+        """Whether everything that a round exchanges has to be there before anything is trained on it."""
 
     @property
     def kept_pictures(self) -> int:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def train(run: Run) -> None:
     from ppcl_ds.training import trainer as module
 
     module.Watchdog = _NoWatchdog  # type: ignore[misc, assignment]
-    _exchange_among_alike()
+    _exchange_among_alike(run)
     trainer = _fine_tuner(run) if run.case.what == "finetune" else _distiller(run)
     run.note("built")
     trainer.prepare(0)
@@ -225,8 +226,11 @@ class _NoWatchdog:
     def alive(self) -> None: ...
 
 
-def _exchange_among_alike() -> None:
-    """Stages are told of parcels like the one that this stage keeps for itself."""
+def _exchange_among_alike(run: Run) -> None:
+    """Stages are told of parcels like the one that this stage keeps for itself.
+
+    Of the newest round, it is written down how many collectives it took, and how many the first micro-batch waited for.
+    """
     import torch.distributed as dist
 
     from ppcl_ds.training.exchange import Exchange, _Layout
@@ -236,7 +240,15 @@ def _exchange_among_alike() -> None:
 
     def noted(self: Any, batches: Any) -> Any:
         mine.update(stage=self.stage, layout=self._pack(batches, self.units[self.stage])[0])
-        return call(self, batches)
+        program = run.program
+        sent, waited = sum(what == "all_to_all" for what, *_ in program.calls), program.waited["all_to_all"]
+        arriving = call(self, batches)
+        first = next(arriving)
+        run.notes["exchange"] = {
+            "flights": sum(what == "all_to_all" for what, *_ in program.calls) - sent,
+            "first": program.waited["all_to_all"] - waited,
+        }
+        return chain([first], arriving)
 
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         gather(object_list, obj, group)

@@ -126,6 +126,25 @@ def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
     assert rank.ahead() < 0.6
 
 
+def test_a_stage_begins_with_what_it_has_and_a_pipeline_is_sent_everything_at_once() -> None:
+    """Nobody waits for the first sender; where everything has to be there, it takes one flight."""
+    case = replace(NARROW, blocks=8, stages=3)
+    for rank in observe(case, (0, 2)):
+        assert rank.notes["exchange"] == {"flights": 3, "first": 0}
+    for together in (replace(case, what="finetune"), replace(case, uses=2)):
+        for rank in observe(together, (0, 2)):
+            assert rank.notes["exchange"]["flights"] == 1
+
+
+def test_looks_are_shared_over_the_ranks() -> None:
+    """Eight samples, of which each rank of eight has one: a forward for each model, and of images one for each step."""
+    case = replace(NARROW, blocks=8, stages=2, replicas=4, then=("look",))
+    models, drawn = 2, 1 + 2 * 2  # guided, in two steps
+    for rank in observe(case, (0, 7)):
+        assert rank.notes["figures"]["samples"] == models
+        assert rank.notes["look"]["samples"] <= models * (1 + drawn)
+
+
 def test_measuring_units_gathers_ahead() -> None:
     """Every forward but the first, which learns the order."""
     [rank] = observe(replace(NARROW, what="swaps", plan="width", stages=1, replicas=2), (0,))
