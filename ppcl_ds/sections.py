@@ -249,7 +249,8 @@ class Training(Section):
     log_every: int = Field(default=10, gt=0)
     """Steps between TensorBoard points."""
     sample_every: int = Field(default=0, ge=0)
-    """Steps between looks at held-out data in TensorBoard, images beside the teacher's among them; 0: none."""
+    """Steps between figures of held-out data in TensorBoard; every tenth time, and at the end, there are images beside
+    the teacher's. 0: none."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)

@@ -128,7 +128,7 @@ class Trainer(Training):
     def skipped(self) -> dict[str, float]:
         return {f"{name}/skipped_steps": float(count) for name, count in self.engine.optimizer.skipped.items()}
 
-    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.name: layer.unit for layer in self.library.layers}
-        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device)
+        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device, draws)

@@ -145,6 +145,6 @@ class FineTuner(Training):
         counts = self.engine.optimizer.skipped
         return {f"{self.start.variant}/skipped_steps": float(max(counts.values(), default=0))}
 
-    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and images, the variant beside the teacher."""
-        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device)
+        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device, draws)

@@ -65,7 +65,6 @@ class SwapBench:
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
             unit.free_calibration()
-        self.alone, _ = dist.new_subgroups(1)
 
     def products(self) -> Tensor:
         """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
@@ -126,9 +125,8 @@ class SwapBench:
         """
         plan = self.library.model_copy(update={"variants": {"set": names}})
         inside = {name: self.units[name].to(self.device) for name in names}
-        owner = dict.fromkeys(names, 0)
         model, anatomy = self.sharded.module, self.teacher.anatomy
-        with plugged(model, anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
+        with plugged(model, anatomy, plan, "set", inside), torch.no_grad():
             velocity = self.teacher.answer(self.sharded, batch)
         for unit in inside.values():
             unit.cpu()

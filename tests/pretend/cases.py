@@ -60,6 +60,7 @@ class Case:
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
         then: what else is done after the steps: `look`, `save`.
+        drawing_steps: of the sampler, for images.
         gib: memory of the accelerator.
         at_once: blocks whose sums probing has in memory; 0: as many as there is room for.
         whole: whether every rank has the whole teacher.
@@ -86,6 +87,7 @@ class Case:
     boundary: float = 0.0
     ema: float = 0.0
     mistake: str = ""
+    drawing_steps: int = 2
     gib: float = 80.0
     at_once: int = 2
     whole: bool = False
@@ -164,7 +166,13 @@ class Case:
                     "replay": {"uses": self.uses, "ring": 2, "offload": self.ring_offload},
                 },
                 "finetune": training | {"boundary_weight": self.boundary, "ema": self.ema},
-                "evaluate": {"samples": 4, "batch_size": 2, "steps": 2, "guidance": 4.0, "velocity_batches": 2},
+                "evaluate": {
+                    "samples": 4,
+                    "batch_size": 2,
+                    "steps": self.drawing_steps,
+                    "guidance": 4.0,
+                    "velocity_batches": 2,
+                },
                 "deepspeed": {"teacher": written} if written.exists() else {},
             }
         )

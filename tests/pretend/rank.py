@@ -48,6 +48,7 @@ class Run:
         _ = self.teacher.empty, self.teacher.allowed_spans
         self.notes: dict[str, Any] = {}
         self.calls: list[Any] = []
+        self.samples = 0
 
     def clear(self) -> None:
         gc.collect()
@@ -96,16 +97,35 @@ def train(run: Run) -> None:
     run.watched("measured", trainer.measured)
     if "look" in run.case.then:
         _stub_decoder()
-        trainer.sharded.module.register_forward_hook(partial(_tell_shape, run.program))
-        run.watched("look", trainer.look)
+        if run.case.what == "finetune":
+            _tell_shapes(run, trainer.engine)
+        _note_forwards(run, trainer)
+        for name, draws in (("figures", False), ("look", True)):
+            run.samples = 0
+            run.watched(name, partial(trainer.look, draws))
+            run.notes[name]["samples"] = run.samples
     if "save" in run.case.then:
         _save_what_is_written(run, trainer)
 
 
-def _tell_shape(program: Program, module: Any, given: Any, output: Any) -> None:
-    """What the last stage says of the variant's output: it is as the teacher's, which comes first."""
-    tensor = output if isinstance(output, Tensor) else output[0]
-    program.told = tensor.shape, tensor.dtype
+def _note_forwards(run: Run, trainer: Any) -> None:
+    """Count the samples that the whole model is run on."""
+
+    def count(module: Any, given: Any, arguments: Any) -> None:
+        run.samples += len(arguments["hidden_states"])
+
+    trainer.sharded.module.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def _tell_shapes(run: Run, engine: Any) -> None:
+    """What the last stage says of the variant's output: it is as what goes into it."""
+    stock = engine.output
+
+    def output(arguments: Any, size: Any) -> Tensor:
+        run.program.told = arguments["hidden_states"].shape, torch.bfloat16
+        return stock(arguments, size)
+
+    engine.output = output
 
 
 def _distiller(run: Run) -> Any:
@@ -179,8 +199,7 @@ def swaps(run: Run) -> None:
     run.watched("products", bench.products)
     names = tuple(unit.name for unit in run.plan.units)
     run.watched("errors", lambda: bench.errors([names[:1], names[1:]]))
-    if run.case.rank == 0:
-        run.watched("seconds", bench.seconds)
+    run.watched("seconds", bench.seconds)
 
 
 def probe(run: Run) -> None:

@@ -22,7 +22,7 @@ from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.plugging import borrow, plugged
 from ppcl_ds.units.variant import assembled
 from tests.calls import answer, call_once, random_arguments
 from tests.conftest import TEACHERS, WAN
@@ -86,8 +86,9 @@ def be_a_rank(folder: Path) -> None:
                 units = {f"unit {rank}": depth_unit(teacher, SPANS[family][rank][0], dtype)}
                 for how, model in {"": engine, "whole ": whole}.items():
                     for variant in plan.variants:
-                        owner = {"unit 0": 0, "unit 1": 1}
-                        with plugged(model.module, anatomy, plan, variant, units, group, owner):
+                        owner, wanted = {"unit 0": 0, "unit 1": 1}, plan.units_of(variant)
+                        lent = borrow(wanted, units, owner, group, teacher, dtype, torch.device("cpu"))
+                        with plugged(model.module, anatomy, plan, variant, lent):
                             found[f"{how}{family} {variant}"] = velocity(family, model, dtype, seed=7)
                     found[f"{how}{family} afterwards"] = velocity(family, model, dtype, seed=rank)
     torch.save(found, folder / f"rank{rank}.pt")
