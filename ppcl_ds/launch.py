@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+WAIT = 1800.0
+"""Seconds that a collective may wait for a rank where nobody says otherwise."""
+
 FILLED = 0.75
 """Share of free memory that is filled on purpose."""
 
@@ -86,7 +89,7 @@ def _environment(world: int) -> dict[str, str]:
     return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def join(timeout: float = 1800.0) -> torch.device:
+def join(timeout: float = WAIT) -> torch.device:
     """Join the other ranks; every rank must call it first. Returns this rank's device.
 
     Args:
@@ -107,7 +110,7 @@ def join(timeout: float = 1800.0) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def set_timeout(timeout: float) -> None:
+def set_timeout(timeout: float = WAIT) -> None:
     """Have every process group wait as `join` was told; groups that DeepSpeed makes have their backend's default."""
     from torch.distributed import distributed_c10d
 

@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.utils import groups, set_z3_leaf_modules
 from torch import Tensor, nn
 
+from ppcl_ds import launch
 from ppcl_ds.teacher.files import ModelFiles
 from ppcl_ds.teacher.gathering import with_gathering
 from ppcl_ds.teacher.teacher import Teacher
@@ -89,6 +90,7 @@ def load_teacher(teacher: Teacher, config: dict[str, Any], dtype: torch.dtype, r
     )
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
+    launch.set_timeout()  # else its groups wait for ten minutes, and a rank may have longer to do by itself
     return engine
 
 
