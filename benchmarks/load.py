@@ -85,7 +85,8 @@ def growth(folder: str, dtype: str) -> dict[str, int]:
     sampler = Sampler()
     engine = load_teacher(teacher, config, getattr(torch, dtype), ranks_per_copy=None)
     grown = sampler.growth()
-    assert all(p.numel() == 0 or p.ds_persist for p in engine.module.parameters())  # nothing is whole on a rank
+    parameters: list[Any] = list(engine.module.parameters())
+    assert all(p.numel() == 0 or p.ds_persist for p in parameters)  # nothing is whole on a rank
     launch.leave()
     return grown
 

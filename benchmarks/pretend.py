@@ -1,13 +1,16 @@
-"""What a step asks of an accelerator, counted on a pretended one: waits, gathers, kernels.
+"""What a step asks of an accelerator, counted on a pretended one: waits, gathers, kernels; and what a look asks.
 
     python -m benchmarks.pretend [--json FILE] [--quick]
 
 Rank 0 of 4 stages x 2 replicas, micro-batch 2, at the published size; `--quick` takes two stages and six blocks of each
-kind. Nothing is computed and no accelerator is needed, see `tests/pretend/`. These are counts and not times: "other" is
-how much there is of what "ours" is a part of.
+kind. Looks and exchanges are of few narrow blocks, as their counts do not depend on that. Nothing is computed and no
+accelerator is needed, see `tests/pretend/`. These are counts and not times: "other" is how much there is of what "ours"
+is a part of.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import typer
 
@@ -33,13 +36,50 @@ def rows_of(case: Case) -> list[Row]:
     ]
 
 
+def held_whole(case: Case) -> list[Row]:
+    """What a teacher that every rank has whole saves, and what it takes."""
+    [whole], [divided] = (observe(each, (0,)) for each in (replace(case, whole=True), case))
+    name = NAMES[case.family]
+    gathered, peaks = (
+        [sum(seen.notes["step"]["gathered"].get(when, 0) for when in ("ahead", "late")) for seen in (whole, divided)],
+        [seen.notes["step"]["peak"] / 2**30 for seen in (whole, divided)],
+    )
+    gathers = " and ".join(str(seen.notes["step"]["gathers"]) for seen in (whole, divided))
+    kernels = " and ".join(f"{sum(seen.notes['step']['kernels'].values()):,}" for seen in (whole, divided))
+    return [
+        row(
+            f"{name}: teacher gathered, whole / divided",
+            gathered[0] / 2**30,
+            gathered[1] / 2**30,
+            "GiB",
+            f"in {gathers} gathers, the update's too; {kernels} kernels",
+        ),
+        row(f"{name}: peak memory, teacher whole / divided", peaks[0], peaks[1], "GiB", "of a step"),
+    ]
+
+
+def looks_and_exchanges() -> list[Row]:
+    """Rank 0's share of a look at held-out data, and what its first micro-batch waits for."""
+    case = Case(heads=2, blocks=8, size=16, tokens=(12,), stages=4, replicas=2, rounds=1, drawing_steps=30)
+    [seen] = observe(replace(case, then=("look",)), (0,))
+    figures, images = (seen.notes[during]["samples"] for during in ("figures", "look"))
+    found = [row("samples of a look: figures / with images", figures, images, "samples", "2 models; 8 ranks share 8")]
+    for each in (case, replace(case, what="finetune")):
+        [seen] = observe(each, (0,))
+        exchange = seen.notes["exchange"]
+        first, flights = exchange["first"], exchange["flights"]
+        found.append(row(f"{each.what}: flights waited for at first / all", first, flights, "a round", "4 stages"))
+    return found
+
+
 def main(json: JsonFile = None, quick: Quick = False) -> None:
     """Print the table."""
     blocks = 6 if quick else 0
     cases = [Case(family=family, blocks=blocks, stages=4, replicas=2, rounds=1) for family in ("qwen", "flux")]
     if quick:
         cases = [Case(family=case.family, blocks=blocks, rounds=1) for case in cases]
-    show("a step on a pretended accelerator", [each for case in cases for each in rows_of(case)], json)
+    rows = [each for case in cases for each in (*rows_of(case), *held_whole(case))]
+    show("a step on a pretended accelerator", rows + looks_and_exchanges(), json)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+WAIT = 1800.0
+"""Seconds that a collective may wait for a rank where nobody says otherwise."""
+
+FILLED = 0.75
+"""Share of free memory that is filled on purpose."""
+
 signalled: list[int] = []
 """Signals that asked this process to leave. Python drops an exception that is raised while it closes a generator or
 frees an object, and `SystemExit` with it; who can stop in order looks here, too."""
@@ -83,7 +89,7 @@ def _environment(world: int) -> dict[str, str]:
     return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def join(timeout: float = 1800.0) -> torch.device:
+def join(timeout: float = WAIT) -> torch.device:
     """Join the other ranks; every rank must call it first. Returns this rank's device.
 
     Args:
@@ -104,12 +110,30 @@ def join(timeout: float = 1800.0) -> torch.device:
     return torch.device(get_accelerator().current_device_name())
 
 
-def set_timeout(timeout: float) -> None:
+def set_timeout(timeout: float = WAIT) -> None:
     """Have every process group wait as `join` was told; groups that DeepSpeed makes have their backend's default."""
     from torch.distributed import distributed_c10d
 
     for group in distributed_c10d._world.pg_map:
         distributed_c10d._set_pg_timeout(timedelta(seconds=2 * timeout), group)
+
+
+def room(needed: int = 0) -> int:
+    """Bytes that every rank may still fill, three quarters of what is free; on the CPU, of its part of that.
+
+    All ranks must call it, and are told the same; a process that has joined no others may call it, too.
+
+    Args:
+        needed: bytes that will be taken by something else.
+    """
+    import torch.distributed as dist
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.empty_cache()  # what torch keeps for later counts as free
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device_name() == "cpu" else 1
+    own = int(FILLED * (accelerator.available_memory() - needed)) // sharers
+    return min(all_gather(own)) if dist.is_initialized() else own
 
 
 def gpus() -> int:

@@ -118,9 +118,10 @@ class Teacher(Section):
     `{image: source}` gives a pipeline that may edit an image (FLUX.1 Kontext) that of each sample."""
     precision: Precision = "bf16"
     """Dtype of teacher and units while they run; masters and optimizer state are always float32."""
-    ranks_per_copy: int | None = Field(default=None, gt=1)
+    ranks_per_copy: int | None = Field(default=None, gt=0)
     """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
-    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
+    so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small. 1: each
+    has all of it, which is fastest; `ppcl estimate` says where it fits."""
 
 
 class Noise(Section):
@@ -148,7 +149,7 @@ class Probe(Section):
     """Longest span, in blocks, that is measured; memory and arithmetic grow with it."""
     blocks_at_once: int | None = Field(default=None, gt=0)
     """The sums of so many blocks are in memory at a time; the teacher reads all samples again for the next ones, and
-    the result is the same. Default: as many as 32 GiB hold."""
+    the result is the same. Default: as many as the memory that is left holds."""
 
 
 Rule = Literal["error", "ppcl", "influence", "uniform", "random", "given"]
@@ -248,7 +249,8 @@ class Training(Section):
     log_every: int = Field(default=10, gt=0)
     """Steps between TensorBoard points."""
     sample_every: int = Field(default=0, ge=0)
-    """Steps between looks at held-out data in TensorBoard, images beside the teacher's among them; 0: none."""
+    """Steps between figures of held-out data in TensorBoard; every tenth time, and at the end, there are images beside
+    the teacher's. 0: none."""
     checkpoint_every: int = Field(default=500, gt=0)
     """Steps between checkpoints; the last step always writes one."""
     keep_checkpoints: int = Field(default=2, gt=0)

@@ -57,14 +57,14 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
             f"topology.stages is {recipe.topology.stages}, but the plan "
             f"{'has only' if plan else 'cannot have more than'} {most} units; use at most one stage a unit"
         )
-    if any(step.name == "encode" for step in chosen):
+    names = {step.name for step in chosen}
+    if "encode" in names:
         raw = recipe.data.shards / "raw"
         index = Index.read(raw / "index.json", "ppcl-data shard")
         if lost := [entry.name for entry in index.shards if not entry.is_in(raw)]:
             raise UserError(f"{raw / lost[0]} is missing or cut short; run `ppcl-data shard RECIPE`")
     else:
         check_data(recipe.data)
-        names = {step.name for step in chosen}
         if recipe.plan_file.exists() and "distill" in names:
             distill.check(recipe)
         elif recipe.finetune and "finetune" in names:
@@ -84,6 +84,12 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     )
     if name:
         _need_memory(distilling, "distilling", "ppcl estimate")
+        if "probe" in names and not distilling.fits:
+            peak, there = (each / 2**30 for each in (distilling.probing_peak, distilling.accelerator.usable_bytes))
+            raise UserError(
+                f"probing needs {peak:.3g} GiB on an {name}, which has {there:.3g}; set a smaller probe.batch_size "
+                "and leave probe.blocks_at_once out"
+            )
         for tuning in tunings:
             _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
     variants = len(_variants(recipe, plan)) + len(tunings)
@@ -91,7 +97,7 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
 
 
 def _need_memory(numbers: Estimate, what: str, command: str) -> None:
-    if numbers.fits:
+    if numbers.trains:
         return
     smallest, accelerator = numbers.smallest, numbers.accelerator
     needed, there = (each / 2**30 for each in (numbers.memory.peak, accelerator.usable_bytes))

@@ -18,9 +18,6 @@ from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
 from ppcl_ds.units.unit import Regression, UnitBatch, WidthUnit
 
-_SUMS_BYTES = 8 * 2**30
-"""Memory that sums may fill."""
-
 Arrivals = Callable[[], Iterable[Mapping[str, UnitBatch]]]
 """Starts another pass over the samples: of each micro-batch, unit -> what it reads."""
 
@@ -44,19 +41,19 @@ def calibrate(
     own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
     if narrows:
         _choose_channels([layer for layer in own if layer.unit.undecided], arrivals, group)
-    parts = _in_parts(own)
+    parts = _in_parts(own, launch.room())
     for number in range(max(launch.all_gather(len(parts)))):  # all ranks read them equally often
         _solve(parts[number] if number < len(parts) else [], arrivals, group, ridge)
 
 
-def _in_parts(layers: list[UnitLayer]) -> list[list[UnitLayer]]:
-    """Layers whose sums are in memory at a time; each part is a pass over the samples."""
+def _in_parts(layers: list[UnitLayer], most_bytes: int) -> list[list[UnitLayer]]:
+    """Layers whose sums fill so much memory at a time; each part is a pass over the samples."""
     parts: list[list[UnitLayer]] = []
     filled = 0
     for layer in layers:
         linears = [module for module in layer.unit.modules() if isinstance(module, nn.Linear)]
         size = sum(8 * each.in_features * (each.in_features + each.out_features) for each in linears)
-        if not parts or filled + size > _SUMS_BYTES:
+        if not parts or filled + size > most_bytes:
             parts.append([])
             filled = 0
         parts[-1].append(layer)

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from ppcl_ds.sections import Distill
 from ppcl_ds.training.phases import Account, LayerCosts, Phase
-from ppcl_ds.training.traffic import Cluster, exchanged, most
+from ppcl_ds.training.traffic import Cluster, exchanged, most, sent_in_turn
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Distilling(Account):
     """The layers are the units of the plan.
 
     - Teacher forward: what was recorded for the units of all stages is there, too.
-    - Exchange (more than one stage): that; the message to other stages; and what arrives from them. Most of it arrives
-      while the units train on the first micro-batches.
+    - Exchange (more than one stage): that; the message to other stages; and what arrives from them, from one after the
+      other. Most of it arrives while the units train on the first micro-batches.
     - Unit training: what the stage's units read, of every micro-batch of the round, with the message that may still be
       under way; and the activations of one unit, as each unit's backward follows its forward. Units and the float32
       sums of their gradients are whole on each replica.
@@ -58,6 +58,9 @@ class Distilling(Account):
             Phase(
                 "exchange",
                 moved=most(exchanged(rank, messages, cluster) for rank in ranks).times(rounds / replay.uses),
+                in_turn=most(sent_in_turn(rank, messages, cluster) for rank in ranks).times(
+                    rounds * (replay.uses == 1)
+                ),
                 transient=boundaries | under_way if cluster.stages > 1 else {},
                 beside_next=True,
             ),

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.teacher.sharded import forget_order
+from ppcl_ds.teacher.noising import DTYPES
+from ppcl_ds.teacher.sharded import Loaded, forget_order
 from ppcl_ds.teacher.teacher import Teacher, forward
-from ppcl_ds.training.preview import Preview
+from ppcl_ds.training.preview import Means, Preview, Turn
 from ppcl_ds.units.plan import Plan
-from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.plugging import borrow, plugged
 from ppcl_ds.units.unit import Unit
 
 
@@ -24,36 +24,39 @@ def look(
     recipe: Recipe,
     plan: Plan,
     teacher: Teacher,
-    sharded: deepspeed.DeepSpeedEngine,
+    sharded: Loaded,
     units: Mapping[str, Unit],
     owner: Mapping[str, int],
     group: dist.ProcessGroup,
     device: torch.device,
+    draws: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Velocity error and images of every variant on held-out data, the same noise for all. Collective over all ranks.
+
+    Every rank looks at samples of its own, with units that it borrows.
 
     Args:
         units: the units of this rank's stage.
         owner: unit name -> its stage in `group`, the pipe group.
+        draws: whether there are to be images; without them it takes seconds.
 
     Returns:
         `heldout/velocity_mse/VARIANT` -> error, and on rank 0, model -> images (N, C, H, W) in [-1, 1].
     """
-    preview = Preview(recipe, teacher, device)
-    batch = preview.noisy(sharded)
-    errors: dict[str, float] = {}
-    images: dict[str, Tensor] = {}
-    reference: Tensor | None = None
+    preview, turn, means = Preview(recipe, teacher, device), Turn.of_rank(), Means()
+    batches = list(preview.noisy(sharded, turn))
+    images: dict[str, Tensor | None] = {}
+    reference: list[Tensor] = []
     for name in ["teacher", *plan.variants]:
-        inside = plugged(sharded.module, teacher.anatomy, plan, name, units, group, owner)
-        with nullcontext() if name == "teacher" else inside, torch.no_grad():
-            velocity = teacher.answer(sharded, batch)
-            drawn = preview.draw(partial(forward, sharded))
-        if reference is None:
-            reference = velocity
-        else:
-            errors[f"heldout/velocity_mse/{name}"] = float((velocity - reference).float().square().mean())
-        if drawn is not None:
-            images[name] = drawn
+        wanted = () if name == "teacher" else plan.units_of(name)
+        own = borrow(wanted, units, owner, group, teacher, DTYPES[recipe.teacher.precision], device)
+        inside = nullcontext() if name == "teacher" else plugged(sharded.module, teacher.anatomy, plan, name, own)
+        with inside, torch.no_grad():
+            velocities = [teacher.answer(sharded, batch) for _, batch in batches]
+            images[name] = preview.draw(partial(forward, sharded), turn) if draws else None
+        reference = reference or velocities
+        for (counts, _), velocity, true in zip(batches, velocities, reference, strict=True):
+            if name != "teacher":
+                means.add(f"heldout/velocity_mse/{name}", counts, (velocity - true).float().square().mean())
     forget_order(sharded)  # training's forwards end earlier
-    return errors, images
+    return means.take(), {name: drawn for name, drawn in images.items() if drawn is not None}

@@ -76,6 +76,10 @@ class Trainer(Training):
         replay = self.recipe.distill.replay
         return replay.ring if replay.uses > 1 else 1
 
+    @property
+    def together(self) -> bool:
+        return self.recipe.distill.replay.uses > 1
+
     def step(self, batches: Deliveries) -> None:
         with self.timer.phase("students"):
             for arrived in self.ring.members(self.engine.global_steps, partial(self.arrivals, batches)):
@@ -124,7 +128,7 @@ class Trainer(Training):
     def skipped(self) -> dict[str, float]:
         return {f"{name}/skipped_steps": float(count) for name, count in self.engine.optimizer.skipped.items()}
 
-    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.name: layer.unit for layer in self.library.layers}
-        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device)
+        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device, draws)

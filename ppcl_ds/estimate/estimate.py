@@ -17,10 +17,12 @@ from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, WholeRun, add_up, least_time
 from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.whole import whole_runs
+from ppcl_ds.launch import FILLED
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Precision, Topology
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.training.meta_forward import MetaForward
 from ppcl_ds.training.phases import Account
 from ppcl_ds.training.traffic import Cluster
 
@@ -112,13 +114,12 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
     phases = account.phases(cluster)
     memories = [add_up(stage) for stage in phases]
     step, seconds = least_time(phases, accelerator, utilisation)
-    probing = None
+    probing, probing_peak = None, 0
     runs: tuple[WholeRun, ...] = ()
     if isinstance(account, Distilling):
         runs = tuple(whole_runs(account, inputs, forward, accelerator, utilisation))
     if inputs.variant is None:
-        anatomy, batch = inputs.teacher.anatomy, inputs.training.micro_batch
-        probing = probing_costs(anatomy, forward.capture, forward.flops_until, batch, recipe.probe)
+        probing, probing_peak = _probing(account, inputs, forward, accelerator)
     return Estimate(
         training="finetune" if inputs.variant else "distill",
         variant=inputs.variant,
@@ -133,7 +134,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         accelerator=accelerator,
         notes=tuple(_notes(account, cluster, precision, accelerator)),
         stages=tuple(_stages(account, cluster, memories)),
-        fits=_fits(memories, accelerator),
+        trains=_fits(memories, accelerator),
         smallest=_smallest(account, recipe.topology, cluster.gpus_per_node, accelerator),
         micro_batches=account.rounds(cluster) * cluster.world,
         samples=account.samples(cluster),
@@ -143,6 +144,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         seconds=seconds,
         runs=runs,
         probing=probing,
+        probing_peak=probing_peak,
         probing_seconds=_probing_seconds(probing, cluster, accelerator, utilisation) if probing else 0.0,
     )
 
@@ -169,6 +171,8 @@ def _notes(account: Account, cluster: Cluster, precision: Precision, accelerator
         )
     if isinstance(account, Distilling) and account.uses > 1:
         yield from _places(account, cluster, accelerator)
+    if cluster.world > 1:
+        yield from _copies(account, cluster, accelerator)
     if precision != "bf16":
         yield "times are those of bf16; memory is that of the recipe's precision"
 
@@ -178,12 +182,25 @@ def _places(account: Distilling, cluster: Cluster, accelerator: Accelerator) -> 
     replay = account.settings.replay
     other = replay.model_copy(update={"offload": not replay.offload})
     elsewhere = replace(account, settings=account.settings.model_copy(update={"replay": other}))
-    here, there = (
-        _fits([add_up(stage) for stage in each.phases(cluster)], accelerator) for each in (account, elsewhere)
-    )
+    here, there = (_has_room(each, cluster, accelerator) for each in (account, elsewhere))
     if there and (replay.offload or not here):
         has = "has room for" if replay.offload else "is too small for"
         yield f"set distill.replay.offload: {str(other.offload).lower()}; the accelerator {has} what is replayed"
+
+
+def _copies(account: Account, cluster: Cluster, accelerator: Accelerator) -> Iterator[str]:
+    """What should be changed about how many ranks share a copy of the teacher."""
+    sharding = account.teacher.sharding
+    otherwise = replace(account.teacher, sharding=replace(sharding, whole=not sharding.whole))
+    here, there = (_has_room(each, cluster, accelerator) for each in (account, replace(account, teacher=otherwise)))
+    if there and not sharding.whole:
+        yield "set teacher.ranks_per_copy: 1; each accelerator has room for the whole teacher, and nothing is gathered"
+    if there and sharding.whole and not here:
+        yield "leave teacher.ranks_per_copy out; the accelerator is too small for the whole teacher"
+
+
+def _has_room(account: Account, cluster: Cluster, accelerator: Accelerator) -> bool:
+    return _fits([add_up(stage) for stage in account.phases(cluster)], accelerator)
 
 
 def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
@@ -194,9 +211,21 @@ def _smallest(account: Account, topology: Topology, gpus_per_node: int, accelera
     cuts = sum(not layer.joined for layer in account.layers)
     for cluster in growing_clusters(topology, gpus_per_node, cuts, _MOST_NODES):
         divides = cluster.world % account.teacher.sharding.ranks_per_copy == 0
-        if divides and _fits([add_up(stage) for stage in account.phases(cluster)], accelerator):
+        if divides and _has_room(account, cluster, accelerator):
             return cluster
     return None
+
+
+def _probing(
+    account: Account, inputs: Inputs, forward: MetaForward, accelerator: Accelerator
+) -> tuple[ProbingCosts, int]:
+    """What probing costs, and the peak of a process: as many sums as the teacher leaves room for."""
+    teacher, batch, section = account.teacher, inputs.training.micro_batch, inputs.recipe.probe
+    there = sum(teacher.resident(inputs.cluster).values()) + teacher.gathered(inputs.cluster)
+    there += teacher.activations * section.batch_size // batch
+    room = int(FILLED * (accelerator.usable_bytes - there))
+    costs = probing_costs(inputs.teacher.anatomy, forward.capture, forward.flops_until, batch, section, room)
+    return costs, there + costs.sums + costs.boundaries
 
 
 def _probing_seconds(probing: ProbingCosts, cluster: Cluster, accelerator: Accelerator, utilisation: float) -> float:

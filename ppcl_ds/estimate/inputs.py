@@ -134,4 +134,5 @@ def sharding_of(recipe: Recipe, teacher: Teacher, gpus_per_node: int) -> Shardin
         max_live=int(zero["stage3_max_live_parameters"]),
         prefetch=int(zero["stage3_prefetch_bucket_size"]),
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
+        whole=recipe.teacher.ranks_per_copy == 1,
     )

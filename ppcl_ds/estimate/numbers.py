@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from ppcl_ds.data.batch import Size
 from ppcl_ds.estimate.accelerators import Accelerator
@@ -106,7 +106,7 @@ class Estimate(Numbers):
         accelerator: the one in it.
         notes: where the estimate departs from the recipe.
         stages: in order.
-        fits: whether the fullest stage fits.
+        trains: whether the fullest stage fits.
         smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
         micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
         samples: in a step.
@@ -116,6 +116,7 @@ class Estimate(Numbers):
         seconds: of a step, at least.
         runs: the whole distillation, and what it would cost otherwise; none for fine-tuning.
         probing: what `ppcl probe` needs; None for fine-tuning.
+        probing_peak: bytes of a process that probes, the teacher among them.
         probing_seconds: of it on this cluster, at least; communication is left out.
     """
 
@@ -132,7 +133,7 @@ class Estimate(Numbers):
     accelerator: Accelerator
     notes: tuple[str, ...]
     stages: tuple[Stage, ...]
-    fits: bool
+    trains: bool
     smallest: Cluster | None
     micro_batches: int
     samples: int
@@ -142,7 +143,14 @@ class Estimate(Numbers):
     seconds: float
     runs: tuple[WholeRun, ...]
     probing: ProbingCosts | None
+    probing_peak: int
     probing_seconds: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def fits(self) -> bool:
+        """Whether training and, before it, probing do."""
+        return self.trains and self.probing_peak <= self.accelerator.usable_bytes
 
     @property
     def fullest(self) -> int:
@@ -182,9 +190,9 @@ def least_time(
     bounds, total, beside = [], 0.0, 0.0
     for phase in zip(*stages, strict=True):
         fullest = max(phase, key=lambda own: own.flops)
-        moved = most(own.moved for own in phase)
+        moved, in_turn = most(own.moved for own in phase), most(own.in_turn for own in phase)
         computing = fullest.flops / (accelerator.tflops * 1e12 * utilisation) / (1 - fullest.waits)
-        seconds = max(computing, seconds_of(moved, accelerator))
+        seconds = max(computing, seconds_of(moved, accelerator), seconds_of(in_turn, accelerator))
         bounds.append(Bound(name=fullest.name, flops=fullest.flops, moved=moved, waits=fullest.waits, seconds=seconds))
         if fullest.beside_next:
             beside = seconds

@@ -32,7 +32,7 @@ def show(estimate: Estimate) -> None:
     if estimate.runs:
         console.print(_runs(estimate))
     if estimate.probing is not None:
-        console.print(_probing(estimate.probing, estimate.probing_seconds))
+        console.print(_probing(estimate.probing, estimate.probing_peak, estimate.probing_seconds))
 
 
 def _assumptions(e: Estimate) -> Iterator[str]:
@@ -81,7 +81,12 @@ def _stages(e: Estimate) -> Table:
 
 def _verdict(e: Estimate) -> Iterator[str]:
     peak, usable = _bytes(e.memory.peak), _bytes(e.accelerator.usable_bytes)
-    yield f"{'fits' if e.fits else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+    yield f"{'fits' if e.trains else 'does not fit'}: {peak} of the {usable} that may be filled ({e.accelerator.name})"
+    if e.trains and not e.fits:
+        yield (
+            f"probing does not fit: {_bytes(e.probing_peak)} of the {usable}; these take less memory: a smaller "
+            "probe.batch_size, no probe.blocks_at_once, a larger teacher.ranks_per_copy"
+        )
     if e.smallest is not None:
         yield f"smallest cluster that fits: {_words(e.smallest)}"
     else:
@@ -122,11 +127,12 @@ def _least(e: Estimate) -> str:
     )
 
 
-def _probing(probing: ProbingCosts, seconds: float) -> Table:
+def _probing(probing: ProbingCosts, peak: int, seconds: float) -> Table:
     several = f"{probing.passes} pass{'es' if probing.passes > 1 else ''}"
     table = Table("", "", title="Probing")
     table.add_row("sums of a process", _bytes(probing.sums))
     table.add_row("boundaries of a micro-batch", _bytes(probing.boundaries))
+    table.add_row("peak, with the teacher", _bytes(peak))
     table.add_row("file of a --part", _bytes(probing.part))
     table.add_section()
     table.add_row(f"teacher, {several} over {probing.samples} samples", _flops(probing.teacher_flops))

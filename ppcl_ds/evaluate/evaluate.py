@@ -30,6 +30,7 @@ from ppcl_ds.evaluate.scores import Scorer, open_scorer
 from ppcl_ds.export.card import write_card
 from ppcl_ds.export.load import load_model
 from ppcl_ds.export.model_folder import FACTS, weights_digest
+from ppcl_ds.export.placing import explained, placed
 from ppcl_ds.prompt_sets import Score
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.encoding import Decoder
@@ -86,16 +87,19 @@ def evaluate(checked: Checked) -> None:
     if not launch.is_first_rank():
         return
     device = launch.device()
-    if not fits(recipe, teacher, device, around=False):
-        print("the teacher does not fit on one GPU: figures on held-out data are taken on the CPU", flush=True)
-        device = torch.device("cpu")
+    whole = fits(recipe, teacher, device, around=False)
+    if not whole:
+        print("the teacher does not fit on one GPU: its layers stay in CPU memory, and figures take longer", flush=True)
     bench = Bench(recipe, teacher, device)
     decode = Decoder(recipe.teacher.path, device)
     rows: list[ModelFigures] = []
     images: dict[str, Tensor] = {}
     models = list(_models(recipe, teacher, plan))
     for name, load in track(models, "evaluate", len(models)):
-        figures, images[name] = bench.measure(name, load(), decode)
+        advice = ["set a smaller evaluate.batch_size", "CUDA_VISIBLE_DEVICES= measures on the CPU"]
+        with explained(f"evaluating '{name}'", advice), placed(load(), device, whole) as model:
+            figures, images[name] = bench.measure(name, model, decode)
+        del model  # before there is another on the device
         if (recipe.pruned(name).parent / FACTS).exists():
             figures.weights = weights_digest(recipe.pruned(name).parent)
         rows.append(figures)
@@ -104,7 +108,7 @@ def evaluate(checked: Checked) -> None:
     draw_samples(images, bench.captions, recipe.run / "samples.png")
     with suppress(UserError):  # none yet, or another release's
         sets = _with_official(sets, read_report(recipe.run / "report.json").sets)
-    _write(recipe, Figures(models=rows, sets=sets, facts=_facts(recipe, teacher, device)))
+    _write(recipe, Figures(models=rows, sets=sets, facts=_facts(recipe, teacher, device, whole)))
     _show(rows)
     show_sets(sets)
     print(f"wrote samples.png, report.json and report.html into {recipe.run}")
@@ -186,7 +190,7 @@ def _undistilled(teacher: Teacher, plan: Plan, variant: str, dtype: torch.dtype)
     return model
 
 
-def _facts(recipe: Recipe, teacher: Teacher, device: torch.device) -> dict[str, str]:
+def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) -> dict[str, str]:
     settings = recipe.evaluate
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     return {
@@ -196,7 +200,7 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device) -> dict[str, 
         "Distillation": f"{recipe.distill.steps} steps of "
         f"{recipe.distill.micro_batch * recipe.distill.micro_batches_per_step} samples",
         "Latency": f"one forward of one sample on {name}, {torch.get_num_threads()} CPU threads, "
-        f"{recipe.teacher.precision}",
+        f"{recipe.teacher.precision}" + ("" if whole else ", weights on their way from CPU memory counted in"),
     }
 
 

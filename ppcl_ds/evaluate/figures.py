@@ -78,7 +78,7 @@ class Bench:
         self.captions = [sample.caption for sample in samples]
         self.drawings = Drawing.several(recipe, teacher.call, stored.noiser, samples, settings.batch_size)
         self.others = {
-            name: load_model(teacher.path / name, self.dtype)
+            name: load_model(teacher.path / name, self.dtype).to(device)
             for name in teacher.call.transformers()
             if name != teacher.component
         }
@@ -91,7 +91,7 @@ class Bench:
         """All figures of one model, and its images (N, C, height, width) in [-1, 1].
 
         Args:
-            model: already in the recipe's dtype.
+            model: already in the recipe's dtype; it can be run on the device.
         """
         velocities = self.heldout.velocities(model)
         latents, images = self._draw(model, decode)
@@ -128,8 +128,8 @@ class Bench:
         return [latents for latents, _ in drawn], torch.cat([images for _, images in drawn if images is not None])
 
     def _answer(self, model: nn.Module, arguments: Arguments) -> Tensor:
-        """What a model puts out for arguments on the CPU; it is moved to the device."""
-        return forward(model.to(self.device), self._moved(arguments)).cpu()
+        """What a model puts out for arguments on the CPU."""
+        return forward(model, self._moved(arguments)).cpu()
 
     def _moved(self, arguments: Arguments) -> Arguments:
         return pytree.tree_map_only(Tensor, lambda t: t.to(self.device), arguments)

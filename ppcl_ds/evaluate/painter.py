@@ -14,15 +14,13 @@ from torch import nn
 
 from ppcl_ds.errors import UserError, brief, shown
 from ppcl_ds.export.load import load_model, load_pipeline
+from ppcl_ds.export.placing import usable
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.own import own_of
 from ppcl_ds.teacher.pipeline_files import open_pipeline, read_index
 from ppcl_ds.teacher.pipeline_run import SOURCES
 from ppcl_ds.teacher.teacher import Teacher
-
-_ROOM = 0.85
-"""Share of a GPU's memory that weights may take; activations need the rest."""
 
 
 def guided(pipeline: Any, transformer: Any, scale: float | None) -> dict[str, Any]:
@@ -72,8 +70,7 @@ def fits(recipe: Recipe, teacher: Teacher, device: torch.device, around: bool) -
         for file in teacher.path.glob("*/*.safetensors")
         if file.parent.name != recipe.teacher.component
     )
-    weights = transformer + others * around
-    return weights <= _ROOM * torch.cuda.get_device_properties(device).total_memory
+    return transformer + others * around <= usable(device)
 
 
 class Painter:
@@ -159,8 +156,9 @@ class Painter:
         # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
         from ppcl_ds.teacher.sharded import load_teacher
 
-        config = read_deepspeed_file(self.recipe.deepspeed.teacher)
-        return _Spread(load_teacher(model, config, self.dtype, self.recipe.teacher.ranks_per_copy), self.dtype)
+        config, ranks = read_deepspeed_file(self.recipe.deepspeed.teacher), self.recipe.teacher.ranks_per_copy
+        # Whole beside units is not yet whole beside text encoders and VAE.
+        return _Spread(load_teacher(model, config, self.dtype, None if ranks == 1 else ranks), self.dtype)
 
 
 class _Spread(nn.Module):

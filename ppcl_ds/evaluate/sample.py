@@ -21,6 +21,7 @@ from ppcl_ds.console import progress
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.evaluate.painter import guided
 from ppcl_ds.export.load import load_pipeline
+from ppcl_ds.export.placing import explained, place_pipeline
 
 
 def sample(
@@ -82,7 +83,8 @@ def _by_pipeline(
             return tensors
 
         watched = {"callback_on_step_end": on_step} if "callback_on_step_end" in known else {}
-        pipeline.to(device)
+        if kept := place_pipeline(pipeline, device):
+            print(f"{folder} does not fit on the GPU: {kept} stay in CPU memory, and drawing is slower", flush=True)
         for prompt in prompts:
             drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **watched, **options)
             if not watched:
@@ -97,9 +99,8 @@ def _by_pipeline(
 def _explained(folder: Path, size: int | None) -> Iterator[None]:
     """What a model says to a size that it cannot draw, or that does not fit the GPU, as one line."""
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"{folder}: the GPU's memory is too small for it; try a smaller --size") from None
+        with explained(str(folder), ["try a smaller --size", "CUDA_VISIBLE_DEVICES= draws on the CPU"]):
+            yield
     except ValueError as fault:
         if size is None:
             raise

@@ -39,6 +39,7 @@ from ppcl_ds.export.model_folder import (
     write_sums,
 )
 from ppcl_ds.export.pipeline_folder import copied_bytes, name_transformer, pipeline_class, pipeline_files, place
+from ppcl_ds.export.placing import explained, placed, size_of, usable
 from ppcl_ds.export.scaled import scaled
 from ppcl_ds.export.single_files import TOOLS, single_file_tensors
 from ppcl_ds.export.tuned import Tuned, open_tuned
@@ -276,10 +277,15 @@ class Export:
         device = launch.device()
         heldout = HeldOut(recipe, self.teacher, device)
         running = DTYPES[recipe.teacher.precision]
-        found = [
-            heldout.velocities(model_class.from_pretrained(each, torch_dtype=running).eval())
-            for each in (plain, folder)
-        ]
+        found = []
+        for each in (plain, folder):
+            model = model_class.from_pretrained(each, torch_dtype=running).eval()
+            with (
+                explained(f"measuring {each}", ["set a smaller evaluate.batch_size"]),
+                placed(model, device, size_of(model) <= usable(device)),
+            ):
+                found.append(heldout.velocities(model))
+            del model
         shutil.rmtree(plain)
         return Quantised(
             method=method,

@@ -37,9 +37,16 @@ def quantise(model_class: Any, source: Path, out: Path, method: str, dtype: torc
     Args:
         source: a diffusers model folder that is not quantised.
         dtype: of what stays unquantised, and of the arithmetic.
+
+    Raises:
+        UserError: the GPU's memory is too small.
     """
     config = _config(method, dtype)
-    model: nn.Module = model_class.from_pretrained(source, quantization_config=config, torch_dtype=dtype)
+    try:
+        model: nn.Module = model_class.from_pretrained(source, quantization_config=config, torch_dtype=dtype)
+    except torch.OutOfMemoryError:
+        other = "take a larger one" if method == "nf4" else "CUDA_VISIBLE_DEVICES= quantises on the CPU"
+        raise UserError(f"--quantize {method}: the GPU's memory is too small for {source}; {other}") from None
     # The folder it was read from is gone in a moment, so its name must not travel in config.json.
     model.register_to_config(_name_or_path="")  # type: ignore[operator]
     model.save_pretrained(out, max_shard_size=max_shard_size)  # type: ignore[operator]

@@ -119,6 +119,10 @@ class FineTuner(Training):
     def prepare(self, done: int) -> None:
         """Nothing: the variant starts as its units were left."""
 
+    @property
+    def together(self) -> bool:
+        return True
+
     def step(self, batches: Deliveries) -> None:
         """One optimizer step: all teacher forwards, then the pipeline; both are collective, in different orders."""
         own = self.stage_names[self.engine.stage_id]
@@ -141,6 +145,6 @@ class FineTuner(Training):
         counts = self.engine.optimizer.skipped
         return {f"{self.start.variant}/skipped_steps": float(max(counts.values(), default=0))}
 
-    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
+    def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and images, the variant beside the teacher."""
-        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device)
+        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device, draws)

@@ -5,6 +5,7 @@ K units, N numbers in the velocities of a batch.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -15,7 +16,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ppcl_ds.console import progress, track
+from ppcl_ds import launch
+from ppcl_ds.console import track
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
@@ -27,8 +29,9 @@ from ppcl_ds.teacher.teacher import Teacher, read_teacher
 from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.plan import Plan, UnitPlan
+from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.unit import Unit
 
 _ROUNDS = 6
 """Most times that the planner may choose anew."""
@@ -65,7 +68,6 @@ class SwapBench:
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
             unit.free_calibration()
-        self.alone, _ = dist.new_subgroups(1)
 
     def products(self) -> Tensor:
         """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
@@ -126,9 +128,8 @@ class SwapBench:
         """
         plan = self.library.model_copy(update={"variants": {"set": names}})
         inside = {name: self.units[name].to(self.device) for name in names}
-        owner = dict.fromkeys(names, 0)
         model, anatomy = self.sharded.module, self.teacher.anatomy
-        with plugged(model, anatomy, plan, "set", inside, self.alone, owner), torch.no_grad():
+        with plugged(model, anatomy, plan, "set", inside), torch.no_grad():
             velocity = self.teacher.answer(self.sharded, batch)
         for unit in inside.values():
             unit.cpu()
@@ -137,34 +138,38 @@ class SwapBench:
     def seconds(self) -> tuple[list[float], dict[str, float]]:
         """How long each of the teacher's blocks takes for one sample, and what each width unit saves of that.
 
-        On rank 0's device; nothing on the other ranks. Each block is built by itself and called as the teacher calls
-        it.
+        Every rank times its share of the blocks on its own device, and is told of all. Each block is built by itself
+        and called as the teacher calls it.
         """
         _, batch = next(self._samples(1, 0, 1))
         calls = Wanted(frozenset(range(len(self.teacher.blocks))), frozenset())
         forget_order(self.sharded)  # this forward ends before those of the products and sets do
         capture = read_teacher(self.sharded, self.teacher, batch, calls)
         forget_order(self.sharded)
-        if dist.get_rank():
-            return [], {}
-        narrowed = [unit for unit in self.library.units if not unit.takes_blocks]
-        with progress("time blocks", len(self.teacher.blocks) + len(narrowed)) as advance:
-            blocks = []
-            for block in self.teacher.blocks:
-                blocks.append(self._time(block, capture, None))
-                advance(1)
-            saved = {}
-            for unit in narrowed:
-                left = [self._time(self.teacher.blocks[index], capture, unit) for index in unit.changed]
-                saved[unit.name] = sum(blocks[index] for index in unit.changed) - sum(left)
-                advance(1)
+        own = self.teacher.blocks[dist.get_rank() :: dist.get_world_size()]
+        times = {block.index: self._times(block, capture) for block in track(own, "time blocks", len(own))}
+        everybodys = {index: found for each in launch.all_gather(times) for index, found in each.items()}
+        blocks = [everybodys[block.index][None] for block in self.teacher.blocks]
+        saved: dict[str, float] = {}
+        for index, found in sorted(everybodys.items()):
+            for name, left in found.items():
+                if name is not None:
+                    saved[name] = saved.get(name, 0.0) + blocks[index] - left
         return blocks, saved
 
-    def _time(self, block: Block, capture: Capture, unit: UnitPlan | None) -> float:
-        """Seconds of a block's forward, as it is or with a width unit in it."""
-        module = depth_unit(self.teacher, block.index, self.dtype)
-        if unit is not None:
-            unit.behaviour.shrink(unit, module.core, block, capture.streams[block.entering])
+    def _times(self, block: Block, capture: Capture) -> dict[str | None, float]:
+        """Seconds of a block's forward, as it is (None) and with each width unit that is in it."""
+        stock = depth_unit(self.teacher, block.index, self.dtype)  # read once
+        narrowed = [u for u in self.library.units if not u.takes_blocks and block.index in u.changed]
+        found: dict[str | None, float] = {}
+        for unit in (*narrowed, None):
+            module = copy.deepcopy(stock) if unit else stock
+            if unit:
+                unit.behaviour.shrink(unit, module.core, block, capture.streams[block.entering])
+            found[unit.name if unit else None] = self._time(module, block, capture)
+        return found
+
+    def _time(self, module: Unit, block: Block, capture: Capture) -> float:
         module.to(self.device)
         times = []
         for _ in range(_REPEATS):

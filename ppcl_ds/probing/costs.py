@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ppcl_ds.probing.sums import HALVES, SUMS_BYTES, block_bytes, lanes_of, ranges, wanted_for
+from ppcl_ds.probing.sums import HALVES, block_bytes, lanes_of, ranges, wanted_for
 from ppcl_ds.sections import Probe
 from ppcl_ds.teacher.anatomy import Anatomy, Capture
 
@@ -38,7 +38,7 @@ class ProbingCosts:
 
 
 def probing_costs(
-    anatomy: Anatomy, capture: Capture, flops_until: Sequence[int], batch: int, section: Probe
+    anatomy: Anatomy, capture: Capture, flops_until: Sequence[int], batch: int, section: Probe, room: int
 ) -> ProbingCosts:
     """Count what probing costs.
 
@@ -46,9 +46,11 @@ def probing_costs(
         capture: every boundary of a forward; meta tensors will do.
         flops_until: FLOPs of that forward until each block has ended.
         batch: samples of that forward.
+        room: bytes that sums and boundaries may fill, see `launch.room`.
     """
     lanes, span = lanes_of(anatomy, capture, []), section.max_span
-    passes = ranges(lanes, span, section.blocks_at_once, SUMS_BYTES)
+    boundary = max(sum(stream.nbytes for stream in streams.values()) for streams in capture.streams.values())
+    passes = ranges(lanes, span, section.blocks_at_once, room, boundary * section.batch_size // batch)
     samples = section.batches * section.batch_size
     wanted = [wanted_for(lanes, blocks, span) for blocks in passes]
     sizes = [sum(block_bytes(lanes, block, span) for block in blocks) for blocks in passes]

@@ -59,9 +59,9 @@ def fit_linear(sums: Moments, ridge: float) -> Affine:
             than channels.
     """
     covariance = centred(sums.xx, sums.x, sums.x, sums.tokens)
-    penalty = ridge * sums.xx.diagonal().mean()
+    covariance.diagonal().add_(ridge * sums.xx.diagonal().mean())
     right = centred(sums.xy, sums.x, sums.y, sums.tokens)
-    weight = torch.linalg.solve(covariance + penalty * torch.eye(len(covariance)).to(covariance), right)
+    weight = torch.linalg.solve(covariance, right)
     return Affine(weight, (sums.y - sums.x @ weight) / sums.tokens)
 
 

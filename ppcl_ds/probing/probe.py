@@ -18,7 +18,7 @@ from ppcl_ds.probing.heatmaps import save_report
 from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_part
 from ppcl_ds.probing.report import make_report
-from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
+from ppcl_ds.probing.sums import Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.samples import read_samples
@@ -91,14 +91,10 @@ def merge_parts(recipe: Recipe, teacher: Teacher) -> None:
     """
     parts = Parts(recipe.probe_folder / "parts", recipe, teacher.files)
     lanes = parts.contents.lanes
-    passes = _ranges(recipe, lanes)
+    passes = ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, launch.room())
     sums = track(parts.sums(passes, launch.device()), "merge parts", len(passes))
     measured = measure(lanes, sums, len(teacher.blocks), recipe.probe.ridge, lambda block: True)
     _report(recipe, teacher, measured, list(parts.contents.unused))
-
-
-def _ranges(recipe: Recipe, lanes: Sequence[Lane]) -> list[range]:
-    return ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, SUMS_BYTES)
 
 
 def _report(recipe: Recipe, teacher: Teacher, measured: Measured, unused: list[str]) -> None:
@@ -115,6 +111,8 @@ class Reader:
 
     Attributes:
         unused: streams that leave the last block and are read by nobody.
+        boundary: bytes of what leaves a block, the most of any.
+        at_work: bytes that a forward takes beside what it records.
     """
 
     recipe: Recipe
@@ -122,14 +120,17 @@ class Reader:
     sharded: Any
     lanes: Sequence[Lane]
     unused: Sequence[str]
+    boundary: int
+    at_work: int
     device: torch.device
 
     def sums(self, part: Part) -> Iterator[Sums]:
         """Sums over all ranks of each range of blocks, the last range first. Every rank must iterate, and gets all."""
-        passes = _ranges(self.recipe, self.lanes)
+        probe = self.recipe.probe
+        passes = ranges(self.lanes, probe.max_span, probe.blocks_at_once, launch.room(self.at_work), self.boundary)
         for index, blocks in enumerate(passes, 1):
             name = f"probe blocks {blocks.start} to {blocks.stop - 1} (pass {index} of {len(passes)})"
-            sums = zero_sums(self.lanes, blocks, self.recipe.probe.max_span, self.device)
+            sums = zero_sums(self.lanes, blocks, probe.max_span, self.device)
             self._read(sums, blocks, part, name)
             for key in sorted(sums):
                 for tensor in sums[key].tensors().values():
@@ -161,6 +162,8 @@ class Reader:
 def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reader:
     """Load the teacher over all ranks and find out which of its streams matter; every rank must call this."""
     # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
+    from deepspeed.accelerator import get_accelerator
+
     from ppcl_ds.teacher.sharded import load_teacher
 
     config = read_deepspeed_file(recipe.deepspeed.teacher)
@@ -168,5 +171,12 @@ def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reade
     samples = read_samples(recipe, teacher, sharded, "heldout", recipe.probe.batch_size, 0, 1, device)
     _, first = next(samples)
     unused = unread_streams(sharded, teacher, first)
-    lanes = lanes_of(teacher.anatomy, read_teacher(sharded, teacher, first), unused)
-    return Reader(recipe, teacher, sharded, lanes, unused, device)
+    accelerator = get_accelerator()
+    accelerator.reset_peak_memory_stats()
+    before = accelerator.memory_allocated()
+    capture = read_teacher(sharded, teacher, first)
+    taken = accelerator.max_memory_allocated() - before if accelerator.device_name() != "cpu" else 0
+    lanes = lanes_of(teacher.anatomy, capture, unused)
+    boundaries = [sum(stream.nbytes for stream in streams.values()) for streams in capture.streams.values()]
+    at_work = max(0, taken - sum(boundaries))
+    return Reader(recipe, teacher, sharded, lanes, unused, max(boundaries), at_work, device)

@@ -22,8 +22,6 @@ MINIBATCHES = 32
 """Of so many micro-batches a sample of tokens is kept,"""
 SAMPLED = 64
 """of so many tokens each."""
-SUMS_BYTES = 32 * 2**30
-"""Memory that the sums may fill where the recipe does not say how many blocks are summed at once."""
 _AT_ONCE = 8192
 """Tokens that are float64 at a time."""
 
@@ -148,19 +146,22 @@ def block_bytes(lanes: Iterable[Lane], block: int, max_span: int) -> int:
     )
 
 
-def ranges(lanes: Sequence[Lane], max_span: int, blocks_at_once: int | None, most_bytes: int) -> list[range]:
+def ranges(
+    lanes: Sequence[Lane], max_span: int, blocks_at_once: int | None, most_bytes: int, boundary: int = 0
+) -> list[range]:
     """Blocks in ranges, the last first: the sums of one range are in memory at a time.
 
     Args:
         blocks_at_once: blocks of a range; None: as many as `most_bytes` hold, at least one.
+        boundary: bytes of what leaves a block, which are there of the range and of the windows that begin in it.
     """
     found = []
-    stop = max(lane.stop for lane in lanes)
+    end = stop = max(lane.stop for lane in lanes)
     while stop > 0:
-        start, filled = stop - 1, block_bytes(lanes, stop - 1, max_span)
+        start, filled = stop, boundary * min(max_span - 1, end - stop)
         while start > 0 and stop - start != blocks_at_once:
-            filled += block_bytes(lanes, start - 1, max_span)
-            if blocks_at_once is None and filled > most_bytes:
+            filled += block_bytes(lanes, start - 1, max_span) + boundary
+            if blocks_at_once is None and filled > most_bytes and start < stop:
                 break
             start -= 1
         found.append(range(start, stop))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppcl_ds import launch
 from ppcl_ds.data.batch import Size
@@ -90,6 +90,7 @@ class Setting:
     checkpointing: bool = False
     offload: bool = False
     stages: int = 1
+    whole: bool = False  # the teacher, on every process
 
 
 SETTINGS = (
@@ -108,7 +109,7 @@ units, an optimizer in CPU memory more."""
 def fitted(
     machine: Machine, draft: Callable[[Setting], Recipe], teacher: Teacher, size: Size, alone: bool
 ) -> tuple[Setting, Estimate]:
-    """The first of the settings that fits, on as few stages as hold the library.
+    """The first of the settings that fits, on as few stages as hold the library, with the whole teacher if that fits.
 
     Args:
         draft: the recipe with a setting.
@@ -126,12 +127,14 @@ def fitted(
 
     for setting in (each for each in SETTINGS if each.micro_batch == 1 or not alone):
         found = estimated(setting)
-        if found.fits:
+        if not found.trains and found.smallest and found.smallest.nodes <= machine.nodes:
+            setting = replace(setting, stages=found.smallest.stages)
+            found = estimated(setting)
+        if found.trains:
+            whole = replace(setting, whole=True)
+            if machine.world > 1 and (with_whole := estimated(whole)).fits:
+                return whole, with_whole
             return setting, found
-        if found.smallest and found.smallest.nodes <= machine.nodes:
-            more = Setting(setting.micro_batch, setting.checkpointing, setting.offload, found.smallest.stages)
-            if (found := estimated(more)).fits:
-                return more, found
     tried = [found, *(estimated(more) for more in _with_more_stages(setting, machine, len(found.stages[0].layers)))]
     least = math.ceil(min(each.memory.peak for each in tried) / machine.accelerator.usable_bytes * machine.memory)
     larger = found.smallest
@@ -169,4 +172,4 @@ def probing(found: Estimate, micro_batch: int, sums: int) -> tuple[int, int | No
 def _with_more_stages(setting: Setting, machine: Machine, units: int) -> Iterator[Setting]:
     for stages in range(2, min(machine.world, units) + 1):
         if machine.world % stages == 0:
-            yield Setting(setting.micro_batch, setting.checkpointing, setting.offload, stages)
+            yield replace(setting, stages=stages)

@@ -139,6 +139,7 @@ class _Draft:
             at_once=at_once,
             checkpointing=setting.checkpointing,
             offload=setting.offload,
+            whole=setting.whole,
             batches=self._batches(probe),
         )
 

@@ -24,14 +24,23 @@ class Drawing:
         noiser: joins their prompts.
         samples: of one size.
         first: number of the first one; each has noise of its own.
+        steps: of the sampler; None: the recipe's.
 
     Raises:
         UserError: with the recipe's guidance, these prompts cannot be read.
     """
 
-    def __init__(self, recipe: Recipe, call: PipelineCall, noiser: Noiser, samples: Batch, first: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        call: PipelineCall,
+        noiser: Noiser,
+        samples: Batch,
+        first: int = 0,
+        steps: int | None = None,
+    ) -> None:
         self.call, self.size = call, samples.size
-        self.steps, self.guidance = recipe.evaluate.steps, recipe.evaluate.guidance
+        self.steps, self.guidance = steps or recipe.evaluate.steps, recipe.evaluate.guidance
         layout, shape = call.to_vae(samples.size), call.latents_shape(samples.size)[1:]
         seeds = range(recipe.seed + first, recipe.seed + first + len(samples.samples))
         self.noise = torch.cat([layout.noise(1, shape, torch.Generator().manual_seed(seed)) for seed in seeds])
@@ -52,16 +61,22 @@ class Drawing:
 
     @classmethod
     def several(
-        cls, recipe: Recipe, call: PipelineCall, noiser: Noiser, samples: Sequence[Sample], most: int
+        cls,
+        recipe: Recipe,
+        call: PipelineCall,
+        noiser: Noiser,
+        samples: Sequence[Sample],
+        most: int,
+        first: int = 0,
+        steps: int | None = None,
     ) -> list[Drawing]:
         """Samples in stored order, at most so many of one size together; from source images, one by one."""
         found: list[Drawing] = []
-        first = 0
         for size, group in groupby(samples, lambda sample: sample.size):
             same = tuple(group)
             step = 1 if size.source else most
             for start in range(0, len(same), step):
-                found.append(cls(recipe, call, noiser, Batch(same[start : start + step]), first + start))
+                found.append(cls(recipe, call, noiser, Batch(same[start : start + step]), first + start, steps))
             first += len(same)
         return found
 

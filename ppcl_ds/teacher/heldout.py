@@ -31,9 +31,8 @@ class HeldOut:
         """What the model says of every micro-batch, (B, ...) as the scheduler steps by it, float32 on the CPU.
 
         Args:
-            model: already in the recipe's dtype; it is moved to the device.
+            model: already in the recipe's dtype; it can be run on the device.
         """
-        model.to(self.device)
         if not self.batches:
             settings, cpu = self.recipe.evaluate, torch.device("cpu")
             samples = read_samples(self.recipe, self.teacher, model, "heldout", settings.batch_size, 0, 1, self.device)

@@ -53,12 +53,24 @@ class Exchange:
             waited for.
         stage: this rank's stage.
         units: for each stage, the names of its units.
+        together: whether everything has to arrive before anything of it is used. Then all send at once, and each
+            network card is busy; else one after the other, so that the first messages are there early.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, cpu_group: dist.ProcessGroup, stage: int, units: Sequence[Sequence[str]]
+        self,
+        group: dist.ProcessGroup,
+        cpu_group: dist.ProcessGroup,
+        stage: int,
+        units: Sequence[Sequence[str]],
+        together: bool,
     ) -> None:
         self.group, self.cpu_group, self.stage, self.units = group, cpu_group, stage, units
+        every = range(len(units))
+        self.flights = [every] if together else [range(sender, sender + 1) for sender in every]
+        """Whose messages go in one collective; all ranks start them in this order."""
+        self.order = [*every] if together else [*every[stage:], *every[:stage]]
+        """In which the ranks' micro-batches are given out: else this rank's own comes first, as it is there."""
 
     def __call__(self, batches: Mapping[str, UnitBatch]) -> Iterator[dict[str, UnitBatch]]:
         """Send and receive one round.
@@ -70,7 +82,7 @@ class Exchange:
             batches: from this rank's teacher forward, one for every unit of the library.
 
         Returns:
-            For each rank of the group in order, the batches of this stage's units from its micro-batch.
+            For each rank of the group in `order`, the batches of this stage's units from its micro-batch.
         """
         own = {name: batches[name] for name in self.units[self.stage]}
         if len(self.units) == 1:
@@ -80,17 +92,27 @@ class Exchange:
         layouts: list[list[_Layout]] = [[] for _ in self.units]
         dist.all_gather_object(layouts, [layout for layout, _ in messages], group=self.cpu_group)
         incoming = [sent[self.stage] for sent in layouts]
-        pending = [
-            self._launch(sender, [tensors for _, tensors in messages], sum(layout.sizes))
-            for sender, layout in enumerate(incoming)
-        ]
+        outgoing, sizes = [tensors for _, tensors in messages], [sum(layout.sizes) for layout in incoming]
+        pending = {
+            sender: arriving
+            for flight in self.flights
+            for sender, arriving in self._launch(flight, outgoing, sizes).items()
+        }
         return self._arrivals(own, incoming, pending)
 
     def _launch(
-        self, sender: int, outgoing: Sequence[Sequence[Tensor]], incoming_bytes: int
-    ) -> tuple[dist.Work, Tensor]:
-        """Start sending what one rank has for the others; the handle, and where this rank's share will lie."""
-        mine = outgoing if sender == self.stage else [[] for _ in outgoing]
+        self, senders: range, outgoing: Sequence[Sequence[Tensor]], incoming: Sequence[int]
+    ) -> dict[int, tuple[dist.Work, Tensor]]:
+        """Start sending what these ranks have for the others.
+
+        Args:
+            outgoing: from this rank, the tensors for each.
+            incoming: bytes that come from each.
+
+        Returns:
+            For each sender, the handle, and where this rank's share will lie.
+        """
+        mine = outgoing if self.stage in senders else [[] for _ in outgoing]
         sizes = [sum(map(_padded, tensors)) for tensors in mine]
         device = get_accelerator().current_device_name()
         send = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
@@ -99,20 +121,26 @@ class Exchange:
             stop = start + tensor.nbytes
             send[start:stop].view(tensor.dtype).view(tensor.shape).copy_(tensor)
             start += _padded(tensor)
-        receive = send.new_empty(incoming_bytes)
-        expected = [incoming_bytes if rank == sender else 0 for rank in range(len(outgoing))]
+        expected = [size if rank in senders else 0 for rank, size in enumerate(incoming)]
+        receive = send.new_empty(sum(expected))
         work = dist.all_to_all_single(receive, send, expected, sizes, group=self.group, async_op=True)
         assert work is not None
-        return work, receive
+        shares = receive.split(expected)
+        return {sender: (work, shares[sender]) for sender in senders}
 
     def _arrivals(
-        self, own: dict[str, UnitBatch], layouts: Sequence[_Layout], pending: Sequence[tuple[dist.Work, Tensor]]
+        self, own: dict[str, UnitBatch], layouts: Sequence[_Layout], pending: Mapping[int, tuple[dist.Work, Tensor]]
     ) -> Iterator[dict[str, UnitBatch]]:
         # The structure of the batches is the same on every rank, so this rank's own serves to read the others'.
         structure = pytree.tree_structure({name: vars(batch) for name, batch in own.items()})
-        for sender, (layout, (work, receive)) in enumerate(zip(layouts, pending, strict=True)):
-            work.wait()
-            yield own if sender == self.stage else self._unpack(structure, layout, receive)
+        for sender in self.order:
+            work, receive = pending[sender]
+            if sender == self.stage:
+                yield own
+            else:
+                work.wait()
+                yield self._unpack(structure, layouts[sender], receive)
+        pending[self.stage][0].wait()
 
     def _pack(self, batches: Mapping[str, UnitBatch], names: Sequence[str]) -> tuple[_Layout, list[Tensor]]:
         table: dict[int, tuple[int, Tensor]] = {}  # identity -> place, tensor: what units share travels once

@@ -30,6 +30,7 @@ class Phase:
         name: such as `teacher forward`.
         flops: that it computes in a step.
         moved: bytes that it moves in a step, by link.
+        in_turn: where processes move theirs one after the other, the bytes of all that wait for each other.
         resident: memory that this phase needs and that stays from step to step.
         transient: memory that is there in this phase alone, at its worst.
         host: pinned CPU memory that stays from step to step.
@@ -40,6 +41,7 @@ class Phase:
     name: str
     flops: float = 0.0
     moved: Traffic = field(default_factory=Traffic)
+    in_turn: Traffic = field(default_factory=Traffic)
     resident: Parts = field(default_factory=dict)
     transient: Parts = field(default_factory=dict)
     host: Parts = field(default_factory=dict)
@@ -49,19 +51,21 @@ class Phase:
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the teacher is divided over the ranks (ZeRO-3), from the recipe and the teacher's DeepSpeed file.
+    """How the teacher is laid over the ranks (ZeRO-3), from the recipe and the teacher's DeepSpeed file.
 
     Attributes:
         ranks_per_copy: ranks that hold a copy of the teacher between them (ZeRO++ hpZ).
         max_live: elements gathered at most (`stage3_max_live_parameters`).
         prefetch: elements gathered ahead at most (`stage3_prefetch_bucket_size`).
         persistent: parameters up to this many elements stay whole (`stage3_param_persistence_threshold`).
+        whole: whether every rank holds all of it instead, and nothing is gathered.
     """
 
     ranks_per_copy: int
     max_live: int
     prefetch: int
     persistent: int
+    whole: bool = False
 
     def secondary(self, cluster: Cluster) -> bool:
         """Whether there is a second partition, over `ranks_per_copy` ranks, beside the one over all."""
@@ -101,8 +105,10 @@ class TeacherCosts:
     forwards: int = 1
 
     def resident(self, cluster: Cluster) -> Parts:
-        """The partition over all ranks; the one inside the node, if any; and what every rank has whole."""
+        """The partition over all ranks; the one inside the node, if any; and what every rank has whole. Or all."""
         sharding = self.sharding
+        if sharding.whole:
+            return {"teacher": partition_bytes(self.parameters, 1) + self.buffers}
         small = sum(n * size for n, size in self.parameters if n <= sharding.persistent) if cluster.world > 1 else 0
         copy = partition_bytes(self.parameters, sharding.ranks_per_copy) if sharding.secondary(cluster) else 0
         return {
@@ -115,7 +121,7 @@ class TeacherCosts:
         """Bytes of parameters that are whole for a moment: those of the largest block, and with them either the buffer
         that they arrived in or what was fetched ahead. That comes in two buffers: one is under way; of the other, part
         is in the block already, and the rest, which is the next block's, keeps it alive."""
-        if cluster.world == 1:
+        if cluster.world == 1 or self.sharding.whole:
             return 0
         behind_it = sum(elements for elements, _ in self.used) - self.largest_block
         ahead = max(0, min(self.sharding.prefetch, self.sharding.max_live - self.largest_block, behind_it))
@@ -123,6 +129,8 @@ class TeacherCosts:
 
     def gathers(self, rank: int, cluster: Cluster) -> Traffic:
         """One forward: all parameters that are used, but those that are always whole."""
+        if self.sharding.whole:
+            return Traffic()
         size = sum(elements * size for elements, size in self.used if elements > self.sharding.persistent)
         return ring(size, rank, self.sharding.gather_group(rank, cluster), cluster)
 

@@ -1,8 +1,9 @@
-"""A look at models while they train: drawn from the same held-out prompts and noise every time."""
+"""A look at models while they train: the same held-out samples, prompts and noise every time, shared over the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ppcl_ds import launch
+from ppcl_ds.data.batch import Batch
 from ppcl_ds.data.stream import has_images, read_texts
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.drawing import Drawing
@@ -24,12 +27,35 @@ from ppcl_ds.training.delivery import send
 _IMAGES = 8
 """Held-out samples, and images of each model; one, where captions cannot be read together."""
 
+_STEPS = 10
+"""Most sampling steps of an image: enough to see what has gone wrong. `ppcl evaluate` takes the recipe's."""
 
-class Preview:
-    """What every model is drawn from; every rank makes one.
+
+@dataclass(frozen=True)
+class Turn:
+    """Who of several shares looks at what.
 
     Attributes:
-        clean: the first held-out samples as they are stored.
+        number: of the share that this rank has.
+        of: how many there are.
+        speaks: whether this rank's images count; of those that have the same share, one's do.
+    """
+
+    number: int
+    of: int
+    speaks: bool = True
+
+    @classmethod
+    def of_rank(cls) -> Turn:
+        """A share for every rank."""
+        return cls(dist.get_rank(), dist.get_world_size())
+
+
+class Preview:
+    """What every model is looked at with; every rank makes one.
+
+    Attributes:
+        samples: the first held-out ones as they are stored.
         noiser: adds noise to them.
     """
 
@@ -39,45 +65,89 @@ class Preview:
         stream = NoisyStream(
             recipe, teacher.call, "heldout", self.count, captions=not has_images(recipe.data, "heldout")
         )
-        [(_, self.clean)] = islice(stream.clean.take(0, 1), 1)
-        self.stream, self.noiser = stream, stream.noiser
-        self.drawings = Drawing.several(recipe, teacher.call, stream.noiser, self.clean.samples, _IMAGES)
+        [(_, clean)] = islice(stream.clean.take(0, 1), 1)
+        self.stream, self.noiser, self.samples = stream, stream.noiser, clean.samples
+        self.has_images = bool(clean.latents.numel())
+        """Whether the samples are more than captions."""
         self.recipe, self.teacher, self.device = recipe, teacher, device
 
-    @property
-    def has_images(self) -> bool:
-        """Whether the samples are more than captions."""
-        return bool(self.clean.latents.numel())
+    def noisy(self, sharded: Any, turn: Turn, place: Tensor | None = None) -> Iterator[tuple[bool, NoisyBatch]]:
+        """This rank's samples as the teacher reads them in training, one by one on the device, and whether each counts.
 
-    def noisy(self, sharded: Any) -> NoisyBatch:
-        """The samples as the teacher reads them in training, on the device; all ranks must call this together.
+        All ranks get equally many. Of captions alone, all read the same micro-batch.
 
         Args:
-            sharded: the teacher, which draws them where there are captions alone.
+            sharded: the teacher, which draws samples where there are captions alone.
+            place: on the ladder, (); drawn if not given. Each sample has its own noise, whoever reads it.
         """
-        if self.has_images:
-            return send(self.stream.with_noise(0, self.clean), self.device)
+        if not self.has_images:
+            yield True, self._of_trajectories(sharded)
+            return
+        for number in range(turn.number, -(-len(self.samples) // turn.of) * turn.of, turn.of):
+            own = Batch((self.samples[number % len(self.samples)],))
+            if place is None:
+                batch = self.stream.with_noise(number, own)
+            else:
+                seeded = torch.Generator().manual_seed(self.recipe.seed + number)  # training's is another one
+                batch = self.noiser.noisy(own, place.expand(1), seeded)
+            yield number < len(self.samples), send(batch, self.device)
+
+    def _of_trajectories(self, sharded: Any) -> NoisyBatch:
         return next(read_samples(self.recipe, self.teacher, sharded, "heldout", self.count, 0, 1, self.device))[1]
 
-    def draw(self, answer: Callable[[Arguments], Tensor]) -> Tensor | None:
+    def draw(self, answer: Callable[[Arguments], Tensor], turn: Turn) -> Tensor | None:
         """Images (N, C, H, W) in [-1, 1] on rank 0's CPU, None on others; all ranks must call this together.
 
-        None everywhere for a pipeline of two transformers: only one of them is here.
+        Each draws and decodes its own. None everywhere for a pipeline of two transformers: only one of them is here.
 
         Args:
             answer: what a model puts out for arguments on the device.
         """
         if len(self.teacher.call.transformers()) > 1:
             return None
-        decode = self.decoder if dist.get_rank() == 0 else None  # only that rank writes
 
         def asked(arguments: Arguments) -> Tensor:
             return answer(send(arguments, self.device)).cpu()
 
-        drawn = [drawing.draw({self.teacher.component: asked}, decode)[1] for drawing in self.drawings]
-        return torch.cat([images for images in drawn if images is not None]) if decode else None
+        shares = [self._drawings(replace(turn, number=number)) for number in range(turn.of)]
+        own, rounds = shares[turn.number], max(map(len, shares))
+        drawn = []
+        for number in range(rounds):  # a model that is spread over ranks runs on all of them or on none
+            counts = turn.speaks and number < len(own)
+            drawing = (own or shares[0])[min(number, len(own or shares[0]) - 1)]
+            images = drawing.draw({self.teacher.component: asked}, self.decoder if counts else None)[1]
+            drawn += [] if images is None else [images]
+        everybodys = [images for each in launch.all_gather(drawn) for images in each]
+        return torch.cat(everybodys) if dist.get_rank() == 0 else None
+
+    def _drawings(self, turn: Turn) -> list[Drawing]:
+        """What a share draws, possibly nothing: neighbours, so that they can be drawn together."""
+        each = -(-len(self.samples) // turn.of)
+        first = each * turn.number
+        own = self.samples[first : first + each]
+        steps = min(_STEPS, self.recipe.evaluate.steps)
+        return Drawing.several(self.recipe, self.teacher.call, self.noiser, own, _IMAGES, first, steps)
 
     @cached_property
     def decoder(self) -> Decoder:
-        """From latents to images; it takes memory from when the first model has been drawn on."""
+        """From latents to images; it takes memory from when this rank first draws."""
         return Decoder(self.teacher.path, self.device)
+
+
+class Means:
+    """Means over all ranks of what each finds of its own samples."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[Tensor]] = {}
+
+    def add(self, name: str, counts: bool, error: Tensor) -> None:
+        """One sample's figure, ()."""
+        self._found.setdefault(name, []).extend([error] if counts else [])
+
+    def take(self) -> dict[str, float]:
+        """Name -> mean over everybody's samples; all ranks must call it."""
+        own = {name: (float(sum(errors)), len(errors)) for name, errors in self._found.items()}
+        everybodys = launch.all_gather(own)
+        return {
+            name: sum(each[name][0] for each in everybodys) / sum(each[name][1] for each in everybodys) for name in own
+        }

@@ -97,6 +97,17 @@ def exchanged(rank: int, messages: Sequence[int], cluster: Cluster) -> Traffic:
     return Traffic(intra=max(sent[True], received[True]), inter=max(sent[False], received[False]))
 
 
+def sent_in_turn(rank: int, messages: Sequence[int], cluster: Cluster) -> Traffic:
+    """The same round where one rank of the pipe group sends after the other: what all of them send."""
+    total = Traffic()
+    for sender in cluster.pipe_group(rank):
+        for stage, other in enumerate(cluster.pipe_group(rank)):
+            if other != sender:
+                near = other in cluster.ranks_near(sender)
+                total += Traffic(intra=messages[stage]) if near else Traffic(inter=messages[stage])
+    return total
+
+
 def passed_on(rank: int, edges: Sequence[int], cluster: Cluster) -> Traffic:
     """One micro-batch of 1F1B: streams to the next stage, gradients to the one before; as much comes back.
 

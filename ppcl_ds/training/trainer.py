@@ -39,6 +39,9 @@ from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
 from ppcl_ds.watch.timer import Timer, matrix_rate
 from ppcl_ds.watch.watchdog import Watchdog
 
+_IMAGES_EVERY = 10
+"""Looks at held-out data for each that draws images, which take a hundred times as long."""
+
 
 class Training(ABC):
     """A training on this rank; every rank of the world constructs one and calls the same methods.
@@ -76,7 +79,7 @@ class Training(ABC):
         cpu_group = dist.new_group(
             dist.get_process_group_ranks(self.group), backend="gloo", use_local_synchronization=True
         )
-        self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers)
+        self.exchange = Exchange(self.group, cpu_group, self.engine.stage_id, readers, self.together)
         self.watchdog = Watchdog(settings.timeout, folder.path / "flight_recorder")
         self.preemption = Preemption(recipe.run, folder.path)
         self.timer = Timer(self.watchdog.on_phase)
@@ -109,6 +112,11 @@ class Training(ABC):
     def kept(self) -> int:
         """Readings that are needed again after a restart."""
         return 1
+
+    @property
+    @abstractmethod
+    def together(self) -> bool:
+        """Whether everything that a round exchanges has to be there before anything is trained on it."""
 
     @property
     def kept_pictures(self) -> int:
@@ -167,8 +175,8 @@ class Training(ABC):
         """FLOPs of an optimizer step of so many samples, over all ranks."""
 
     @abstractmethod
-    def look(self) -> tuple[dict[str, float], dict[str, Tensor]]:
-        """Figures and images of held-out data, see `TensorBoard.images`; collective over all ranks."""
+    def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Figures of held-out data, and images if asked for, see `TensorBoard.images`; collective over all ranks."""
 
     def readings(self, step: int) -> range:
         """What the teacher reads after `step`, by number; a reading is as many micro-batches as a step has."""
@@ -253,7 +261,7 @@ class Training(ABC):
                         break
                     if due(step, settings.sample_every):
                         with self.timer.phase("preview"):
-                            figures, images = self.look()
+                            figures, images = self.look(due(step, _IMAGES_EVERY * settings.sample_every))
                         log.board.scalars(step, figures)
                         log.board.images(step, images)
         if dist.get_rank() == 0 and (bad := int(log.newest.get("data/bad_samples", 0))):

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
 from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plugging import Plug, replace_forward
+from ppcl_ds.units.plugging import replace_forward
 from ppcl_ds.units.spec import PARTS, Export, Kind, Part, Stream, UnitPlan
 from ppcl_ds.units.unit import Unit, UnitBatch
 
@@ -108,11 +108,11 @@ class DepthKind(Kind):
         block = teacher.blocks[unit.span[0]]
         return DepthUnit(block, copy.deepcopy(teacher.module(block)).to("meta", dtype))
 
-    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+    def plug(self, unit: UnitPlan, own: Any, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
         """The first block runs the unit; streams pass through the others."""
         first = anatomy.blocks[unit.span[0]]
         module = anatomy.module(model, first)
-        replace_forward(module, partial(_run, first, module, plug), stack)
+        replace_forward(module, partial(_run, first, module, own), stack)
         stack.enter_context(anatomy.bypassed(model, unit.members))
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
@@ -131,7 +131,7 @@ class DepthKind(Kind):
         return f"blocks {unit.span[0]} to {unit.span[1]}", "one block"
 
 
-def _run(block: Block, module: nn.Module, plug: Plug, *args: Any, **kwargs: Any) -> Any:
+def _run(block: Block, module: nn.Module, own: Any, *args: Any, **kwargs: Any) -> Any:
     streams, conditioning = block.split_call(module, args, kwargs)
-    outputs = dict(plug.unit(streams, conditioning)) if plug.unit is not None else {}
-    return block.write_output({s: plug.share(outputs.get(s, torch.empty_like(streams[s]))) for s in block.returns})
+    outputs = own(streams, conditioning)
+    return block.write_output({s: outputs.get(s, streams[s]) for s in block.returns})  # nobody reads another stream

@@ -17,7 +17,7 @@ from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Tap, Wante
 from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.modeling_pruned import narrow_ffn, read_ffn
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plugging import Plug, replace_forward
+from ppcl_ds.units.plugging import replace_forward
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan
 from ppcl_ds.units.unit import Regression, Unit, UnitBatch, WidthUnit, count_parameters
 
@@ -158,9 +158,9 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x[None] if x.dim() == 2 else x.flatten(1, -2)
 
 
-def _computed(plug: Plug, stream: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _computed(own: Any, stream: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of a part in whose place a unit is; what else the part reads is not needed."""
-    return plug.compute(stream, x)
+    return own.compute(stream, x)
 
 
 class FFNKind(Kind):
@@ -224,11 +224,11 @@ class FFNKind(Kind):
         module = teacher.module(block)
         return {stream: module.get_submodule(block.ffn[stream]) for stream in unit.streams}
 
-    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+    def plug(self, unit: UnitPlan, own: Any, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
         block = anatomy.blocks[unit.span[0]]
         for stream in unit.streams:
             part = anatomy.module(model, block).get_submodule(block.ffn[stream])
-            replace_forward(part, partial(_computed, plug, stream), stack)
+            replace_forward(part, partial(_computed, own, stream), stack)
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
         stock = self._stock(unit, teacher)

@@ -1,48 +1,24 @@
 """The teacher with a variant's units plugged in, while it is sharded and they are spread over the stages.
 
-Used to look at variants during training: nothing is assembled, so it works at any size.
+Used to look at variants during training: no model is assembled, so it works at any size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.units.unit import Unit
 
 if TYPE_CHECKING:
-    from ppcl_ds.units.plan import Plan
-
-
-@dataclass(frozen=True)
-class Plug:
-    """A unit as the ranks of a pipe group see it: one of them has it, and sends the others what it computes.
-
-    Attributes:
-        unit: on the rank that has it; None on the others.
-        owner: which rank of `group` that is.
-    """
-
-    unit: Any
-    group: dist.ProcessGroup
-    owner: int
-
-    def share(self, output: Tensor) -> Tensor:
-        """The owner's tensor on every rank; the others give one of its shape."""
-        output = output.contiguous()
-        dist.broadcast(output, dist.get_global_rank(self.group, self.owner), group=self.group)
-        return output
-
-    def compute(self, name: str, x: Tensor) -> Tensor:
-        """An output of a width unit that is as large as what it is computed from."""
-        return self.share(torch.empty_like(x) if self.unit is None else self.unit.compute(name, x))
+    from ppcl_ds.teacher.teacher import Teacher
+    from ppcl_ds.units.plan import Plan, UnitPlan
 
 
 def replace_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitStack) -> None:
@@ -52,25 +28,48 @@ def replace_forward(module: nn.Module, forward: Callable[..., Any], stack: ExitS
 
 
 @contextmanager
-def plugged(
-    model: nn.Module,
-    anatomy: Anatomy,
-    plan: Plan,
-    variant: str,
-    units: Mapping[str, Unit],
-    group: dist.ProcessGroup,
-    owner: Mapping[str, int],
-) -> Iterator[None]:
+def plugged(model: nn.Module, anatomy: Anatomy, plan: Plan, variant: str, units: Mapping[str, Unit]) -> Iterator[None]:
     """Inside, `model` computes what the variant would.
 
-    Every rank of the pipe group must enter, and run `model` on the same inputs.
-
     Args:
-        units: the units of this rank's stage.
-        owner: unit name -> its stage, which computes it and sends the result to the others of `group`.
+        units: the variant's, at least, on the device; see `borrow`.
     """
     with ExitStack() as stack, torch.no_grad():
         for unit in plan.units_of(variant):
-            plug = Plug(units.get(unit.name), group, owner[unit.name])
-            unit.behaviour.plug(unit, plug, model, anatomy, stack)
+            unit.behaviour.plug(unit, units[unit.name], model, anatomy, stack)
         yield
+
+
+def borrow(
+    wanted: Iterable[UnitPlan],
+    own: Mapping[str, Unit],
+    owner: Mapping[str, int],
+    group: dist.ProcessGroup,
+    teacher: Teacher,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Unit]:
+    """Units on every rank of a pipe group, each as the rank that trains it has it now. Collective over them.
+
+    Args:
+        own: units of this rank's stage, which are returned as they are; the others are copies.
+        owner: unit name -> its stage, the rank of `group` that has it.
+    """
+    found = {}
+    for unit in wanted:
+        mine = own[unit.name] if unit.name in own else _place_for(unit, teacher, dtype, device)
+        found[unit.name] = mine
+        for tensor in mine.core.state_dict().values() if dist.get_world_size(group) > 1 else ():
+            dist.broadcast(tensor, dist.get_global_rank(group, owner[unit.name]), group=group)
+    return found
+
+
+def _place_for(unit: UnitPlan, teacher: Teacher, dtype: torch.dtype, device: torch.device) -> Unit:
+    """A unit on the device whose parameters are yet to come."""
+    found = unit.behaviour.empty(unit, teacher, dtype)
+    for module in found.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+            module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+    found.free_calibration()
+    return found.to(device)

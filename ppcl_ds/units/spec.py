@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -20,9 +20,6 @@ from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
 from ppcl_ds.teacher.files import Source, Sources
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.unit import Unit, UnitBatch
-
-if TYPE_CHECKING:
-    from ppcl_ds.units.plugging import Plug
 
 Stream = str
 """A tensor that flows from block to block, see `ListFlow.reads`."""
@@ -169,8 +166,12 @@ class Kind(ABC):
         """The same on the meta device; no weights are read."""
 
     @abstractmethod
-    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
-        """Have `model` compute what it would with the unit; `stack` undoes it."""
+    def plug(self, unit: UnitPlan, own: Any, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+        """Have `model` compute what it would with the unit; `stack` undoes it.
+
+        Args:
+            own: the unit itself, on the device.
+        """
 
     @abstractmethod
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:

@@ -19,7 +19,6 @@ from ppcl_ds.teacher.anatomy import ATTENDED_TEXT, ATTENTION, Anatomy, Block, Ca
 from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.modeling_pruned import ModulatedText, ResidualLinear, make_text_linear
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plugging import Plug
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan
 from ppcl_ds.units.unit import Regression, Unit, UnitBatch, WidthUnit, count_parameters
 
@@ -119,7 +118,7 @@ class TextKind(Kind):
     def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
         return self.build(unit, teacher, dtype).to("meta")
 
-    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+    def plug(self, unit: UnitPlan, own: Any, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
         """Attention of the members is handed linears; their text stream passes, and jumps after the last."""
         first, *members = (anatomy.blocks[index] for index in (unit.span[0], *unit.members))
         kept: dict[str, Tensor] = {}
@@ -128,13 +127,13 @@ class TextKind(Kind):
             kept["modulated"] = kwargs[ATTENDED_TEXT]
 
         def hand_over(block: Block, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {ATTENDED_TEXT: plug.compute(modulated(block.index), kept["modulated"])}
+            return args, kwargs | {ATTENDED_TEXT: own.compute(modulated(block.index), kept["modulated"])}
 
         def text_passes(block: Block, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
             streams, (entering, _) = block.read_output(output), block.split_call(module, args, kwargs)
             if "text" in streams:
                 moves = block is members[-1] and "text" in unit.streams
-                streams["text"] = plug.compute("text", entering["text"]) if moves else entering["text"]
+                streams["text"] = own.compute("text", entering["text"]) if moves else entering["text"]
             return block.write_output(streams)
 
         attention = anatomy.module(model, first).get_submodule(ATTENTION)

@@ -136,8 +136,8 @@ def distill_from(path: Path, step: int, stages: int, replicas: int) -> Recipe:
     """Run `ppcl distill` to the end on a topology, going on after `step`."""
     raw = yaml.safe_load(path.read_text())
     raw["topology"] = {"stages": stages, "replicas": replicas}
-    if stages * replicas == 4:  # as two nodes of two ranks
-        raw["teacher"]["ranks_per_copy"] = 2
+    # As two nodes of two ranks, or every rank with all of it.
+    raw["teacher"]["ranks_per_copy"] = {(2, 2): 2, (1, 4): 2, (4, 1): 1, (2, 1): 1}.get((stages, replicas))
     path.write_text(yaml.safe_dump(raw))
     recipe = load_recipe(path)
     if step:

@@ -27,7 +27,7 @@ from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.kinds import build_unit, parameters_saved
 from ppcl_ds.units.plan import Plan, conflict, load_plan
-from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.plugging import borrow, plugged
 from ppcl_ds.units.variant import assembled
 from tests.calls import Arguments, answer
 from tests.conftest import TEACHERS, command, make_recipe
@@ -227,9 +227,12 @@ def be_a_rank(path: Path) -> None:
         units = {unit.name: build_unit(unit, teacher, dtype) for unit in own}
         for unit in own:
             units[unit.name].core.load_state_dict(checkpoint.unit(unit.name))
+            units[unit.name].free_calibration()
         sharded = load_teacher(teacher, read_deepspeed_file(recipe.deepspeed.teacher), dtype, None)
         for variant in plan.variants:
-            with plugged(sharded.module, teacher.anatomy, plan, variant, units, group, owner):
+            wanted = plan.units_of(variant)
+            lent = borrow(wanted, units, owner, group, teacher, dtype, torch.device("cpu"))
+            with plugged(sharded.module, teacher.anatomy, plan, variant, lent):
                 found[name, variant] = answer(sharded, read)
             forget_order(sharded)
         found[name, "teacher"] = answer(sharded, read)

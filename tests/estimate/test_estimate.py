@@ -16,6 +16,7 @@ from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator
 from ppcl_ds.estimate.estimate import estimate, read_size, size
 from ppcl_ds.estimate.inputs import cluster_for, growing_clusters, read_inputs, sharding_of
 from ppcl_ds.estimate.numbers import Estimate, least_time, seconds_of
+from ppcl_ds.estimate.show import show
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Topology
 from ppcl_ds.teacher.teacher import Teacher
@@ -156,6 +157,38 @@ def test_it_says_where_replayed_readings_should_lie(unprepared: Unprepared) -> N
     assert "set distill.replay.offload: true; the accelerator is too small" in notes(200, False)
     assert "set distill.replay.offload: false; the accelerator has room" in notes(2, True)
     assert "replay" not in notes(2, False) + notes(200, True)
+
+
+def test_it_says_where_every_process_should_have_the_whole_teacher(unprepared: Unprepared) -> None:
+    def sized(whole: bool, gib: float = 80.0) -> Estimate:
+        teacher: dict[str, Any] = {"ranks_per_copy": 1} if whole else {}
+        recipe = load_recipe(unprepared("qwen", config={"num_layers": 12}, teacher=teacher))
+        card = ACCELERATORS["h100"].model_copy(update={"memory_gib": gib})
+        return size(read_inputs(recipe, 1, 2), card)
+
+    def notes(whole: bool, usable: float) -> str:
+        return " ".join(sized(whole, usable / 0.9 / 2**30).notes)
+
+    divided, whole = (sized(each).memory.peak for each in (False, True))
+    assert divided < whole
+    assert "set teacher.ranks_per_copy: 1" in notes(False, whole + 1)
+    assert "ranks_per_copy" not in notes(False, (divided + whole) / 2) + notes(True, whole + 1)
+    assert "leave teacher.ranks_per_copy out" in notes(True, (divided + whole) / 2)
+
+
+def test_probing_counts_where_it_takes_more_than_training(
+    unprepared: Unprepared, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It takes what there is, unless the recipe says how many blocks at once."""
+    for own, fits in (({}, True), ({"blocks_at_once": 6}, False)):
+        probe = {"batch_size": 1, "batches": 4, "max_span": 6} | own
+        recipe = load_recipe(unprepared("qwen", probe=probe))
+        least = size(read_inputs(recipe, 1, 2), ACCELERATORS["h100"])
+        card = ACCELERATORS["h100"].model_copy(update={"memory_gib": least.memory.peak / 0.9 / 2**30 + 1e-6})
+        numbers = size(read_inputs(recipe, 1, 2), card)
+        assert (numbers.trains, numbers.fits) == (True, fits)
+        show(numbers)
+        assert ("probing does not fit" in capsys.readouterr().out) == (not fits)
 
 
 def test_micro_batches_that_do_not_fill_the_cluster_are_rounded_up_and_said(unprepared: Unprepared) -> None:

@@ -40,7 +40,7 @@ def account_of(unprepared: Unprepared, **sections: Any) -> Distilling:
     return sharded(distilling(inputs, run_once(inputs)))
 
 
-def sharded(account: Distilling, **changes: int) -> Distilling:
+def sharded(account: Distilling, **changes: Any) -> Distilling:
     return replace(account, teacher=replace(account.teacher, sharding=replace(SHARDING, **changes)))
 
 
@@ -94,6 +94,15 @@ def test_several_nodes_hold_a_second_copy_each(account: Distilling) -> None:
     assert four["teacher partition"] == partition_bytes(account.teacher.parameters, 32)
     single = sharded(account, ranks_per_copy=32)
     assert memory(single, Cluster(4, 8, 2, 16)).resident["teacher copy in the node"] == 0
+
+
+def test_a_whole_copy_on_every_rank_gathers_nothing(account: Distilling, teacher: Any) -> None:
+    whole = sharded(account, ranks_per_copy=1, whole=True)
+    found = memory(whole, EIGHT)
+    own = {part: size for part, size in found.resident.items() if part.startswith("teacher")}
+    assert own == {"teacher": sum(p.nbytes for p in teacher.parameters()) // teacher.dtype.itemsize * 2}
+    assert found.phases["teacher forward"]["gathered block"] == 0
+    assert whole.teacher.gathers(5, EIGHT) == Traffic()
 
 
 def test_a_copy_in_every_node_keeps_gathers_off_the_network(account: Distilling) -> None:

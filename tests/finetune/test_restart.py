@@ -118,8 +118,10 @@ def test_the_look_at_held_out_data_is_that_of_the_whole_model(new_run: Callable[
     mask = torch.arange(embeds.shape[1]) < lengths[:, None]
     shown = read_scalars(recipe.finetuning("small").board)
     quantiles = (0.1, 0.3, 0.5, 0.7, 0.9)
-    for number, (quantile, place) in enumerate(zip(quantiles, place_quantiles(recipe.noise, quantiles), strict=True)):
-        noise = torch.randn(clean.latents.shape, generator=torch.Generator().manual_seed(recipe.seed + number))
+    seeds = [recipe.seed + number for number in range(len(clean.latents))]  # a sample is the same whoever reads it
+    alone = clean.latents[:1].shape
+    noise = torch.cat([torch.randn(alone, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    for quantile, place in zip(quantiles, place_quantiles(recipe.noise, quantiles), strict=True):
         level = 1 - int(place * 1000) / 1000  # of a thousand rungs, from pure noise down
         noisy = (1 - level) * clean.latents + level * noise
         arguments = arguments_by_hand(opened.class_name, noisy, embeds, torch.full((8,), level), mask, None)

@@ -60,6 +60,10 @@ class Case:
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
         then: what else is done after the steps: `look`, `save`.
+        drawing_steps: of the sampler, for images.
+        gib: memory of the accelerator.
+        at_once: blocks whose sums probing has in memory; 0: as many as there is room for.
+        whole: whether every rank has the whole teacher.
         zero: changes to `zero_optimization` of the teacher's DeepSpeed file.
     """
 
@@ -83,6 +87,10 @@ class Case:
     boundary: float = 0.0
     ema: float = 0.0
     mistake: str = ""
+    drawing_steps: int = 2
+    gib: float = 80.0
+    at_once: int = 2
+    whole: bool = False
     then: tuple[str, ...] = ()
     zero: tuple[tuple[str, int], ...] = ()
 
@@ -142,9 +150,14 @@ class Case:
                     "images": {"size": self.size},
                     "workers": 0,
                 },
-                "teacher": {"path": folder / "teacher"},
+                "teacher": {"path": folder / "teacher"} | ({"ranks_per_copy": 1} if self.whole else {}),
                 "noise": {"caption_dropout": 0.0},
-                "probe": {"batch_size": 2, "batches": 2 * self.world, "blocks_at_once": 2, "max_span": 3},
+                "probe": {
+                    "batch_size": 2,
+                    "batches": 2 * self.world,
+                    "blocks_at_once": self.at_once or None,
+                    "max_span": 3,
+                },
                 "plan": {"variants": {"small": 0.4}, "max_span": 3},
                 "topology": {"stages": self.stages, "replicas": self.replicas},
                 "distill": training
@@ -153,7 +166,13 @@ class Case:
                     "replay": {"uses": self.uses, "ring": 2, "offload": self.ring_offload},
                 },
                 "finetune": training | {"boundary_weight": self.boundary, "ema": self.ema},
-                "evaluate": {"samples": 4, "batch_size": 2, "steps": 2, "guidance": 4.0, "velocity_batches": 2},
+                "evaluate": {
+                    "samples": 4,
+                    "batch_size": 2,
+                    "steps": self.drawing_steps,
+                    "guidance": 4.0,
+                    "velocity_batches": 2,
+                },
                 "deepspeed": {"teacher": written} if written.exists() else {},
             }
         )

@@ -31,23 +31,30 @@ class Program:
         told: what a broadcast object is, where this rank has none itself.
         gathered: `ahead` and `late` -> bytes of the teacher that were gathered before, and in, a block's hook; `else`:
             of anything else.
+        waited: operation -> times that the device was told to wait for one that was under way.
     """
 
     calls: list[tuple[str, tuple[int, ...], Any]] = field(default_factory=list)
     groups: list[tuple[str, tuple[int, ...], bool]] = field(default_factory=list)
     told: Any = None
     gathered: Counter[str] = field(default_factory=Counter)
+    waited: Counter[str] = field(default_factory=Counter)
 
     def clear(self) -> None:
         """Forget what was called; groups stay."""
         self.calls.clear()
         self.gathered.clear()
+        self.waited.clear()
 
 
 class _Done:
     """A collective under way."""
 
+    def __init__(self, what: str, waited: Counter[str]) -> None:
+        self.what, self.waited = what, waited
+
     def wait(self, *_: Any, **__: Any) -> bool:
+        self.waited[self.what] += 1
         return True
 
     def is_completed(self) -> bool:
@@ -92,7 +99,7 @@ class _Collectives:
     def _note(self, what: str, group: Any, agreed: Any, asynchronous: bool = False) -> Any:
         ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
         self.program.calls.append((what, ranks, agreed))
-        return _Done() if asynchronous else None
+        return _Done(what, self.program.waited) if asynchronous else None
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
         assert tensor.is_contiguous()

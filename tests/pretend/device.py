@@ -113,12 +113,18 @@ class Moment:
 
 
 class Pretended(CPU_Accelerator):
-    """What DeepSpeed asks an accelerator; it answers as CUDA would, so that DeepSpeed takes its CUDA branches."""
+    """What DeepSpeed asks an accelerator; it answers as CUDA would, so that DeepSpeed takes its CUDA branches.
 
-    def __init__(self, seen: Seen) -> None:
+    Args:
+        memory: bytes.
+        live: what fills them.
+    """
+
+    def __init__(self, seen: Seen, memory: int, live: LiveBytes) -> None:
         super().__init__()
         self._name, self._communication_backend_name = "pretended", "fake"
         self.seen, self.streams = seen, [Queue(seen)]
+        self.memory, self.live = memory, live
 
     def is_synchronized_device(self) -> bool:
         return False
@@ -166,11 +172,20 @@ class Pretended(CPU_Accelerator):
     def pin_memory(self, tensor: Tensor, align_bytes: int = 1) -> Tensor:
         return tensor
 
-    def memory_allocated(self, device_index: int | None = None) -> int:
-        return 0
+    def available_memory(self, device_index: int | None = None) -> int:
+        return self.memory - self.live.now
 
-    max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated
-    memory_cached = max_memory_cached = memory_allocated
+    def memory_allocated(self, device_index: int | None = None) -> int:
+        return self.live.now
+
+    def max_memory_allocated(self, device_index: int | None = None) -> int:
+        return self.live.peak
+
+    def reset_peak_memory_stats(self, device_index: int | None = None) -> None:
+        self.live.peak = self.live.now
+
+    memory_reserved = memory_cached = memory_allocated
+    max_memory_reserved = max_memory_cached = max_memory_allocated
 
 
 class Device(LiveBytes):
@@ -264,9 +279,10 @@ def _attention(seen: Seen) -> Any:
     return attention
 
 
-def pretend(seen: Seen) -> Device:
+def pretend(seen: Seen, gib: float) -> Device:
     """Put a pretended accelerator in the place of this machine's; enter what is returned while it is to be used."""
-    real_accelerator.ds_accelerator = Pretended(seen)
+    device = Device(seen)
+    real_accelerator.ds_accelerator = Pretended(seen, int(gib * 2**30), device)
     F.scaled_dot_product_attention = _attention(seen)
     torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
     # torch's fused AdamW runs wherever there is a kernel; the meta device is not on its list.
@@ -276,4 +292,4 @@ def pretend(seen: Seen) -> Device:
     for module in (optimizer, adam, adamw):
         if hasattr(module, "_get_fused_kernels_supported_devices"):
             module._get_fused_kernels_supported_devices = lambda: [*known, "meta"]  # type: ignore[attr-defined]
-    return Device(seen)
+    return device

@@ -9,9 +9,10 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Run:
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.seen = case, folder, Seen()
         self.recipe = case.recipe(folder)
-        self.device: Device = pretend(self.seen)
+        self.device: Device = pretend(self.seen, case.gib)
         self.program: Program = join(case.rank, case.world, min(case.ranks_per_node, case.world))
         _shapes_for_weights()
         from ppcl_ds.teacher.teacher import open_teacher
@@ -47,6 +48,7 @@ class Run:
         _ = self.teacher.empty, self.teacher.allowed_spans
         self.notes: dict[str, Any] = {}
         self.calls: list[Any] = []
+        self.samples = 0
 
     def clear(self) -> None:
         gc.collect()
@@ -82,7 +84,7 @@ def train(run: Run) -> None:
     from ppcl_ds.training import trainer as module
 
     module.Watchdog = _NoWatchdog  # type: ignore[misc, assignment]
-    _exchange_among_alike()
+    _exchange_among_alike(run)
     trainer = _fine_tuner(run) if run.case.what == "finetune" else _distiller(run)
     run.note("built")
     trainer.prepare(0)
@@ -95,16 +97,35 @@ def train(run: Run) -> None:
     run.watched("measured", trainer.measured)
     if "look" in run.case.then:
         _stub_decoder()
-        trainer.sharded.module.register_forward_hook(partial(_tell_shape, run.program))
-        run.watched("look", trainer.look)
+        if run.case.what == "finetune":
+            _tell_shapes(run, trainer.engine)
+        _note_forwards(run, trainer)
+        for name, draws in (("figures", False), ("look", True)):
+            run.samples = 0
+            run.watched(name, partial(trainer.look, draws))
+            run.notes[name]["samples"] = run.samples
     if "save" in run.case.then:
         _save_what_is_written(run, trainer)
 
 
-def _tell_shape(program: Program, module: Any, given: Any, output: Any) -> None:
-    """What the last stage says of the variant's output: it is as the teacher's, which comes first."""
-    tensor = output if isinstance(output, Tensor) else output[0]
-    program.told = tensor.shape, tensor.dtype
+def _note_forwards(run: Run, trainer: Any) -> None:
+    """Count the samples that the whole model is run on."""
+
+    def count(module: Any, given: Any, arguments: Any) -> None:
+        run.samples += len(arguments["hidden_states"])
+
+    trainer.sharded.module.register_forward_pre_hook(count, with_kwargs=True)
+
+
+def _tell_shapes(run: Run, engine: Any) -> None:
+    """What the last stage says of the variant's output: it is as what goes into it."""
+    stock = engine.output
+
+    def output(arguments: Any, size: Any) -> Tensor:
+        run.program.told = arguments["hidden_states"].shape, torch.bfloat16
+        return stock(arguments, size)
+
+    engine.output = output
 
 
 def _distiller(run: Run) -> Any:
@@ -178,8 +199,7 @@ def swaps(run: Run) -> None:
     run.watched("products", bench.products)
     names = tuple(unit.name for unit in run.plan.units)
     run.watched("errors", lambda: bench.errors([names[:1], names[1:]]))
-    if run.case.rank == 0:
-        run.watched("seconds", bench.seconds)
+    run.watched("seconds", bench.seconds)
 
 
 def probe(run: Run) -> None:
@@ -190,7 +210,16 @@ def probe(run: Run) -> None:
 
     reader = probing.open_reader(run.recipe, run.teacher, torch.device("meta"))
     lanes, blocks = reader.lanes, len(run.teacher.blocks)
-    run.watched("probed", lambda: measure(lanes, reader.sums(Part()), blocks, 1e-6, lambda block: True))
+    passes = 0
+
+    def sums() -> Iterator[Any]:
+        nonlocal passes
+        for each in reader.sums(Part()):
+            passes += 1
+            yield each
+
+    run.watched("probed", lambda: measure(lanes, sums(), blocks, 1e-6, lambda block: True))
+    run.notes["passes"] = passes
 
 
 def _shapes_for_weights() -> None:
@@ -216,8 +245,11 @@ class _NoWatchdog:
     def alive(self) -> None: ...
 
 
-def _exchange_among_alike() -> None:
-    """Stages are told of parcels like the one that this stage keeps for itself."""
+def _exchange_among_alike(run: Run) -> None:
+    """Stages are told of parcels like the one that this stage keeps for itself.
+
+    Of the newest round, it is written down how many collectives it took, and how many the first micro-batch waited for.
+    """
     import torch.distributed as dist
 
     from ppcl_ds.training.exchange import Exchange, _Layout
@@ -227,7 +259,15 @@ def _exchange_among_alike() -> None:
 
     def noted(self: Any, batches: Any) -> Any:
         mine.update(stage=self.stage, layout=self._pack(batches, self.units[self.stage])[0])
-        return call(self, batches)
+        program = run.program
+        sent, waited = sum(what == "all_to_all" for what, *_ in program.calls), program.waited["all_to_all"]
+        arriving = call(self, batches)
+        first = next(arriving)
+        run.notes["exchange"] = {
+            "flights": sum(what == "all_to_all" for what, *_ in program.calls) - sent,
+            "first": program.waited["all_to_all"] - waited,
+        }
+        return chain([first], arriving)
 
     def all_gather_object(object_list: list[Any], obj: Any, group: Any = None) -> None:
         gather(object_list, obj, group)

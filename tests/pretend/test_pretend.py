@@ -32,12 +32,15 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, what="finetune", family="flux", blocks=2),
         replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
         replace(NARROW, what="probe"),
+        replace(NARROW, what="probe", whole=True, stages=1, replicas=2),
+        replace(NARROW, what="swaps", whole=True, plan="width", stages=1, replicas=2),
+        replace(NARROW, what="finetune", whole=True, boundary=1.0, then=("look", "save")),
         pytest.param(replace(QWEN, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, plan="published"), marks=FULL),
         pytest.param(replace(FLUX, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, what="finetune", then=("look",)), marks=FULL),
     ],
-    ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}",
+    ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}" + "-whole" * case.whole,
 )
 def test_no_operation_mixes_devices(case: Case) -> None:
     """Nothing is refused, on the first and the last stage; what is saved is a file."""
@@ -108,9 +111,38 @@ def test_the_teacher_is_gathered_ahead(case: Case) -> None:
         assert rank.ahead() >= 0.95
 
 
+@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
+def test_a_teacher_held_whole_is_never_gathered(case: Case) -> None:
+    """Nor does a forward ask anything of the other ranks; it is looked at and drawn by, too."""
+    case = replace(case, whole=True, then=("look",))
+    for rank in observe(case, (0, case.world - 1)):
+        for during in ("step", "look"):
+            assert not rank.notes[during]["gathered"].keys() & {"ahead", "late"}
+        assert rank.waits() == {"training/optimizer.py:step": 1}
+
+
 def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
     [rank] = observe(replace(STEP, zero=(("stage3_prefetch_bucket_size", 50_000_000),)), (0,))
     assert rank.ahead() < 0.6
+
+
+def test_a_stage_begins_with_what_it_has_and_a_pipeline_is_sent_everything_at_once() -> None:
+    """Nobody waits for the first sender; where everything has to be there, it takes one flight."""
+    case = replace(NARROW, blocks=8, stages=3)
+    for rank in observe(case, (0, 2)):
+        assert rank.notes["exchange"] == {"flights": 3, "first": 0}
+    for together in (replace(case, what="finetune"), replace(case, uses=2)):
+        for rank in observe(together, (0, 2)):
+            assert rank.notes["exchange"]["flights"] == 1
+
+
+def test_looks_are_shared_over_the_ranks() -> None:
+    """Eight samples, of which each rank of eight has one: a forward for each model, and of images one for each step."""
+    case = replace(NARROW, blocks=8, stages=2, replicas=4, then=("look",))
+    models, drawn = 2, 1 + 2 * 2  # guided, in two steps
+    for rank in observe(case, (0, 7)):
+        assert rank.notes["figures"]["samples"] == models
+        assert rank.notes["look"]["samples"] <= models * (1 + drawn)
 
 
 def test_measuring_units_gathers_ahead() -> None:
@@ -137,18 +169,30 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         STEP,
         replace(STEP, uses=2),
         replace(STEP, uses=2, ring_offload=True),
+        replace(STEP, whole=True),
+        pytest.param(replace(QWEN, whole=True), marks=FULL),
         pytest.param(QWEN, marks=FULL),
         pytest.param(FLUX, marks=FULL),
         pytest.param(replace(QWEN, replicas=8), marks=FULL),
         pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["small", "replay", "replay-offload", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+    ids=["small", "replay", "replay-offload", "whole", "qwen-whole", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     """Of every stage, within 5 %."""
     ranks = tuple(range(0, case.world, case.replicas))
     for rank, expected in zip(observe(case, ranks), estimated_peaks(case), strict=True):
         assert rank.notes["step"]["peak"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("gib", [12.0, 24.0])
+def test_probing_fills_the_memory_that_is_there_and_no_more(gib: float) -> None:
+    """Sums of 14 blocks of the published width take 12 GiB: on the smaller card, of one range after the other."""
+    case = Case(what="probe", blocks=14, stages=1, replicas=8, gib=gib, at_once=0)
+    [rank] = observe(case, (0,))
+    assert rank.notes["probed"]["peak"] < gib * 2**30
+    assert rank.notes["passes"] == (1 if gib == 24 else 3)
+    assert rank.notes["probed"]["peak"] > gib / 2 * 2**30
 
 
 ORDERED = replace(NARROW, stages=2, replicas=2, ranks_per_node=2, zero=(("stage3_param_persistence_threshold", 0),))

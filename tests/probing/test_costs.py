@@ -22,10 +22,10 @@ WORDS = 23
 """Text tokens of the usual caption that is counted with; of a picture there are 16."""
 
 
-def costs(teacher: Teacher, **probe: int) -> ProbingCosts:
+def costs(teacher: Teacher, room: int = 2**35, **probe: int) -> ProbingCosts:
     forward = meta_forward(teacher, Size(8, 8))
     section = Probe(**{"batch_size": 2, "batches": 3} | probe)
-    return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, 1, section)
+    return probing_costs(teacher.anatomy, forward.capture, forward.flops_until, 1, section, room)
 
 
 def test_memory_and_arithmetic_are_those_of_the_program(configured: Configured) -> None:
@@ -62,6 +62,9 @@ def test_qwen_image_is_summed_in_passes_that_fit(configured: Configured) -> None
     found = costs(teacher, batch_size=1, batches=2)
     assert found.passes == 5
     assert 2**34 < found.sums <= 2**35
+    for room in (2**34, 2**36):
+        other = costs(teacher, room, batch_size=1, batches=2)
+        assert room / 2 < other.sums + other.boundaries <= room
     lane = Lane("image", 0, 60, 3072)
     moments = sum(torch.Size(BlockSums.shapes(lane, block, 8)["moments"]).numel() for block in range(60))
     assert found.part == pytest.approx(2 * 8 * moments, rel=0.05)  # two streams, float64; the samples are small

@@ -172,6 +172,8 @@ def test_ranges_fill_the_memory_that_there_is_and_no_more() -> None:
     assert found[0].stop == 10
     assert [len(r) for r in ranges(lanes, 2, None, 1)] == [1] * 10
     assert [len(r) for r in ranges(lanes, 2, 4, 1)] == [4, 4, 2]
+    # With as much again for what leaves each block: of the first range alone, no window goes on behind it.
+    assert [len(r) for r in ranges(lanes, 2, None, 4 * one, one)] == [2, 1, 1, 1, 1, 1, 1, 1, 1]
 
 
 def test_a_block_that_is_affine_costs_nothing() -> None:

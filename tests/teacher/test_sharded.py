@@ -1,4 +1,4 @@
-"""The sharded teacher: exactly the stock model, half of it on each of two ranks; variants plug into it while sharded.
+"""The loaded teacher: exactly the stock model, half of it on each of two ranks or whole on both; variants plug into it.
 
 Run as a module, this file is one of the two ranks.
 """
@@ -22,7 +22,7 @@ from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.plan import Plan, UnitPlan
-from ppcl_ds.units.plugging import plugged
+from ppcl_ds.units.plugging import borrow, plugged
 from ppcl_ds.units.variant import assembled
 from tests.calls import answer, call_once, random_arguments
 from tests.conftest import TEACHERS, WAN
@@ -77,13 +77,20 @@ def be_a_rank(folder: Path) -> None:
             found[f"{family} {name} whole"] = sum(p.numel() for p in parameters)
             found[f"{family} {name} velocity"] = velocity(family, engine, dtype, seed=rank)
             found[f"{family} {name} dtypes"] = {key: p.dtype for key, p in engine.module.named_parameters()}
+            whole = load_teacher(teacher, config, dtype, 1)
+            found[f"{family} {name} whole velocity"] = velocity(family, whole, dtype, seed=rank)
+            found[f"{family} {name} whole state"] = whole.module.state_dict()
+            found[f"{family} {name} hooks"] = [m for m in whole.modules() if m._forward_pre_hooks or m._forward_hooks]
             if family in SPANS and name == "fp32":
                 plan, anatomy = plan_of(family), teacher.anatomy
                 units = {f"unit {rank}": depth_unit(teacher, SPANS[family][rank][0], dtype)}
-                for variant in plan.variants:
-                    with plugged(engine.module, anatomy, plan, variant, units, group, owner={"unit 0": 0, "unit 1": 1}):
-                        found[f"{family} {variant}"] = velocity(family, engine, dtype, seed=7)
-                found[f"{family} afterwards"] = velocity(family, engine, dtype, seed=rank)
+                for how, model in {"": engine, "whole ": whole}.items():
+                    for variant in plan.variants:
+                        owner, wanted = {"unit 0": 0, "unit 1": 1}, plan.units_of(variant)
+                        lent = borrow(wanted, units, owner, group, teacher, dtype, torch.device("cpu"))
+                        with plugged(model.module, anatomy, plan, variant, lent):
+                            found[f"{how}{family} {variant}"] = velocity(family, model, dtype, seed=7)
+                    found[f"{how}{family} afterwards"] = velocity(family, model, dtype, seed=rank)
     torch.save(found, folder / f"rank{rank}.pt")
     launch.leave()
     launch.end()
@@ -138,6 +145,22 @@ def test_each_of_two_ranks_holds_half_and_nothing_whole(folder: Path, family: st
         assert found(folder, rank)[f"{family} {name} whole"] == 0
 
 
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_held_whole_it_is_the_stock_model_itself(folder: Path, family: str, name: str) -> None:
+    """Every tensor in its dtype and nothing hung onto it; what it computes is what the divided one does."""
+    model = stock(folder, family, DTYPES[name])
+    for rank in range(RANKS):
+        mine = found(folder, rank)
+        assert torch.equal(mine[f"{family} {name} whole velocity"], mine[f"{family} {name} velocity"])
+        assert not mine[f"{family} {name} hooks"]
+        state = mine[f"{family} {name} whole state"]
+        assert state.keys() == model.state_dict().keys()
+        for key, tensor in model.state_dict().items():
+            assert state[key].dtype == tensor.dtype
+            assert torch.equal(state[key], tensor)
+
+
 @pytest.mark.parametrize("variant", ["both", "second"])
 @pytest.mark.parametrize("family", SPANS)
 def test_a_plugged_variant_computes_what_the_assembled_model_does(folder: Path, family: str, variant: str) -> None:
@@ -145,14 +168,19 @@ def test_a_plugged_variant_computes_what_the_assembled_model_does(folder: Path, 
     model = assembled(teacher, plan_of(family), variant, None)
     expected = velocity(family, model, torch.float32, seed=7)
     for rank in range(RANKS):
-        torch.testing.assert_close(found(folder, rank)[f"{family} {variant}"], expected, rtol=0, atol=1e-6)
+        mine = found(folder, rank)[f"{family} {variant}"]
+        torch.testing.assert_close(mine, expected, rtol=0, atol=1e-6)
+        assert torch.equal(found(folder, rank)[f"whole {family} {variant}"], mine)
     assert not torch.allclose(expected, velocity(family, stock(folder, family, torch.float32), torch.float32, seed=7))
 
 
 @pytest.mark.parametrize("family", SPANS)
 def test_unplugged_the_teacher_is_itself_again(folder: Path, family: str) -> None:
     for rank in range(RANKS):
-        assert torch.equal(found(folder, rank)[f"{family} afterwards"], found(folder, rank)[f"{family} fp32 velocity"])
+        for how in ("", "whole "):
+            assert torch.equal(
+                found(folder, rank)[f"{how}{family} afterwards"], found(folder, rank)[f"{family} fp32 velocity"]
+            )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 
-from ppcl_ds.training.traffic import Cluster, Traffic, exchanged, most, passed_on, ring
+from ppcl_ds.training.traffic import Cluster, Traffic, exchanged, most, passed_on, ring, sent_in_turn
 
 TWO_NODES = Cluster(nodes=2, gpus_per_node=4, stages=2, replicas=4)
 
@@ -42,6 +42,13 @@ def test_the_exchange_counts_the_fuller_direction_by_link() -> None:
     assert exchanged(0, messages, cluster) == Traffic(intra=20, inter=70)  # receives 10, and 20
     assert exchanged(3, messages, cluster) == Traffic(intra=40, inter=80)  # sends 30, and 30
     assert exchanged(0, [10], Cluster(1, 2, 1, 2)) == Traffic()
+
+
+def test_senders_that_take_turns_share_the_time_of_all() -> None:
+    """Three stages in a node, two of one and one of the other: each message goes once to the others."""
+    assert sent_in_turn(0, [10, 20, 40], Cluster(1, 3, 3, 1)) == Traffic(intra=2 * (10 + 20 + 40))
+    assert sent_in_turn(1, [10, 20], Cluster(2, 1, 2, 1)) == Traffic(inter=10 + 20)
+    assert sent_in_turn(0, [10], Cluster(1, 2, 1, 2)) == Traffic()
 
 
 def test_a_pipeline_sends_streams_on_and_gradients_back() -> None:

@@ -17,7 +17,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Tap, Wanted
 from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
-from ppcl_ds.units.plugging import Plug, replace_forward
+from ppcl_ds.units.plugging import replace_forward
 from ppcl_ds.units.spec import Export, Kind, Part, UnitPlan, register
 from ppcl_ds.units.unit import Unit, UnitBatch, WidthUnit, count_parameters
 
@@ -76,9 +76,9 @@ class MeanAttentionKind(Kind):
     def empty(self, unit: UnitPlan, teacher: Teacher, dtype: torch.dtype) -> Unit:
         return MeanAttentionUnit({"image": MeanOverHeads(self._channels(unit, teacher), dtype, "meta")})
 
-    def plug(self, unit: UnitPlan, plug: Plug, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
+    def plug(self, unit: UnitPlan, own: Any, model: nn.Module, anatomy: Anatomy, stack: ExitStack) -> None:
         part = anatomy.module(model, anatomy.blocks[unit.span[0]]).get_submodule("attn")
-        replace_forward(part, partial(_run, plug), stack)
+        replace_forward(part, partial(_run, own), stack)
 
     def saves(self, unit: UnitPlan, teacher: Teacher) -> int:
         attention = teacher.module(teacher.blocks[unit.span[0]]).get_submodule("attn")
@@ -97,8 +97,8 @@ class MeanAttentionKind(Kind):
         return f"the attention of block {unit.span[0]}", "a linear of the mean over heads"
 
 
-def _run(plug: Plug, hidden_states: Tensor, **others: Any) -> Tensor:
-    return plug.compute("image", hidden_states)
+def _run(own: Any, hidden_states: Tensor, **others: Any) -> Tensor:
+    return own.compute("image", hidden_states)
 
 
 register(MeanAttentionKind())

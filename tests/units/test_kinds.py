@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from ppcl_ds.data.batch import Batch
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.recipe import load_recipe
@@ -79,10 +80,12 @@ def test_it_is_trained_and_plugged_into_the_sharded_teacher(trained: Path) -> No
     fresh = plan().unit("mean").behaviour.build(plan().unit("mean"), teacher, torch.float32).core.state_dict()
     assert all(not torch.equal(state[name], fresh[name]) for name in fresh)
 
-    [(_, batch)] = islice(NoisyStream(recipe, teacher.call, "heldout", PREVIEW).take(0, 1), 1)
+    stream = NoisyStream(recipe, teacher.call, "heldout", PREVIEW)
+    [(_, clean)] = islice(stream.clean.take(0, 1), 1)
+    batches = [stream.with_noise(number, Batch((sample,))) for number, sample in enumerate(clean.samples)]
     stock = diffusers.FluxTransformer2DModel.from_pretrained(recipe.teacher.path / "transformer").eval()
     models = (stock, with_mean_attention(recipe, state))
-    true, own = (answer(model, batch.arguments) for model in models)
+    true, own = (torch.cat([answer(model, batch.arguments) for batch in batches]) for model in models)
     [(step, figure)] = read_scalars(recipe.distillation.board)["heldout/velocity_mse/mean"]
     assert step == STEPS
     assert figure == pytest.approx(float((own - true).square().mean()), rel=1e-4)
