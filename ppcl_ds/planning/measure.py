@@ -15,6 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from ppcl_ds import memory
 from ppcl_ds.console import progress, track
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
@@ -67,6 +68,7 @@ class SwapBench:
             unit.free_calibration()
         self.alone, _ = dist.new_subgroups(1)
 
+    @memory.phase("velocities")
     def products(self) -> Tensor:
         """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
 
@@ -85,6 +87,7 @@ class SwapBench:
                 count += reference.numel()
         return self._mean(sums, count)
 
+    @memory.phase("velocities")
     def errors(self, sets: Sequence[tuple[str, ...]]) -> list[float]:
         """Mean squared difference from the teacher's velocity with each set of units; the same on every rank."""
         if not sets:
@@ -134,6 +137,7 @@ class SwapBench:
             unit.cpu()
         return velocity.float().cpu().flatten()
 
+    @memory.phase("times of blocks")
     def seconds(self) -> tuple[list[float], dict[str, float]]:
         """How long each of the teacher's blocks takes for one sample, and what each width unit saves of that.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.console import track
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
@@ -137,6 +137,7 @@ class Reader:
             yield sums
             sums.clear()  # before there is memory for the next ones
 
+    @memory.phase("sums")
     def _read(self, sums: Sums, blocks: range, part: Part, name: str) -> None:
         """Add this rank's micro-batches: of W ranks, rank r takes every W-th of the part from the r-th on.
 
