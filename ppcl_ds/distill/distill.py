@@ -55,7 +55,7 @@ def distill(
     Args:
         joined: called once the ranks have joined each other, before anything is loaded.
     """
-    launch.join(recipe.distill.timeout)
+    launch.join(recipe.distill.timeout, deterministic=recipe.deterministic)
     joined()
     from ppcl_ds.distill.trainer import Trainer
 

@@ -93,7 +93,7 @@ def finetune(start: Start, until: int | None = None, joined: Callable[[], object
     Args:
         joined: called once the ranks have joined each other, before anything is loaded.
     """
-    launch.join(start.settings.timeout)
+    launch.join(start.settings.timeout, deterministic=start.recipe.deterministic)
     joined()
     from ppcl_ds.finetune.trainer import FineTuner
 

@@ -66,7 +66,7 @@ class Replan:
 
     def measure(self) -> None:
         """Measure the library; every rank must call this, rank 0 then chooses."""
-        device = launch.join()
+        device = launch.join(deterministic=self.recipe.deterministic)
         from ppcl_ds.planning.measure import SwapBench, measure_swaps
 
         bench = SwapBench(self.recipe, self.teacher, self.library, self.checkpoint, device)

@@ -45,7 +45,7 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teach
 
 def probe(recipe: Recipe, teacher: Teacher, part: str | None = None) -> None:
     """Probe the teacher, or sum one part of the samples; every rank must call this."""
-    reader = open_reader(recipe, teacher, launch.join())
+    reader = open_reader(recipe, teacher, launch.join(deterministic=recipe.deterministic))
     if part:
         sum_part(reader, Part.parse(part, recipe.probe.batches))
     else:
