@@ -211,6 +211,19 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {path}: {brief(fault)}") from None
 
 
+def teacher_config(recipe: Recipe) -> dict[str, Any]:
+    """The teacher's DeepSpeed file, with what the recipe says of CPU memory unless the file says it itself.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    config = read_deepspeed_file(recipe.deepspeed.teacher)
+    if not recipe.teacher.offload:
+        return config
+    zero = {"offload_param": {"device": recipe.teacher.offload, "pin_memory": True}} | config["zero_optimization"]
+    return config | {"zero_optimization": zero}
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 

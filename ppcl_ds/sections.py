@@ -122,6 +122,10 @@ class Teacher(Section):
     ranks_per_copy: int | None = Field(default=None, gt=1)
     """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
     so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small."""
+    offload: Literal["cpu"] | None = None
+    """`cpu`: each process's part lies in pinned CPU memory, and blocks are copied to the accelerator ahead of their
+    turn: for cards that the teacher does not fit on. A forward takes at least as long as the copies; large
+    micro-batches hide them."""
 
 
 class Noise(Section):

@@ -19,7 +19,7 @@ from ppcl_ds import memory
 from ppcl_ds.console import progress, track
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.anatomy import Block, Capture, Wanted
 from ppcl_ds.teacher.noising import DTYPES, NoisyBatch
 from ppcl_ds.teacher.samples import read_samples
@@ -60,7 +60,7 @@ class SwapBench:
     ) -> None:
         self.recipe, self.teacher, self.library, self.device = recipe, teacher, library, device
         self.dtype = DTYPES[recipe.teacher.precision]
-        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        config = teacher_config(recipe)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.units = {unit.name: build_unit(unit, teacher, self.dtype) for unit in library.units}
         for name, unit in self.units.items():

@@ -19,7 +19,7 @@ from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_part
 from ppcl_ds.probing.report import make_report
 from ppcl_ds.probing.sums import SUMS_BYTES, Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.samples import read_samples
 from ppcl_ds.teacher.teacher import Teacher, open_teacher, read_teacher, text_mask, unread_streams
@@ -39,7 +39,7 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teach
     check_data(recipe.data, heldout=not merge)
     if not merge:
         launch.check_world(recipe.topology.world)
-        read_deepspeed_file(recipe.deepspeed.teacher)
+        teacher_config(recipe)
     return teacher
 
 
@@ -164,7 +164,7 @@ def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reade
     # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
     from ppcl_ds.teacher.sharded import load_teacher
 
-    config = read_deepspeed_file(recipe.deepspeed.teacher)
+    config = teacher_config(recipe)
     sharded = load_teacher(teacher, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
     samples = read_samples(recipe, teacher, sharded, "heldout", recipe.probe.batch_size, 0, 1, device)
     _, first = next(samples)

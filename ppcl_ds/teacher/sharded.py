@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -44,7 +45,7 @@ def load_teacher(
 
     Args:
         config: DeepSpeed configuration with ZeRO stage 3; how much is gathered at a time is filled in, see
-            `with_gathering`.
+            `with_gathering`. Its `offload_param` has partitions lie in CPU memory.
         dtype: of the weights; what the family keeps in float32 stays float32.
         ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
             (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
@@ -68,6 +69,8 @@ def load_teacher(
             own = partitioner.reserve(parameter, files.runs_as(key, dtype))
             module.register_parameter(name, own)
             _fill_partition(files, key, own)
+            if partitioner.pin_memory:
+                _copied_without_waiting(own)
     for name, buffer in model.named_buffers():
         if name in files.keys:  # stored ones come in the dtype of parameters, computed ones stay as they are
             buffer.data = files.tensor(name).to(files.runs_as(name, dtype))
@@ -79,6 +82,15 @@ def load_teacher(
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
+
+
+def _copied_without_waiting(parameter: Any) -> None:
+    """Have what is pinned in CPU memory go to the accelerator without the host waiting for it.
+
+    DeepSpeed calls `to` of each part that it gathers over several ranks, and waits, parameter by parameter.
+    """
+    for part in filter(None.__ne__, (parameter.ds_tensor, parameter.ds_secondary_tensor)):
+        part.to = partial(part.to, non_blocking=True)
 
 
 def forget_order(engine: deepspeed.DeepSpeedEngine) -> None:

@@ -17,7 +17,7 @@ from ppcl_ds import launch, reporting
 from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, TrainingFolder, teacher_config
 from ppcl_ds.sections import Training as Settings
 from ppcl_ds.teacher.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.teacher.samples import take_further
@@ -66,7 +66,7 @@ class Training(ABC):
         self.dtype = DTYPES[recipe.teacher.precision]
         self.device = torch.device(get_accelerator().current_device_name())
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
-        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        config = teacher_config(recipe)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.data = self.open_data()
         self.engine, readers = self.build()

@@ -56,6 +56,7 @@ class Case:
         tokens: of Qwen-Image's captions, by turns, as an estimate takes them by default; FLUX.1's all have 512.
         size: of the latents, and of the pictures: a pixel is a latent.
         plan: units of which kinds.
+        teacher_offload: whether the teacher lies in CPU memory.
         uses: of each reading of the teacher; of more than one, two readings are kept.
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
@@ -78,6 +79,7 @@ class Case:
     plan: Literal["depth", "width", "published"] = "depth"
     checkpointing: bool = True
     offload: bool = False
+    teacher_offload: bool = False
     uses: int = 1
     ring_offload: bool = False
     boundary: float = 0.0
@@ -142,7 +144,7 @@ class Case:
                     "images": {"size": self.size},
                     "workers": 0,
                 },
-                "teacher": {"path": folder / "teacher"},
+                "teacher": {"path": folder / "teacher", "offload": "cpu" if self.teacher_offload else None},
                 "noise": {"caption_dropout": 0.0},
                 "probe": {"batch_size": 2, "batches": 2 * self.world, "blocks_at_once": 2, "max_span": 3},
                 "plan": {"variants": {"small": 0.4}, "max_span": 3},

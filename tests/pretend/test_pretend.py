@@ -31,7 +31,7 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, what="finetune", boundary=1.0, ema=0.9, then=("look", "save")),
         replace(NARROW, what="finetune", family="flux", blocks=2),
         replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
-        replace(NARROW, what="probe"),
+        replace(NARROW, what="probe", teacher_offload=True),
         pytest.param(replace(QWEN, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, plan="published"), marks=FULL),
         pytest.param(replace(FLUX, then=("look",)), marks=FULL),
@@ -113,6 +113,17 @@ def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
     assert rank.ahead() < 0.6
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_teacher_in_cpu_memory_is_copied_ahead(stages: int) -> None:
+    """No copy is waited for but by a rank that is alone, which waits once a block for the copies it was ahead with."""
+    [rank] = observe(replace(STEP, teacher_offload=True, stages=stages), (0,))
+    assert rank.ahead() >= (0.95 if stages > 1 else 0.9)
+    blocks = rank.waits().pop("teacher/anatomy.py:_until_stopped", 0)
+    assert blocks <= 4 * STEP.blocks * (stages == 1)
+    assert {place for place in rank.waits() if "teacher/" not in place} == {"training/optimizer.py:step"}
+    assert rank.notes["step"]["fetched"]["ahead"] > 2**30
+
+
 def test_measuring_units_gathers_ahead() -> None:
     """Every forward but the first, which learns the order."""
     [rank] = observe(replace(NARROW, what="swaps", plan="width", stages=1, replicas=2), (0,))
@@ -137,12 +148,14 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         STEP,
         replace(STEP, uses=2),
         replace(STEP, uses=2, ring_offload=True),
+        replace(STEP, teacher_offload=True),
+        replace(STEP, teacher_offload=True, stages=1),
         pytest.param(QWEN, marks=FULL),
         pytest.param(FLUX, marks=FULL),
         pytest.param(replace(QWEN, replicas=8), marks=FULL),
         pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["small", "replay", "replay-offload", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+    ids=["small", "replay", "replay-offload", "teacher-offload", "alone", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     """Of every stage, within 5 %."""
