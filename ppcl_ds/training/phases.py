@@ -271,12 +271,17 @@ class Account(ABC):
             moments: float32 numbers that the optimizer keeps of each parameter beside the master.
         """
         size, everywhere = trained * (2 * 4 + self.teacher.element), shared * 2 * 4
-        each = 0 if self.settings.optimizer.offload else 4 * (1 + moments)
+        offload, share = self.settings.optimizer.offload, -(-trained // cluster.replicas)
+        kept = {"optimizer": share * 4 * (1 + moments)}
+        way = {
+            "gradients and parameters on their way": share * (4 + self.teacher.element)
+        }  # may take twice that, pinned
         return Phase(
             "gradient reduction",
             moved=most(
                 ring(size, rank, ranks, cluster) + ring(everywhere, rank, cluster.pipe_group(rank), cluster)
                 for rank in ranks
             ),
-            resident={"optimizer": -(-trained // cluster.replicas) * each},
+            resident={"optimizer": 0} if offload else kept,
+            host=kept | way if offload else {},
         )

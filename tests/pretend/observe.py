@@ -46,7 +46,7 @@ class Observed:
         return dict(self.notes[during]["waits"])
 
     def ahead(self, during: str = "step") -> float:
-        """The share of gathered bytes, or of a rank that is alone copied ones, asked for before the block that needs them."""
+        """The share of gathered bytes (copied ones, of a lone rank) asked for before the block that needs them."""
         gathered = self.notes[during]["gathered"] or self.notes[during]["fetched"]
         ahead, late = gathered.get("ahead", 0), gathered.get("late", 0)
         return ahead / (ahead + late)

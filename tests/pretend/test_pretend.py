@@ -29,6 +29,7 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, plan="width", then=("look", "save")),
         replace(NARROW, uses=2, ring_offload=True, then=("save",)),
         replace(NARROW, what="finetune", boundary=1.0, ema=0.9, then=("look", "save")),
+        replace(NARROW, what="finetune", blocks=6, offload=True, then=("save",)),
         replace(NARROW, what="finetune", family="flux", blocks=2),
         replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
         replace(NARROW, what="probe", teacher_offload=True),
@@ -89,6 +90,14 @@ def test_what_is_replayed_from_cpu_memory_is_not_waited_for(rounds: int) -> None
     for rank in observe(replace(NARROW, blocks=8, rounds=rounds, uses=2, ring_offload=True), (0,)):
         assert rank.waits() == {"training/optimizer.py:step": 1}
         assert rank.notes["step"]["copies"].keys() == {"training/delivery.py:sent", "distill/replay.py:<lambda>"}
+
+
+def test_an_optimizer_in_cpu_memory_is_waited_for_once_a_unit() -> None:
+    """For its gradient, which is under way since it was averaged; not for the parameters on their way back."""
+    [rank] = observe(replace(NARROW, blocks=8, offload=True), (0,))
+    units = 2  # of four on eight blocks
+    assert rank.waits() == {"training/optimizer.py:step": 1, "training/offload.py:gradient": units}
+    assert rank.notes["step"]["copies"].keys() == {"training/delivery.py:sent", "training/offload.py:send"}
 
 
 def test_the_pipeline_waits_for_what_it_is_told_alone() -> None:
