@@ -97,6 +97,8 @@ def join(timeout: float = 1800.0, *, deterministic: bool = False) -> torch.devic
 
     if deterministic:
         be_deterministic()
+    # Sends of 1F1B share a communicator with other collectives. Their order is the same on all ranks; it need not warn.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory collectives now. We call none of them, and a compiler lock that a killed
     # build left behind would hang every later run.

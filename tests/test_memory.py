@@ -15,6 +15,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.estimate import card
 from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.watch.tensorboard import memory_figures
 from tests.conftest import command
 from tests.plans import three_spans
 from tests.ranks import environment, run
@@ -111,3 +112,13 @@ def test_segments_grow_unless_the_environment_says_otherwise(own: dict[str, str]
     bare = {key: value for key, value in environment().items() if "ALLOC_CONF" not in key}
     done = subprocess.run([sys.executable, "-c", code], env=bare | own, text=True, capture_output=True, check=True)
     assert done.stdout.split() == ["False", left]
+
+
+def test_a_gpu_also_says_what_torch_holds_and_how_often_it_was_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(memory_figures(3)) == {"memory_gib/rank_3"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**31)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_alloc_retries": 5})
+    found = {"memory_gib/rank_3": 1.0, "memory_reserved_gib/rank_3": 2.0, "memory_retries/rank_3": 5.0}
+    assert memory_figures(3) == found

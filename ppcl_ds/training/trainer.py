@@ -35,7 +35,7 @@ from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.watch.lock import FolderLock
 from ppcl_ds.watch.preemption import Preemption
-from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
+from ppcl_ds.watch.tensorboard import mean_over_ranks, memory_figures
 from ppcl_ds.watch.timer import Timer, matrix_rate
 from ppcl_ds.watch.watchdog import Watchdog
 
@@ -293,8 +293,7 @@ class Training(ABC):
             own["data/dropped_pictures"] = float(self.data.dropped)  # the mean over ranks
         schedule = self.engine.lr_scheduler  # the first part's rate may be a multiple of the recipe's
         own["run/learning_rate"] = self.settings.optimizer.lr * schedule.lr_lambdas[0](schedule.last_epoch)
-        own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
-        return own
+        return own | memory_figures(dist.get_rank())
 
     def _keep_pictures(self, step: int) -> dict[str, Tensor]:
         """Write the images that were finished, see `Pictures.keep`."""

@@ -93,6 +93,7 @@ def train(run: Run) -> None:
     MISTAKES[run.case.mistake](trainer)
     run.watched("step", lambda: trainer.step(batches))
     run.watched("measured", trainer.measured)
+    run.notes["events kept"] = len(getattr(trainer.engine.timers("train_batch"), "event_timers", ()))
     if "look" in run.case.then:
         _stub_decoder()
         trainer.sharded.module.register_forward_hook(partial(_tell_shape, run.program))

@@ -103,6 +103,7 @@ def test_an_optimizer_in_cpu_memory_is_waited_for_once_a_unit() -> None:
 def test_the_pipeline_waits_for_what_it_is_told_alone() -> None:
     """A stage of 1F1B also learns how long its messages are; nothing else is waited for."""
     [rank] = observe(replace(NARROW, what="finetune", boundary=1.0), (0,))
+    assert rank.notes["events kept"] == 0, "what is timed and never asked for is forgotten"
     assert set(rank.waits()) == {
         "training/optimizer.py:step",
         "training/optimizer.py:clip_norms",
