@@ -57,6 +57,7 @@ class Case:
         size: of the latents, and of the pictures: a pixel is a latent.
         plan: units of which kinds.
         teacher_offload: whether the teacher lies in CPU memory.
+        units_at_most: of a plan of depth units; 0: as many as there are spans.
         uses: of each reading of the teacher; of more than one, two readings are kept.
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
@@ -80,6 +81,7 @@ class Case:
     checkpointing: bool = True
     offload: bool = False
     teacher_offload: bool = False
+    units_at_most: int = 0
     uses: int = 1
     ring_offload: bool = False
     boundary: float = 0.0
@@ -169,6 +171,7 @@ class Case:
         starts = [first for first in range(0, blocks + 1 - long, long) if not first < joined < first + long]
         spans = [(first, first + long - 1) for first in starts]
         units = [UnitPlan(name=f"unit_{u}", span=(u, v), streams=("image",) if v == last else BOTH) for u, v in spans]
+        units = units[: self.units_at_most or None]
         if self.plan == "width":
             units = [
                 units[0],
