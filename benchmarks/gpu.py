@@ -3,7 +3,7 @@
     python -m benchmarks.gpu [--json FILE] [--markdown FILE] [--minutes 10] [--quick]
 
 The teacher is random, a few blocks as wide as Qwen-Image's, and reads about 6,900 image tokens a sample, in bfloat16.
-Where there are several GPUs, some rows take up to eight of them: the teacher gathered from all, the exchange. What has
+Where there are several GPUs, some rows take up to five of them: the teacher gathered from all, the exchange. What has
 not begun when the minutes are over is left out, and named.
 Both sides of a row run in the same process, one after the other in turns, but for memory: there each side has a process
 of its own, as only what it alone holds counts. With `--quick` everything is small, and runs without a GPU, too.
@@ -120,7 +120,7 @@ class Runs:
         save_teacher(teacher, work)
         self.work, self.device = work, device_here()
         gpus = torch.cuda.device_count()
-        self.world = min(gpus, work.blocks, 8) if self.device == "cuda" else 2
+        self.world = min(gpus, work.blocks - 1) if self.device == "cuda" else 2
         [self.where] = run_ranks("benchmarks.gpu_parts:where", 1, self.device)
         self.one = prepare(folder / "one", work, ONE, teacher=teacher)
         self.four = prepare(folder / "four", work, LIBRARY, teacher=teacher)
@@ -130,7 +130,7 @@ class Runs:
         raw["distill"]["compile"] = True
         self.compiling.write_text(yaml.safe_dump(raw))
         if self.world > 1:
-            spread = {"all": [(first, first + 1) for first in range(0, work.blocks - 1, 1)][: self.world]}
+            spread = {f"from {first}": [(first, first + 1)] for first in range(self.world)}
             staged = replace(work, stages=self.world, micro_batches=2 * self.world)
             self.staged = prepare(folder / "staged", staged, spread, teacher=teacher)
 

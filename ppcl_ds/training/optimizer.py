@@ -49,6 +49,8 @@ class UnitOptimizer(BF16_Optimizer):
         super().__init__(optimizer, *arguments, bfloat16_config=precision, grad_acc_dtype=torch.float32, **options)
         self.offload = Offload(self.masters, self._own_parameters) if offload else None
         if self.offload is not None:
+            for master in self.masters:
+                master.data = master.data.new_empty(0)  # whoever else has it, it takes no memory where it was
             self.fp32_groups_flat_partition = self.offload.masters
             for group, master in zip(self.optimizer.param_groups, self.masters, strict=True):
                 group["params"] = [master]

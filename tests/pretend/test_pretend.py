@@ -160,12 +160,24 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         replace(STEP, uses=2, ring_offload=True),
         replace(STEP, teacher_offload=True),
         replace(STEP, teacher_offload=True, stages=1),
+        replace(STEP, offload=True),
         pytest.param(QWEN, marks=FULL),
         pytest.param(FLUX, marks=FULL),
         pytest.param(replace(QWEN, replicas=8), marks=FULL),
         pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["small", "replay", "replay-offload", "teacher-offload", "alone", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+    ids=[
+        "small",
+        "replay",
+        "replay-offload",
+        "teacher-offload",
+        "alone",
+        "offload",
+        "qwen-8",
+        "flux-8",
+        "qwen-32",
+        "finetune-8",
+    ],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     """Of every stage, within 5 %."""
