@@ -113,7 +113,9 @@ class TeacherCosts:
 
     def _partitions(self, cluster: Cluster) -> Parts:
         """The partition over all ranks, and the one inside the node, if any."""
-        return {name: sum(partition_sizes(self.parameters, ranks)) for name, ranks in self._divided(cluster).items()}
+        divided = self._divided(cluster).items()
+        taken = {name: sum(partition_sizes(self.parameters, ranks)) for name, ranks in divided}
+        return {"teacher partition": 0, "teacher copy in the node": 0} | taken
 
     def host(self, cluster: Cluster) -> Parts:
         """CPU memory of a process, if partitions lie there. What is pinned takes the next power of two of bytes, each
