@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Steps at the block size of Qwen-Image, measured on one CUDA GPU; the table is printed, and its rows are written as JSON.
+# Steps at the block size of Qwen-Image, measured on CUDA GPUs; the table is printed, and written as JSON and as a page of
+# Markdown beside it, which can be sent to whoever wants to know.
 #
-#   benchmarks/gpu.sh [JSON]      default: gpu.json in the repository
+#   benchmarks/gpu.sh [JSON]      default: gpu.json in the repository, and gpu.md
 #
 # It needs
-#   - a CUDA GPU with 80 GB, idle: who else computes on it is measured, too
+#   - a CUDA GPU with 80 GB, or several, idle: who else computes on them is measured, too
 #   - .venv with a CUDA build of torch (`make .venv/ready`), or PYTHON=... with ppcl_ds installed
 #   - 6 GB in TMPDIR and 12 GB of memory, for a random teacher of six blocks
-# and takes about eight minutes. CUDA_VISIBLE_DEVICES chooses among several GPUs.
+# What has not begun after eight minutes is left out, and named. CUDA_VISIBLE_DEVICES chooses among several GPUs.
 set -euo pipefail
 
 json=$(realpath -m -- "${1:-$(dirname -- "${BASH_SOURCE[0]}")/../gpu.json}")
@@ -24,5 +25,5 @@ fi
 # All of it at a small size first: what does not work on this machine shows within a minute or two.
 "$python" -m benchmarks.gpu --quick
 
-"$python" -m benchmarks.gpu --json "$json"
-echo "rows: $json"
+"$python" -m benchmarks.gpu --json "$json" --markdown "${json%.json}.md" --minutes 8
+echo "rows: $json, page: ${json%.json}.md"

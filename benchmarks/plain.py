@@ -87,13 +87,17 @@ class PlainStudents:
         return reading
 
     @torch.no_grad()
-    def forward(self, batch: Latents) -> Tensor:
-        """The teacher's velocity, packed, (B, H/2 * W/2, 4 C)."""
+    def forward(self, batch: Latents, mask: Tensor | None = None) -> Tensor:
+        """The teacher's velocity, packed, (B, H/2 * W/2, 4 C).
+
+        Args:
+            mask: (B, S) bool, which text tokens count; None, as the stock pipeline has it where no caption is padded.
+        """
         count, _, height, width = shape = batch.noisy.shape
         return self.teacher(
             hidden_states=diffusers.QwenImagePipeline._pack_latents(batch.noisy, *shape),
             encoder_hidden_states=batch.embeds,
-            encoder_hidden_states_mask=None,  # as the stock pipeline says where no caption is padded
+            encoder_hidden_states_mask=mask,
             timestep=batch.sigmas,
             img_shapes=[[(1, height // 2, width // 2)]] * count,
             return_dict=False,

@@ -3,9 +3,9 @@
     python -m benchmarks.pretend [--json FILE] [--quick]
 
 Rank 0 of 4 stages x 2 replicas, micro-batch 2, at the published size; `--quick` takes two stages and six blocks of each
-kind. Looks and exchanges are of few narrow blocks, as their counts do not depend on that. Nothing is computed and no
-accelerator is needed, see `tests/pretend/`. These are counts and not times: "other" is how much there is of what "ours"
-is a part of.
+kind, as the rows of a teacher in CPU memory always do. Looks and exchanges are of few narrow blocks, as their counts do
+not depend on that. Nothing is computed and no accelerator is needed, see `tests/pretend/`. These are counts and not
+times: "other" is how much there is of what "ours" is a part of.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAMES = {"qwen": "Qwen-Image", "flux": "FLUX.1"}
 def rows_of(case: Case) -> list[Row]:
     """What one rank's step showed."""
     [rank] = observe(case, (0,))
-    step, name = rank.notes["step"], NAMES[case.family]
+    step, name = rank.notes["step"], NAMES[case.family] + (", teacher in CPU memory" if case.teacher_offload else "")
     gathered, attention, waits = step["gathered"], step["attention"], rank.waits()
     teacher, kernels = (gathered.get("ahead", 0) + gathered.get("late", 0)) / 2**30, sum(step["kernels"].values())
     ahead, calls = gathered.get("ahead", 0) / 2**30, sum(attention.values())
@@ -79,6 +79,7 @@ def main(json: JsonFile = None, quick: Quick = False) -> None:
     if quick:
         cases = [Case(family=case.family, blocks=blocks, rounds=1) for case in cases]
     rows = [each for case in cases for each in (*rows_of(case), *held_whole(case))]
+    rows += rows_of(Case(blocks=6, rounds=1, teacher_offload=True))
     show("a step on a pretended accelerator", rows + looks_and_exchanges(), json)
 
 

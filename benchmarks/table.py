@@ -53,6 +53,26 @@ def row_of_pairs(name: str, ours: Sequence[float], other: Sequence[float], unit:
     return Row(name, median(ours), median(other), median(ratios), unit, f"{note}; {spread}")
 
 
+def markdown(title: str, rows: Sequence[Row], facts: Sequence[str]) -> str:
+    """The table as a page that can be sent to somebody.
+
+    Args:
+        facts: what it was measured on, and what was not measured.
+    """
+    lines = [
+        f"# {title}",
+        "",
+        *(f"- {fact}" for fact in facts),
+        "",
+        "| | ours | other | ratio | unit |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {each.name} | {each.ours:.4g} | {each.other:.4g} | **{each.ratio:.3f}** | {each.unit} |" for each in rows
+    ]
+    return "\n".join([*lines, "", *(f"- {each.name}: {each.note}." for each in rows)]) + "\n"
+
+
 def show(title: str, rows: Sequence[Row], file: Path | None) -> None:
     """Print the table with its notes underneath, and write its rows to `file` if there is one."""
     table = Table("", "name", title=title, box=SIMPLE, pad_edge=False, title_justify="left")

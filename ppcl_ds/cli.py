@@ -5,12 +5,13 @@ Each step is imported when it is called, after the check of the recipe: help and
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ppcl_ds import console, launch
+from ppcl_ds import console, launch, memory
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
@@ -37,6 +38,7 @@ app.add_typer(cluster_app)
 app.add_typer(teacher_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
+_EVALUATE_LESS = "lower evaluate.batch_size"
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
 
@@ -62,7 +64,8 @@ def probe(
         merge_parts(loaded, teacher)
         return
     launch.on_ranks(loaded.topology.world)
-    probe(loaded, teacher, part)
+    with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once"):
+        probe(loaded, teacher, part)
 
 
 @app.command()
@@ -105,7 +108,8 @@ def plan(
             replan.write(swaps)
             return
         launch.on_ranks(loaded.topology.world)
-        replan.measure()
+        with memory.told("plan", "lower evaluate.batch_size"):
+            replan.measure()
     elif check:
         run.check(loaded)
     elif show:
@@ -182,7 +186,10 @@ def distill(
         print_estimate(loaded, teacher)
         return
     launch.on_ranks(loaded.topology.world)
-    distill(loaded, teacher, checked, until)
+    from ppcl_ds.estimate.card import warn_if_too_small
+
+    with memory.told("distill", memory.training_lower("distill", loaded.distill)):
+        distill(loaded, teacher, checked, until, partial(warn_if_too_small, loaded, teacher))
 
 
 @app.command()
@@ -216,7 +223,10 @@ def finetune(
         print_estimate(loaded, checked.teacher, variant)
         return
     launch.on_ranks(loaded.topology.world)
-    finetune(checked, until)
+    from ppcl_ds.estimate.card import warn_if_too_small
+
+    with memory.told("finetune", memory.training_lower("finetune", loaded.tuning)):
+        finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
 
 
 @app.command()
@@ -254,11 +264,13 @@ def evaluate(
         from ppcl_ds.evaluate.speed import measure_speed
 
         if launch.is_first_rank():
-            measure_speed(loaded, checked.teacher, checked.drawn)
+            with memory.told("evaluate", _EVALUATE_LESS):
+                measure_speed(loaded, checked.teacher, checked.drawn)
         return
     if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
         launch.on_ranks(gpus)
-    evaluate(checked)
+    with memory.told("evaluate", _EVALUATE_LESS):
+        evaluate(checked)
 
 
 @app.command()

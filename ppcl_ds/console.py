@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ppcl_ds import launch, launcher, reporting
+from ppcl_ds import launch, launcher, memory, reporting
 from ppcl_ds.errors import UserError, brief
 
 Item = TypeVar("Item")
@@ -42,6 +42,7 @@ def run(app: typer.Typer) -> None:
     """Run a command line: a `UserError` is one line on stderr and exit code 2, Ctrl-C is 130 and SIGTERM 143."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    memory.set_allocator()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, launch.leave_by_signal)
     if launch.is_rank():

@@ -89,10 +89,11 @@ def _environment(world: int) -> dict[str, str]:
     return defaults | os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def join(timeout: float = WAIT) -> torch.device:
+def join(timeout: float = WAIT, *, deterministic: bool = False) -> torch.device:
     """Join the other ranks; every rank must call it first. Returns this rank's device.
 
     Args:
+        deterministic: compute to the same bits again on a GPU, see `be_deterministic`.
         timeout: seconds that a collective may wait for a rank; twice as long counts as lost, so that whoever watches
             the ranks can name the late one first.
     """
@@ -100,6 +101,10 @@ def join(timeout: float = WAIT) -> torch.device:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    if deterministic:
+        be_deterministic()
+    # Sends of 1F1B share a communicator with other collectives. Their order is the same on all ranks; it need not warn.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory collectives now. We call none of them, and a compiler lock that a killed
     # build left behind would hang every later run.
@@ -108,6 +113,19 @@ def join(timeout: float = WAIT) -> torch.device:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=2 * timeout))
     return torch.device(get_accelerator().current_device_name())
+
+
+def be_deterministic() -> None:
+    """Have this process compute to the same bits again on a GPU of the same kind; before it is first used.
+
+    Attention's backward adds up in the order in which its threads come, unless it is told not to; cuDNN's cannot be.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
+    torch.use_deterministic_algorithms(True)  # only warning would leave attention as it is
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # we read nothing that we have not written
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def set_timeout(timeout: float = WAIT) -> None:

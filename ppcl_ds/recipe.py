@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from ppcl_ds.errors import UserError, brief, missing, shown
+from ppcl_ds.errors import UserError, brief, missing
+from ppcl_ds.recipe_errors import explain
 from ppcl_ds.sections import (
     Cluster,
     Data,
@@ -27,7 +27,7 @@ from ppcl_ds.sections import (
     Teacher,
     Topology,
 )
-from ppcl_ds.yaml_file import Place, read_yaml
+from ppcl_ds.yaml_file import read_yaml
 
 
 def checkpoint_tag(step: int) -> str:
@@ -97,6 +97,9 @@ class Recipe(Section):
     run: Path
     """Folder of this run; `{run}` in other paths stands for it."""
     seed: int = Field(default=0, ge=0)
+    deterministic: bool = False
+    """Have a GPU repeat a run to the same bits: attention's backward then adds in a fixed order, which takes more time.
+    A CPU always does."""
     data: Data
     teacher: Teacher
     noise: Noise = Noise()
@@ -208,6 +211,26 @@ def read_deepspeed_file(path: Path) -> dict[str, Any]:
         raise UserError(f"DeepSpeed file {path}: {brief(fault)}") from None
 
 
+def teacher_config(recipe: Recipe) -> dict[str, Any]:
+    """The teacher's DeepSpeed file, with what the recipe says of CPU memory unless the file says it itself.
+
+    Raises:
+        UserError: it is missing or not JSON, or the teacher is to be in two places.
+    """
+    path = recipe.deepspeed.teacher
+    config = read_deepspeed_file(path)
+    if recipe.teacher.offload:
+        offload = {"offload_param": {"device": recipe.teacher.offload, "pin_memory": True}}
+        config |= {"zero_optimization": offload | config["zero_optimization"]}
+    asked = config["zero_optimization"].get("offload_param") or {}
+    if recipe.teacher.ranks_per_copy == 1 and asked.get("device", "none") != "none":
+        raise UserError(
+            "teacher.ranks_per_copy: 1 has every process hold the teacher on its accelerator, but teacher.offload or "
+            f"offload_param in {path} has it in CPU memory; leave one of them out"
+        )
+    return config
+
+
 def load_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
@@ -223,7 +246,7 @@ def load_recipe(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(_with_texts(raw, lambda text: text.replace("{run}", str(raw.get("run", "")))))
     except ValidationError as fault:
-        whys = [_explain(error, lines) for error in fault.errors()]
+        whys = [explain(error, lines, Recipe, _GONE) for error in fault.errors()]
         more = f"; and {len(whys) - _TOLD} more" if len(whys) > _TOLD else ""
         raise UserError(f"recipe {path}: {'; '.join(whys[:_TOLD])}{more}") from None
 
@@ -289,60 +312,3 @@ _GONE = {
     ("noise", "shift"): "the scheduler of the pipeline at teacher.path shifts noise levels",
 }
 """Keys of earlier releases, and what answers them now."""
-
-_SHOULD_BE = {
-    "int": "a whole number",
-    "float": "a number",
-    "finite_number": "a finite number",
-    "string": "text",
-    "bool": "true or false",
-    "path": "a path",
-    "byte_size": "a size such as 500MB",
-    "tuple": "a list",
-    "dict": "keys and values",
-    "model": "a section of keys and values",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "one of {expected}",
-    "too_long": "a list of at most {max_length}",
-}
-"""What a value should be by the beginning of pydantic's type of error; the longest that fits counts."""
-
-
-def _explain(error: Any, lines: dict[Place, int]) -> str:
-    """One pydantic error as words with its line, and the nearest known key for an unknown one."""
-    place = error["loc"]
-    key = ".".join(str(part) for part in place)
-    while place and place not in lines:
-        place = place[:-1]
-    line = f" (line {lines[place]})" if place else ""
-    kind = error["type"]
-    if kind == "extra_forbidden" and error["loc"] in _GONE:
-        return f"key '{key}'{line} is gone; delete it: {_GONE[error['loc']]}"
-    if kind == "extra_forbidden":
-        known = _known_keys(Recipe, error["loc"][:-1])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
-        return f"unknown key '{shown(key, 100)}'{line}; {hint}"
-    if kind == "missing":
-        return f"key '{key}' is missing{line}"
-    fits = max((name for name in _SHOULD_BE if kind.startswith(name)), key=len, default="")
-    if not fits:
-        message = shown(error["msg"].removeprefix("Value error, "), 600)
-        return f"{key}: {message}{line}" if key else message
-    found = "nothing" if error["input"] is None else repr(error["input"])
-    quotes = "; put it in quotes" if fits == "string" and isinstance(error["input"], int | float) else ""
-    should = _SHOULD_BE[fits].format(**error.get("ctx", {}))
-    return f"{key} must be {should}, not {shown(found, 80)}{quotes}{line}"
-
-
-def _known_keys(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    for part in path:
-        if isinstance(part, int):  # an entry of a list
-            continue
-        annotation = model.model_fields[part].annotation
-        options = [annotation, *get_args(annotation)]
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(model.model_fields)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
+from ppcl_ds.jobs import Cluster as Cluster
 from ppcl_ds.prompt_sets import Drawn
 from ppcl_ds.sampling import Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
@@ -122,6 +123,10 @@ class Teacher(Section):
     """So many neighbouring processes hold a copy of the teacher between them (ZeRO++ hpZ). Default: those of one node,
     so that forwards stay off the network. The number of all: one copy over all nodes, where nodes are small. 1: each
     has all of it, which is fastest; `ppcl estimate` says where it fits."""
+    offload: Literal["cpu"] | None = None
+    """`cpu`: each process's part lies in pinned CPU memory, and blocks are copied to the accelerator ahead of their
+    turn: for cards that the teacher does not fit on. A forward takes at least as long as the copies; large
+    micro-batches hide them."""
 
 
 class Noise(Section):
@@ -267,6 +272,9 @@ class Distill(Training):
     """About so many finished images of `trajectories` are kept in `{run}/pictures`, as encoded shards."""
     calibration_steps: int = Field(default=8, gt=0)
     """Width units start from least squares on so many steps: several times more tokens than a linear has inputs."""
+    compile: bool = False
+    """Run units' blocks and losses under torch.compile, which fuses what is done element by element. The first step
+    takes minutes longer; a block that does not compile runs as it is, and a line says so. Needs a C++ compiler."""
     magnitude_weight: float = Field(default=1.0, ge=0)
     """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
 
@@ -310,31 +318,6 @@ class Evaluate(Drawn):
     judge: str = ""
     """`module:function` that scores images: called with images (N, C, H, W) in [-1, 1] and their captions,
     returns `{"accuracy": ..., "frechet": ...}`. Empty: those columns are left out."""
-
-
-class Cluster(Section):
-    """The Slurm jobs of `ppcl submit`. See `docs/cluster.md`."""
-
-    processes_per_node: int = Field(default=8, gt=0)
-    """Processes of a full node, one for each accelerator; how many nodes there are follows from the topology."""
-    gpus: bool = True
-    """Ask for a GPU a process (`--gpus-per-node`); false: nodes have none, or `options` asks in another way."""
-    accelerator: str = ""
-    """One of those that `ppcl estimate` knows: a run that does not fit on it is refused. Empty: nobody knows."""
-    time: str = "24:00:00"
-    """Time limit of each job. Training is requeued when it is over, and goes on."""
-    notice: int = Field(default=300, gt=0)
-    """Seconds before the limit at which training is told: longer than its slowest step and a checkpoint take."""
-    requeues: int = Field(default=20, ge=0)
-    """How often a job may be requeued: with time limits, the longest that a training may take."""
-    encode_tasks: int = Field(default=8, gt=0)
-    """Jobs that share the shards to encode."""
-    probe_parts: int = Field(default=8, gt=0)
-    """Jobs that share the probe's batches, each on all processes of the topology."""
-    options: tuple[str, ...] = ()
-    """More options of sbatch for every job, such as `--partition=gpu`; they override those above."""
-    scripts: Path = shipped("slurm")
-    """Folder of the scripts and of `site.env`; name your own copy here once you edit them."""
 
 
 class DemoTeacher(Section):

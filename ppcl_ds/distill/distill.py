@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ppcl_ds import launch
@@ -41,9 +43,20 @@ def check(recipe: Recipe) -> tuple[Teacher, Plan]:
     return teacher, plan
 
 
-def distill(recipe: Recipe, teacher: Teacher, plan: Plan, until: int | None = None) -> None:
-    """Distill the plan's library, to its last step or only `until` an earlier one; every rank must call this."""
-    launch.join(recipe.distill.timeout)
+def distill(
+    recipe: Recipe,
+    teacher: Teacher,
+    plan: Plan,
+    until: int | None = None,
+    joined: Callable[[], object] = lambda: None,
+) -> None:
+    """Distill the plan's library, to its last step or only `until` an earlier one; every rank must call this.
+
+    Args:
+        joined: called once the ranks have joined each other, before anything is loaded.
+    """
+    launch.join(recipe.distill.timeout, deterministic=recipe.deterministic)
+    joined()
     from ppcl_ds.distill.trainer import Trainer
 
     trainer = Trainer(recipe, plan, teacher)

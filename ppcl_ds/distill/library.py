@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from deepspeed.pipe import LayerSpec
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.engine import Students
 from ppcl_ds.training.log import Means
+from ppcl_ds.units.compiled import Compiled
 from ppcl_ds.units.kinds import build_unit
 from ppcl_ds.units.loss import boundary_loss, norm_ratio
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -23,6 +24,7 @@ class UnitLayer(nn.Module):
     Args:
         plan: what it takes the place of.
         checkpointing: recompute activations in the backward pass, see `recompute_parts`.
+        compiles: run its block and its loss under torch.compile.
     """
 
     def __init__(
@@ -32,12 +34,17 @@ class UnitLayer(nn.Module):
         dtype: torch.dtype,
         magnitude_weight: float,
         checkpointing: bool,
+        compiles: bool,
     ) -> None:
         super().__init__()
         self.plan, self.magnitude_weight = plan, magnitude_weight
         self.unit = build_unit(plan, teacher, dtype).requires_grad_(True).eval()
         if checkpointing:
             self.unit.recompute()
+        self.judge: Callable[..., tuple[Tensor, Tensor]] = _judge
+        if compiles:
+            self.unit.compile_block()
+            self.judge = Compiled(_judge, "the units' loss")
         self._means = Means()
 
     @property
@@ -50,8 +57,8 @@ class UnitLayer(nn.Module):
         measured: dict[str, Tensor] = {}
         for name in self.plan.outputs:
             student, teacher, mask = outputs[name], batch.targets[name], batch.mask_of(name)
-            measured[f"loss/{name}"] = boundary_loss(student, teacher, mask, self.magnitude_weight)
-            measured[f"norm_ratio/{name}"] = norm_ratio(student.detach(), teacher, mask)
+            loss, ratio = self.judge(student, teacher, mask, self.magnitude_weight)
+            measured |= {f"loss/{name}": loss, f"norm_ratio/{name}": ratio}
         self._means.add(measured)
         losses = [value for name, value in measured.items() if name.startswith("loss/")]
         return torch.stack(losses).sum()
@@ -59,6 +66,12 @@ class UnitLayer(nn.Module):
     def drain(self) -> dict[str, float]:
         """Means of loss and norm ratio by output since the last call; `unit/loss/output` -> value."""
         return {f"{self.name}/{name}": mean for name, mean in self._means.drain().items()}
+
+
+def _judge(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float) -> tuple[Tensor, Tensor]:
+    """Loss and norm ratio of a unit's output, see `boundary_loss`."""
+    loss = boundary_loss(student, teacher, mask, magnitude_weight)
+    return loss, norm_ratio(student.detach(), teacher, mask)
 
 
 class Library(Students):
@@ -80,8 +93,9 @@ class Library(Students):
         dtype: torch.dtype,
         magnitude_weight: float,
         checkpointing: bool,
+        compiles: bool = False,
     ) -> None:
-        shared = (teacher, dtype, magnitude_weight, checkpointing)
+        shared = (teacher, dtype, magnitude_weight, checkpointing, compiles)
         specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
         super().__init__(specs, [int(costs[unit.name]) for unit in plan.units], stages)
         names = [unit.name for unit in plan.units]

@@ -53,6 +53,7 @@ class Trainer(Training):
             dtype=self.dtype,
             magnitude_weight=settings.magnitude_weight,
             checkpointing=settings.activation_checkpointing,
+            compiles=settings.compile,
         )
         students = read_deepspeed_file(recipe.deepspeed.students)
         engine = StudentsEngine(self.library, students, settings, recipe.teacher.precision)

@@ -10,7 +10,7 @@ import torch
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.sections import Topology, Training
 from ppcl_ds.teacher.encoding import largest
 from ppcl_ds.teacher.gathering import with_gathering
@@ -128,11 +128,14 @@ def sharding_of(recipe: Recipe, teacher: Teacher, gpus_per_node: int) -> Shardin
     Raises:
         UserError: the file cannot be read.
     """
-    zero = with_gathering(read_deepspeed_file(recipe.deepspeed.teacher), teacher)["zero_optimization"]
+    zero = with_gathering(teacher_config(recipe), teacher)["zero_optimization"]
+    offload = zero.get("offload_param") or {}
     return Sharding(
         ranks_per_copy=recipe.teacher.ranks_per_copy or gpus_per_node,
         max_live=int(zero["stage3_max_live_parameters"]),
         prefetch=int(zero["stage3_prefetch_bucket_size"]),
         persistent=int(zero.get("stage3_param_persistence_threshold", 1e5)),
         whole=recipe.teacher.ranks_per_copy == 1,
+        offload=offload.get("device", "none") != "none",
+        pinned=bool(offload.get("pin_memory")),
     )

@@ -66,7 +66,7 @@ def _memory(e: Estimate) -> Table:
     table.add_row(e.accelerator.name, _bytes(e.accelerator.usable_bytes), f"{RESERVED:.0%} are left alone")
     if memory.host:
         table.add_section()
-        table.add_row("pinned CPU memory", _bytes(sum(memory.host.values())), _list(memory.host))
+        table.add_row("CPU memory of a process", _bytes(sum(memory.host.values())), _list(memory.host))
     return table
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_write, sha256
 from ppcl_ds.console import progress
 from ppcl_ds.errors import UserError
@@ -166,6 +166,7 @@ def stopped_file(run: Path) -> Path:
     return run / "evaluate" / "stopped"
 
 
+@memory.phase("prompt sets")
 def draw_sets(images: Images) -> bool:
     """Draw what is missing and lay everything out; every rank must call this, and has left the others afterwards.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
+from ppcl_ds import memory
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.load import load_model
 from ppcl_ds.recipe import Recipe
@@ -87,6 +88,7 @@ class Bench:
         self.teacher_latents: list[Tensor] = []
         self.teacher_blocks = 0
 
+    @memory.phase("held-out figures")
     def measure(self, name: str, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[ModelFigures, Tensor]:
         """All figures of one model, and its images (N, C, height, width) in [-1, 1].
 

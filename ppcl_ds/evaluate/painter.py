@@ -15,7 +15,7 @@ from torch import nn
 from ppcl_ds.errors import UserError, brief, shown
 from ppcl_ds.export.load import load_model, load_pipeline
 from ppcl_ds.export.placing import usable
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.own import own_of
 from ppcl_ds.teacher.pipeline_files import open_pipeline, read_index
@@ -156,7 +156,7 @@ class Painter:
         # DeepSpeed is imported by ranks only: it takes seconds and looks for accelerators.
         from ppcl_ds.teacher.sharded import load_teacher
 
-        config, ranks = read_deepspeed_file(self.recipe.deepspeed.teacher), self.recipe.teacher.ranks_per_copy
+        config, ranks = teacher_config(self.recipe), self.recipe.teacher.ranks_per_copy
         # Whole beside units is not yet whole beside text encoders and VAE.
         return _Spread(load_teacher(model, config, self.dtype, None if ranks == 1 else ranks), self.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -86,9 +87,14 @@ def newer_units(folder: TrainingFolder) -> str:
     )
 
 
-def finetune(start: Start, until: int | None = None) -> None:
-    """Fine-tune to the last step, or only `until` an earlier one; every rank must call this."""
-    launch.join(start.settings.timeout)
+def finetune(start: Start, until: int | None = None, joined: Callable[[], object] = lambda: None) -> None:
+    """Fine-tune to the last step, or only `until` an earlier one; every rank must call this.
+
+    Args:
+        joined: called once the ranks have joined each other, before anything is loaded.
+    """
+    launch.join(start.settings.timeout, deterministic=start.recipe.deterministic)
+    joined()
     from ppcl_ds.finetune.trainer import FineTuner
 
     if dist.get_rank() == 0:

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.console import track
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.anatomy import Block, Capture, Wanted
 from ppcl_ds.teacher.noising import DTYPES, NoisyBatch
 from ppcl_ds.teacher.samples import read_samples
@@ -62,13 +62,14 @@ class SwapBench:
     ) -> None:
         self.recipe, self.teacher, self.library, self.device = recipe, teacher, library, device
         self.dtype = DTYPES[recipe.teacher.precision]
-        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        config = teacher_config(recipe)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.units = {unit.name: build_unit(unit, teacher, self.dtype) for unit in library.units}
         for name, unit in self.units.items():
             unit.core.load_state_dict(checkpoint.unit(name))
             unit.free_calibration()
 
+    @memory.phase("velocities")
     def products(self) -> Tensor:
         """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
 
@@ -87,6 +88,7 @@ class SwapBench:
                 count += reference.numel()
         return self._mean(sums, count)
 
+    @memory.phase("velocities")
     def errors(self, sets: Sequence[tuple[str, ...]]) -> list[float]:
         """Mean squared difference from the teacher's velocity with each set of units; the same on every rank."""
         if not sets:
@@ -135,6 +137,7 @@ class SwapBench:
             unit.cpu()
         return velocity.float().cpu().flatten()
 
+    @memory.phase("times of blocks")
     def seconds(self) -> tuple[list[float], dict[str, float]]:
         """How long each of the teacher's blocks takes for one sample, and what each width unit saves of that.
 

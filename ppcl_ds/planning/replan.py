@@ -16,7 +16,7 @@ from ppcl_ds.planning.choose import choose_again, choose_sets
 from ppcl_ds.planning.error_model import fitted
 from ppcl_ds.planning.planner import budget_for, write
 from ppcl_ds.planning.swaps import Swaps, load_swaps
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import load_plan, refuse_edited
@@ -48,7 +48,7 @@ class Replan:
             raise UserError("plan.variants is empty: name the variants to choose, with the share that each gives up")
         launch.check_world(recipe.topology.world)
         check_data(recipe.data, train=False)
-        read_deepspeed_file(recipe.deepspeed.teacher)
+        teacher_config(recipe)
 
     @property
     def measured(self) -> Swaps | None:
@@ -66,7 +66,7 @@ class Replan:
 
     def measure(self) -> None:
         """Measure the library; every rank must call this, rank 0 then chooses."""
-        device = launch.join()
+        device = launch.join(deterministic=self.recipe.deterministic)
         from ppcl_ds.planning.measure import SwapBench, measure_swaps
 
         bench = SwapBench(self.recipe, self.teacher, self.library, self.checkpoint, device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.console import track
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
@@ -19,7 +19,7 @@ from ppcl_ds.probing.measure import Measured, measure, together
 from ppcl_ds.probing.part_files import Contents, Part, Parts, made_with, write_part
 from ppcl_ds.probing.report import make_report
 from ppcl_ds.probing.sums import Lane, Sums, add_capture, lanes_of, ranges, wanted_for, zero_sums
-from ppcl_ds.recipe import Recipe, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.samples import read_samples
 from ppcl_ds.teacher.teacher import Teacher, open_teacher, read_teacher, text_mask, unread_streams
@@ -39,13 +39,13 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teach
     check_data(recipe.data, heldout=not merge)
     if not merge:
         launch.check_world(recipe.topology.world)
-        read_deepspeed_file(recipe.deepspeed.teacher)
+        teacher_config(recipe)
     return teacher
 
 
 def probe(recipe: Recipe, teacher: Teacher, part: str | None = None) -> None:
     """Probe the teacher, or sum one part of the samples; every rank must call this."""
-    reader = open_reader(recipe, teacher, launch.join())
+    reader = open_reader(recipe, teacher, launch.join(deterministic=recipe.deterministic))
     if part:
         sum_part(reader, Part.parse(part, recipe.probe.batches))
     else:
@@ -138,6 +138,7 @@ class Reader:
             yield sums
             sums.clear()  # before there is memory for the next ones
 
+    @memory.phase("sums")
     def _read(self, sums: Sums, blocks: range, part: Part, name: str) -> None:
         """Add this rank's micro-batches: of W ranks, rank r takes every W-th of the part from the r-th on.
 
@@ -166,7 +167,7 @@ def open_reader(recipe: Recipe, teacher: Teacher, device: torch.device) -> Reade
 
     from ppcl_ds.teacher.sharded import load_teacher
 
-    config = read_deepspeed_file(recipe.deepspeed.teacher)
+    config = teacher_config(recipe)
     sharded = load_teacher(teacher, config, DTYPES[recipe.teacher.precision], recipe.teacher.ranks_per_copy)
     samples = read_samples(recipe, teacher, sharded, "heldout", recipe.probe.batch_size, 0, 1, device)
     _, first = next(samples)

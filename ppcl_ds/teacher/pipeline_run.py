@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ppcl_ds import memory
 from ppcl_ds.data.batch import Prompt, Size
 from ppcl_ds.data.text import Tree
 from ppcl_ds.errors import UserError, brief
@@ -314,6 +315,8 @@ class PipelineRun:
         except UserError:
             raise
         except Exception as fault:  # whatever a pipeline says to what it is given
+            if isinstance(fault, RuntimeError) and memory.is_out_of_memory(fault):
+                raise
             raise UserError(f"{self.folder}: {name} cannot be asked ({brief(fault)})") from fault
         finally:
             stack.close()

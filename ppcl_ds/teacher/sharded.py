@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import deepspeed
@@ -63,7 +64,7 @@ def load_teacher(teacher: Teacher, config: dict[str, Any], dtype: torch.dtype, r
 
     Args:
         config: DeepSpeed configuration with ZeRO stage 3; how much is gathered at a time is filled in, see
-            `with_gathering`.
+            `with_gathering`. Its `offload_param` has partitions lie in CPU memory.
         dtype: of the weights; what the family keeps in float32 stays float32.
         ranks_per_copy: so many neighbouring ranks hold a whole copy between them, and gather from each other alone
             (ZeRO++ hpZ, arXiv 2306.10209). None: the ranks of a node, so that forwards stay off the network between
@@ -83,7 +84,13 @@ def load_teacher(teacher: Teacher, config: dict[str, Any], dtype: torch.dtype, r
         mem_efficient_linear=False,
         zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),  # of an earlier teacher, if any
     )
-    model = _filled(teacher, dtype, partitioner.reserve, _fill_partition)
+
+    def fill(files: ModelFiles, key: str, parameter: Any) -> None:
+        _fill_partition(files, key, parameter)
+        if partitioner.pin_memory:
+            _copied_without_waiting(parameter)
+
+    model = _filled(teacher, dtype, partitioner.reserve, fill)
     # A block is gathered as one piece: fewer, larger gathers, and hooks only where blocks begin and end.
     set_z3_leaf_modules(
         model, sorted({type(teacher.module(block)) for block in teacher.blocks}, key=lambda cls: cls.__name__)
@@ -124,6 +131,15 @@ def _filled(
         if name in files.keys:  # stored ones come in the dtype of parameters, computed ones stay as they are
             buffer.data = files.tensor(name).to(files.runs_as(name, dtype))
     return model.to(get_accelerator().current_device_name())
+
+
+def _copied_without_waiting(parameter: Any) -> None:
+    """Have what is pinned in CPU memory go to the accelerator without the host waiting for it.
+
+    DeepSpeed calls `to` of each part that it gathers over several ranks, and waits, parameter by parameter.
+    """
+    for part in filter(None.__ne__, (parameter.ds_tensor, parameter.ds_secondary_tensor)):
+        part.to = partial(part.to, non_blocking=True)
 
 
 def forget_order(engine: Loaded) -> None:

@@ -10,7 +10,7 @@ from ppcl_ds.atomic import atomic_write, require_space
 from ppcl_ds.data.index import digest, split_entries
 from ppcl_ds.data.stream import FIXED
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file, written_recipe
+from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file, teacher_config, written_recipe
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.lock import check_lock
@@ -45,7 +45,7 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
     Raises:
         UserError: one line that names the file and the key.
     """
-    read_deepspeed_file(recipe.deepspeed.teacher)
+    teacher_config(recipe)
     students = read_deepspeed_file(recipe.deepspeed.students)
     for key, place, own in (
         ("gradient_clipping", students, "clip_norm"),

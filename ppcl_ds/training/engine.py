@@ -120,9 +120,10 @@ class StudentsEngine(PipelineEngine):
 
         The stock method copies several units into one bucket: what a unit's sum rounds to would depend on its company.
         """
-        for gradient in self.optimizer.fp32_groups_gradients_flat:
+        for part, gradient in enumerate(self.optimizer.fp32_groups_gradients_flat):
             gradient /= self.dp_world_size
             dist.all_reduce(gradient, group=self.grid.get_data_parallel_group())
+            self.optimizer.averaged(part)
 
     def _do_optimizer_sanity_check(self, basic_optimizer: torch.optim.Optimizer) -> str:
         return BFLOAT16

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+from deepspeed.runtime.utils import all_gather_dp_groups
 from torch import Tensor, nn
+
+from ppcl_ds.training.offload import Offload
 
 _SMALLEST = 1e-6
 """Added to a norm that is divided by, as `torch.nn.utils.clip_grad_norm_` does."""
@@ -43,11 +47,16 @@ class UnitOptimizer(BF16_Optimizer):
         # A gradient is added to its float32 sum, and freed, as soon as it is there.
         precision = DeepSpeedBF16Config(enabled=True, immediate_grad_update=True)
         super().__init__(optimizer, *arguments, bfloat16_config=precision, grad_acc_dtype=torch.float32, **options)
-        if offload:
-            for parameters, master in zip(self.bf16_groups, self.masters, strict=True):
-                master.data = master.data.cpu()
-                for parameter in parameters:
-                    parameter._hp_mapping = None  # views of the master where it was, which would keep it there
+        self.offload = Offload(self.masters, self._own_parameters) if offload else None
+        if self.offload is not None:
+            for master in self.masters:
+                master.data = master.data.new_empty(0)  # whoever else has it, it takes no memory where it was
+            self.fp32_groups_flat_partition = self.offload.masters
+            for group, master in zip(self.optimizer.param_groups, self.masters, strict=True):
+                group["params"] = [master]
+            self.optimizer.state.clear()
+            for parameter in chain.from_iterable(self.bf16_groups):
+                parameter._hp_mapping = None  # views of the master where it was, which would keep it there
 
     def _update_hp_grad(self, lp: Any, group: int, place: int, clear_lp_grads: bool) -> None:
         """Add a gradient to its float32 sum, in one kernel.
@@ -72,6 +81,17 @@ class UnitOptimizer(BF16_Optimizer):
         """This replica's share of each unit's flat vector, float32."""
         return self.fp32_groups_flat_partition
 
+    @property
+    def _own_parameters(self) -> list[Tensor]:
+        """This replica's share of each unit's parameters, (N,), in the run's dtype."""
+        ranks = map(dist.get_rank, self.real_dp_process_group)
+        return [shares[rank] for shares, rank in zip(self.bf16_partitioned_groups, ranks, strict=True)]
+
+    def averaged(self, part: int) -> None:
+        """The gradient of a part is that of the step now."""
+        if self.offload is not None:
+            self.offload.fetch(part, self.fp32_groups_gradient_flat_partition[part])
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One AdamW step of every unit whose gradient is finite; the others stay wholly as they are.
@@ -81,21 +101,41 @@ class UnitOptimizer(BF16_Optimizer):
         norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in self.fp32_groups_gradients_flat])
         self.norms = dict(zip(self.names, norms.tolist(), strict=True))
         lengths = self.clip_norms()
-        shares = self.fp32_groups_gradient_flat_partition
-        for (name, length), master, share in zip(lengths.items(), self.masters, shares, strict=True):
+        for part, (name, length) in enumerate(lengths.items()):
             if not math.isfinite(length):
-                self.skipped[name] += 1
-                master.grad = None  # torch's optimizers pass over it: neither moments nor weight decay move
-                continue
-            if self.clip_norm and length > self.clip_norm:
-                share.mul_(self.clip_norm / (length + _SMALLEST))
-            master.grad = share.to(master.device)
-        self.optimizer.step()
+                self.skipped[name] += 1  # neither moments nor weight decay move
+            else:
+                clips = 0 < self.clip_norm < length
+                self._step_part(part, self.clip_norm / (length + _SMALLEST) if clips else 1.0)
         self.update_ema()
-        for master in self.masters:
-            master.grad = None
-        self.update_lp_params()
+        self._share_parameters()
         self.clear_hp_grads()
+
+    def _step_part(self, part: int, factor: float) -> None:
+        """Step one part by its gradient times a factor; torch's optimizers pass over those without one."""
+        master, offload = self.masters[part], self.offload
+        gradient = offload.gradient(part) if offload else self.fp32_groups_gradient_flat_partition[part]
+        if factor != 1.0:
+            gradient.mul_(factor)
+        master.grad = gradient
+        self.optimizer.step()
+        master.grad = None
+        if offload:
+            offload.send(part)
+
+    def _share_parameters(self) -> None:
+        """Give the other replicas the parameters that this one has stepped, and take theirs."""
+        if self.offload is None:
+            self.update_lp_params()
+            return
+        self.offload.wait()
+        all_gather_dp_groups(
+            groups_flat=self.bf16_groups_flat,
+            partitioned_param_groups=self.bf16_partitioned_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
 
     def clip_norms(self) -> dict[str, float]:
         """For each part of this stage, the gradient norm by which it is clipped, and skipped if not finite."""

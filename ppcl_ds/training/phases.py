@@ -33,7 +33,7 @@ class Phase:
         in_turn: where processes move theirs one after the other, the bytes of all that wait for each other.
         resident: memory that this phase needs and that stays from step to step.
         transient: memory that is there in this phase alone, at its worst.
-        host: pinned CPU memory that stays from step to step.
+        host: CPU memory that stays from step to step.
         beside_next: whether it runs beside the phase after it, so that the slower of both counts.
         waits: share of its time in which the process waits for other stages.
     """
@@ -59,6 +59,8 @@ class Sharding:
         prefetch: elements gathered ahead at most (`stage3_prefetch_bucket_size`).
         persistent: parameters up to this many elements stay whole (`stage3_param_persistence_threshold`).
         whole: whether every rank holds all of it instead, and nothing is gathered.
+        offload: whether partitions lie in CPU memory (`offload_param`).
+        pinned: whether that is pinned.
     """
 
     ranks_per_copy: int
@@ -66,6 +68,8 @@ class Sharding:
     prefetch: int
     persistent: int
     whole: bool = False
+    offload: bool = False
+    pinned: bool = False
 
     def secondary(self, cluster: Cluster) -> bool:
         """Whether there is a second partition, over `ranks_per_copy` ranks, beside the one over all."""
@@ -108,20 +112,39 @@ class TeacherCosts:
         """The partition over all ranks; the one inside the node, if any; and what every rank has whole. Or all."""
         sharding = self.sharding
         if sharding.whole:
-            return {"teacher": partition_bytes(self.parameters, 1) + self.buffers}
-        small = sum(n * size for n, size in self.parameters if n <= sharding.persistent) if cluster.world > 1 else 0
-        copy = partition_bytes(self.parameters, sharding.ranks_per_copy) if sharding.secondary(cluster) else 0
-        return {
-            "teacher partition": partition_bytes(self.parameters, cluster.world),
-            "teacher copy in the node": copy,
-            "teacher small tensors": small + self.buffers,
+            return {"teacher": sum(partition_sizes(self.parameters, 1)) + self.buffers}
+        whole = sum(n * size for n, size in self.parameters if n <= sharding.persistent)
+        small = whole if cluster.world > 1 or sharding.offload else 0
+        return ({} if sharding.offload else self._partitions(cluster)) | {"teacher small tensors": small + self.buffers}
+
+    def _partitions(self, cluster: Cluster) -> Parts:
+        """The partition over all ranks, and the one inside the node, if any."""
+        divided = self._divided(cluster).items()
+        taken = {name: sum(partition_sizes(self.parameters, ranks)) for name, ranks in divided}
+        return {"teacher partition": 0, "teacher copy in the node": 0} | taken
+
+    def host(self, cluster: Cluster) -> Parts:
+        """CPU memory of a process, if partitions lie there. What is pinned takes the next power of two of bytes, each
+        parameter's part by itself, as torch's allocator of such memory has it."""
+        if not self.sharding.offload:
+            return {}
+        sizes = {
+            name: partition_sizes([p for p in self.parameters if p[0] > self.sharding.persistent], ranks)
+            for name, ranks in self._divided(cluster).items()
         }
+        taken = (lambda size: 1 << (size - 1).bit_length()) if self.sharding.pinned else int
+        return {name: sum(map(taken, each)) for name, each in sizes.items()}
+
+    def _divided(self, cluster: Cluster) -> dict[str, int]:
+        """Each partition -> the ranks that it is divided over."""
+        copy = {"teacher copy in the node": self.sharding.ranks_per_copy} if self.sharding.secondary(cluster) else {}
+        return {"teacher partition": cluster.world} | copy
 
     def gathered(self, cluster: Cluster) -> int:
         """Bytes of parameters that are whole for a moment: those of the largest block, and with them either the buffer
         that they arrived in or what was fetched ahead. That comes in two buffers: one is under way; of the other, part
         is in the block already, and the rest, which is the next block's, keeps it alive."""
-        if cluster.world == 1 or self.sharding.whole:
+        if self.sharding.whole or (cluster.world == 1 and not self.sharding.offload):
             return 0
         behind_it = sum(elements for elements, _ in self.used) - self.largest_block
         ahead = max(0, min(self.sharding.prefetch, self.sharding.max_live - self.largest_block, behind_it))
@@ -135,13 +158,13 @@ class TeacherCosts:
         return ring(size, rank, self.sharding.gather_group(rank, cluster), cluster)
 
 
-def partition_bytes(parameters: Iterable[tuple[int, int]], ranks: int) -> int:
-    """One rank's part of a model under ZeRO-3: every parameter is cut into equal parts, the last one padded.
+def partition_sizes(parameters: Iterable[tuple[int, int]], ranks: int) -> list[int]:
+    """Bytes of one rank's parts under ZeRO-3: every parameter is cut into equal parts, the last one padded.
 
     Args:
         parameters: elements and bytes of an element, for each parameter.
     """
-    return sum(-(-elements // ranks) * size for elements, size in parameters)
+    return [-(-elements // ranks) * size for elements, size in parameters]
 
 
 @dataclass(frozen=True)
@@ -241,6 +264,7 @@ class Account(ABC):
             flops=rounds * self.settings.micro_batch * self.teacher.flops,
             moved=most(self.teacher.gathers(rank, cluster) for rank in ranks).times(rounds),
             resident=self.teacher.resident(cluster),
+            host=self.teacher.host(cluster),
             transient={"gathered block": self.teacher.gathered(cluster), "activations": self.teacher.activations}
             | held,
         )
@@ -257,12 +281,17 @@ class Account(ABC):
             moments: float32 numbers that the optimizer keeps of each parameter beside the master.
         """
         size, everywhere = trained * (2 * 4 + self.teacher.element), shared * 2 * 4
-        each = 0 if self.settings.optimizer.offload else 4 * (1 + moments)
+        offload, share = self.settings.optimizer.offload, -(-trained // cluster.replicas)
+        kept = {"optimizer": share * 4 * (1 + moments)}
+        way = {
+            "gradients and parameters on their way": share * (4 + self.teacher.element)
+        }  # may take twice that, pinned
         return Phase(
             "gradient reduction",
             moved=most(
                 ring(size, rank, ranks, cluster) + ring(everywhere, rank, cluster.pipe_group(rank), cluster)
                 for rank in ranks
             ),
-            resident={"optimizer": -(-trained // cluster.replicas) * each},
+            resident={"optimizer": 0} if offload else kept,
+            host=kept | way if offload else {},
         )

@@ -17,7 +17,7 @@ from ppcl_ds import launch, reporting
 from ppcl_ds.console import progress
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
-from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file
+from ppcl_ds.recipe import Recipe, TrainingFolder, teacher_config
 from ppcl_ds.sections import Training as Settings
 from ppcl_ds.teacher.noising import DTYPES, NoisyBatch, NoisyStream
 from ppcl_ds.teacher.samples import take_further
@@ -35,7 +35,7 @@ from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.watch.lock import FolderLock
 from ppcl_ds.watch.preemption import Preemption
-from ppcl_ds.watch.tensorboard import mean_over_ranks, peak_memory_gib
+from ppcl_ds.watch.tensorboard import mean_over_ranks, memory_figures
 from ppcl_ds.watch.timer import Timer, matrix_rate
 from ppcl_ds.watch.watchdog import Watchdog
 
@@ -69,7 +69,7 @@ class Training(ABC):
         self.dtype = DTYPES[recipe.teacher.precision]
         self.device = torch.device(get_accelerator().current_device_name())
         # The teacher first: it must not see the students' process grid, which DeepSpeed keeps in a global.
-        config = read_deepspeed_file(recipe.deepspeed.teacher)
+        config = teacher_config(recipe)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.data = self.open_data()
         self.engine, readers = self.build()
@@ -301,8 +301,7 @@ class Training(ABC):
             own["data/dropped_pictures"] = float(self.data.dropped)  # the mean over ranks
         schedule = self.engine.lr_scheduler  # the first part's rate may be a multiple of the recipe's
         own["run/learning_rate"] = self.settings.optimizer.lr * schedule.lr_lambdas[0](schedule.last_epoch)
-        own[f"memory_gib/rank_{dist.get_rank()}"] = peak_memory_gib()
-        return own
+        return own | memory_figures(dist.get_rank())
 
     def _keep_pictures(self, step: int) -> dict[str, Tensor]:
         """Write the images that were finished, see `Pictures.keep`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from contextlib import ExitStack
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_ds.teacher.anatomy import Anatomy, Block, Capture, Streams, Wanted
 from ppcl_ds.teacher.files import Sources
 from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.units.compiled import Compiled
 from ppcl_ds.units.plugging import replace_forward
 from ppcl_ds.units.spec import PARTS, Export, Kind, Part, Stream, UnitPlan
 from ppcl_ds.units.unit import Unit, UnitBatch
@@ -39,6 +41,10 @@ class DepthUnit(Unit):
     def recompute(self) -> None:
         recompute_parts(self.core)
 
+    def compile_block(self) -> None:
+        what = f"a unit's {type(self.core).__name__}"
+        self.core.forward = Compiled(self.core.forward, what, self.core.parameters())
+
 
 def depth_unit(teacher: Teacher, first: int, dtype: torch.dtype) -> DepthUnit:
     """A depth unit as it is before training, on the CPU: the teacher's block `first`."""
@@ -53,9 +59,14 @@ def recompute_parts(block: nn.Module) -> None:
     """
     for part in block.children():
         if next(part.parameters(), None) is not None:
-            # Nothing in a unit is random, so there is no random state to bring back.
-            recomputed = partial(checkpoint, part.forward, use_reentrant=False, preserve_rng_state=False)
-            part.forward = recomputed
+            part.kept_forward = part.forward  # type: ignore[assignment]
+            part.forward = MethodType(_recomputed, part)
+
+
+def _recomputed(part: Any, *args: Any, **kwargs: Any) -> Any:
+    """A part's forward. One function for all: torch.compile tells functions apart, not what they are bound to."""
+    # Nothing in a unit is random, so there is no random state to bring back.
+    return checkpoint(part.kept_forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 class DepthKind(Kind):

@@ -54,6 +54,9 @@ class Unit(nn.Module):
     def recompute(self) -> None:
         """Compute activations again in the backward pass, where that saves memory."""
 
+    def compile_block(self) -> None:
+        """Run under torch.compile what a unit has of a block; after `recompute`."""
+
     def forward(self, inputs: Streams, conditioning: dict[str, Any]) -> Streams:
         raise NotImplementedError
 

@@ -68,6 +68,16 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+def memory_figures(rank: int) -> dict[str, float]:
+    """What a rank writes down of its memory. On a GPU also what torch holds in reserve, and how often it had to give
+    all of that back and ask again: more than a few times means that memory is short, and costs time."""
+    own = {f"memory_gib/rank_{rank}": peak_memory_gib()}
+    if torch.cuda.is_available():
+        own[f"memory_reserved_gib/rank_{rank}"] = torch.cuda.max_memory_reserved() / 2**30
+        own[f"memory_retries/rank_{rank}"] = float(torch.cuda.memory_stats()["num_alloc_retries"])
+    return own
+
+
 def unit_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
     """The loss curves of the units, summed over streams: unit -> (step, loss)."""
     sums: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))

@@ -9,6 +9,8 @@ import torch
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch.utils import benchmark
 
+from ppcl_ds import memory
+
 
 class Timer:
     """Seconds by phase on this rank, measured by events on the accelerator's stream: measuring waits for nothing.
@@ -29,7 +31,8 @@ class Timer:
             self.timers(self.inside[-1]).stop()
         self._enter(name)
         try:
-            yield
+            with memory.phase(name):
+                yield
         finally:
             self.timers(self.inside.pop()).stop()
             if self.inside:

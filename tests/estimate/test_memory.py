@@ -17,7 +17,7 @@ from ppcl_ds.estimate.measured import distilling, run_once
 from ppcl_ds.estimate.numbers import Memory, add_up
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher import files
-from ppcl_ds.training.phases import Sharding, partition_bytes
+from ppcl_ds.training.phases import Sharding, partition_sizes
 from ppcl_ds.training.traffic import Cluster, Traffic
 from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import TEACHERS
@@ -70,7 +70,7 @@ def test_parameters_are_those_of_the_real_model(account: Distilling, teacher: An
 @pytest.mark.parametrize("ranks", [1, 2, 3, 16])
 def test_a_partition_is_an_equal_share_of_every_parameter(ranks: int, teacher: Any) -> None:
     sizes = [(p.numel(), 2) for p in teacher.parameters()]
-    assert partition_bytes(sizes, ranks) == sum(math.ceil(p.numel() / ranks) for p in teacher.parameters()) * 2
+    assert sum(partition_sizes(sizes, ranks)) == sum(math.ceil(p.numel() / ranks) for p in teacher.parameters()) * 2
 
 
 def test_families_keep_some_tensors_in_float32(unprepared: Unprepared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_several_nodes_hold_a_second_copy_each(account: Distilling) -> None:
     one, four = (memory(account, cluster).resident for cluster in (EIGHT, Cluster(4, 8, 2, 16)))
     assert one["teacher copy in the node"] == 0
     assert four["teacher copy in the node"] == one["teacher partition"]
-    assert four["teacher partition"] == partition_bytes(account.teacher.parameters, 32)
+    assert four["teacher partition"] == sum(partition_sizes(account.teacher.parameters, 32))
     single = sharded(account, ranks_per_copy=32)
     assert memory(single, Cluster(4, 8, 2, 16)).resident["teacher copy in the node"] == 0
 
@@ -185,3 +185,20 @@ def test_the_peak_is_what_is_always_there_and_the_worst_phase(account: Distillin
     worst = max(sum(parts.values()) for parts in found.phases.values())
     assert found.peak == sum(found.resident.values()) + worst
     assert sum(found.phases[found.worst].values()) == worst
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_teacher_in_cpu_memory_is_no_part_of_the_accelerators(account: Distilling, pinned: bool) -> None:
+    """Pinned memory comes in powers of two; what is gathered, and what every rank has whole, is where it was."""
+    cluster = Cluster(1, 2, 2, 1)
+    here, there = (
+        add_up(stage.phases(cluster)[0]) for stage in (account, sharded(account, offload=True, pinned=pinned))
+    )
+    gone = here.resident["teacher partition"]
+    assert here.peak - there.peak == gone
+    large = [size for size in account.teacher.parameters if size[0] > SHARDING.persistent]
+    parts = partition_sizes(large, 2)
+    assert there.host["teacher partition"] == sum(2 ** math.ceil(math.log2(n)) if pinned else n for n in parts)
+    assert sum(parts) <= gone
+    alone = sharded(account, offload=True).teacher.gathered(Cluster(1, 1, 1, 1))
+    assert alone > 0, "a rank that is alone copies what it needs, too"

@@ -56,6 +56,8 @@ class Case:
         tokens: of Qwen-Image's captions, by turns, as an estimate takes them by default; FLUX.1's all have 512.
         size: of the latents, and of the pictures: a pixel is a latent.
         plan: units of which kinds.
+        teacher_offload: whether the teacher lies in CPU memory.
+        units_at_most: of a plan of depth units; 0: as many as there are spans.
         uses: of each reading of the teacher; of more than one, two readings are kept.
         ring_offload: whether these lie in CPU memory.
         mistake: a device mix-up that is put in on purpose, see `rank.py`.
@@ -82,6 +84,8 @@ class Case:
     plan: Literal["depth", "width", "published"] = "depth"
     checkpointing: bool = True
     offload: bool = False
+    teacher_offload: bool = False
+    units_at_most: int = 0
     uses: int = 1
     ring_offload: bool = False
     boundary: float = 0.0
@@ -150,7 +154,8 @@ class Case:
                     "images": {"size": self.size},
                     "workers": 0,
                 },
-                "teacher": {"path": folder / "teacher"} | ({"ranks_per_copy": 1} if self.whole else {}),
+                "teacher": {"path": folder / "teacher", "offload": "cpu" if self.teacher_offload else None}
+                | ({"ranks_per_copy": 1} if self.whole else {}),
                 "noise": {"caption_dropout": 0.0},
                 "probe": {
                     "batch_size": 2,
@@ -186,6 +191,7 @@ class Case:
         starts = [first for first in range(0, blocks + 1 - long, long) if not first < joined < first + long]
         spans = [(first, first + long - 1) for first in starts]
         units = [UnitPlan(name=f"unit_{u}", span=(u, v), streams=("image",) if v == last else BOTH) for u, v in spans]
+        units = units[: self.units_at_most or None]
         if self.plan == "width":
             units = [
                 units[0],

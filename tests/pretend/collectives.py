@@ -110,7 +110,7 @@ class _Collectives:
     ) -> Any:
         assert output_tensor.device == input_tensor.device
         assert output_tensor.numel() == input_tensor.numel() * dist.get_world_size(group)
-        self.program.gathered[_when_gathered()] += output_tensor.nbytes
+        self.program.gathered[when_gathered()] += output_tensor.nbytes
         return self._note("all_gather", group, output_tensor.nbytes, async_op)
 
     def broadcast(
@@ -178,7 +178,7 @@ class _Groups:
         return own, ranks_per_subgroup_list
 
 
-def _when_gathered() -> str:
+def when_gathered() -> str:
     """Whether a gather was asked for ahead of the block that needs it; DeepSpeed has a function for each."""
     frame: Any = sys._getframe(1)
     while frame is not None:

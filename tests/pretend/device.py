@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ppcl_ds.estimate.activations import LiveBytes
+from tests.pretend.collectives import when_gathered
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,12 +45,14 @@ class Seen:
     Attributes:
         waits: place in our code -> times that the host waited for the device there.
         copies: place -> bytes that were copied to the device without the host waiting.
+        fetched: `ahead` and `late` -> those of them that are the teacher's, from CPU memory, see `when_gathered`.
         kernels: operation -> calls on the device.
         attention: `flash` or `masked` -> calls of attention's kernels.
     """
 
     waits: Counter[str] = field(default_factory=Counter)
     copies: Counter[str] = field(default_factory=Counter)
+    fetched: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
     attention: Counter[str] = field(default_factory=Counter)
 
@@ -252,6 +255,8 @@ class Device(LiveBytes):
     def _arrives(self, tensor: Tensor, non_blocking: bool) -> None:
         if non_blocking:
             self.seen.copies[place()] += tensor.nbytes
+            if (when := when_gathered()) != "else":
+                self.seen.fetched[when] += tensor.nbytes
         elif tensor.dim():
             self.seen.waits[place()] += 1
 

@@ -46,8 +46,8 @@ class Observed:
         return dict(self.notes[during]["waits"])
 
     def ahead(self, during: str = "step") -> float:
-        """The share of gathered bytes that were asked for before the block that needs them."""
-        gathered = self.notes[during]["gathered"]
+        """The share of gathered bytes (copied ones, of a lone rank) asked for before the block that needs them."""
+        gathered = self.notes[during]["gathered"] or self.notes[during]["fetched"]
         ahead, late = gathered.get("ahead", 0), gathered.get("late", 0)
         return ahead / (ahead + late)
 

@@ -95,6 +95,7 @@ def train(run: Run) -> None:
     MISTAKES[run.case.mistake](trainer)
     run.watched("step", lambda: trainer.step(batches))
     run.watched("measured", trainer.measured)
+    run.notes["events kept"] = len(getattr(trainer.engine.timers("train_batch"), "event_timers", ()))
     if "look" in run.case.then:
         _stub_decoder()
         if run.case.what == "finetune":
@@ -131,7 +132,20 @@ def _tell_shapes(run: Run, engine: Any) -> None:
 def _distiller(run: Run) -> Any:
     from ppcl_ds.distill.trainer import Trainer
 
+    if run.case.offload and not run.case.heads:
+        _nothing_in_cpu_memory()
     return Trainer(run.recipe, run.plan, run.teacher)
+
+
+def _nothing_in_cpu_memory() -> None:
+    """What lies in CPU memory is never written to, so that it takes none, however wide the teacher is."""
+    from ppcl_ds.training.offload import Offload
+
+    def send(self: Offload, part: int) -> None:
+        self.parameters[part].copy_(self.masters[part], non_blocking=True)
+
+    Offload.send = send  # type: ignore[method-assign]
+    torch.optim.AdamW.step = lambda self, closure=None: None  # type: ignore[method-assign]
 
 
 def _fine_tuner(run: Run) -> Any:

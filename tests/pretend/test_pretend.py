@@ -29,12 +29,14 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, plan="width", then=("look", "save")),
         replace(NARROW, uses=2, ring_offload=True, then=("save",)),
         replace(NARROW, what="finetune", boundary=1.0, ema=0.9, then=("look", "save")),
+        replace(NARROW, what="finetune", blocks=6, offload=True, then=("save",)),
         replace(NARROW, what="finetune", family="flux", blocks=2),
         replace(NARROW, what="swaps", plan="width", stages=1, replicas=2),
         replace(NARROW, what="probe"),
         replace(NARROW, what="probe", whole=True, stages=1, replicas=2),
         replace(NARROW, what="swaps", whole=True, plan="width", stages=1, replicas=2),
         replace(NARROW, what="finetune", whole=True, boundary=1.0, then=("look", "save")),
+        replace(NARROW, what="probe", teacher_offload=True),
         pytest.param(replace(QWEN, then=("look",)), marks=FULL),
         pytest.param(replace(QWEN, plan="published"), marks=FULL),
         pytest.param(replace(FLUX, then=("look",)), marks=FULL),
@@ -94,9 +96,18 @@ def test_what_is_replayed_from_cpu_memory_is_not_waited_for(rounds: int) -> None
         assert rank.notes["step"]["copies"].keys() == {"training/delivery.py:sent", "distill/replay.py:<lambda>"}
 
 
+def test_an_optimizer_in_cpu_memory_is_waited_for_once_a_unit() -> None:
+    """For its gradient, which is under way since it was averaged; not for the parameters on their way back."""
+    [rank] = observe(replace(NARROW, blocks=8, offload=True), (0,))
+    units = 2  # of four on eight blocks
+    assert rank.waits() == {"training/optimizer.py:step": 1, "training/offload.py:gradient": units}
+    assert rank.notes["step"]["copies"].keys() == {"training/delivery.py:sent", "training/offload.py:send"}
+
+
 def test_the_pipeline_waits_for_what_it_is_told_alone() -> None:
     """A stage of 1F1B also learns how long its messages are; nothing else is waited for."""
     [rank] = observe(replace(NARROW, what="finetune", boundary=1.0), (0,))
+    assert rank.notes["events kept"] == 0, "what is timed and never asked for is forgotten"
     assert set(rank.waits()) == {
         "training/optimizer.py:step",
         "training/optimizer.py:clip_norms",
@@ -145,6 +156,17 @@ def test_looks_are_shared_over_the_ranks() -> None:
         assert rank.notes["look"]["samples"] <= models * (1 + drawn)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_teacher_in_cpu_memory_is_copied_ahead(stages: int) -> None:
+    """No copy is waited for but by a rank that is alone, which waits once a block for the copies it was ahead with."""
+    [rank] = observe(replace(STEP, teacher_offload=True, stages=stages), (0,))
+    assert rank.ahead() >= (0.95 if stages > 1 else 0.9)
+    blocks = rank.waits().pop("teacher/anatomy.py:_until_stopped", 0)
+    assert blocks <= 4 * STEP.blocks * (stages == 1)
+    assert {place for place in rank.waits() if "teacher/" not in place} == {"training/optimizer.py:step"}
+    assert rank.notes["step"]["fetched"]["ahead"] > 2**30
+
+
 def test_measuring_units_gathers_ahead() -> None:
     """Every forward but the first, which learns the order."""
     [rank] = observe(replace(NARROW, what="swaps", plan="width", stages=1, replicas=2), (0,))
@@ -171,12 +193,28 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         replace(STEP, uses=2, ring_offload=True),
         replace(STEP, whole=True),
         pytest.param(replace(QWEN, whole=True), marks=FULL),
+        replace(STEP, teacher_offload=True),
+        replace(STEP, teacher_offload=True, stages=1),
+        replace(STEP, offload=True),
         pytest.param(QWEN, marks=FULL),
         pytest.param(FLUX, marks=FULL),
         pytest.param(replace(QWEN, replicas=8), marks=FULL),
         pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["small", "replay", "replay-offload", "whole", "qwen-whole", "qwen-8", "flux-8", "qwen-32", "finetune-8"],
+    ids=[
+        "small",
+        "replay",
+        "replay-offload",
+        "whole",
+        "qwen-whole",
+        "teacher-offload",
+        "alone",
+        "offload",
+        "qwen-8",
+        "flux-8",
+        "qwen-32",
+        "finetune-8",
+    ],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     """Of every stage, within 5 %."""

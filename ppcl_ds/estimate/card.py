@@ -1,0 +1,55 @@
+"""The estimate's peak held against the accelerators that a training finds itself on."""
+
+from __future__ import annotations
+
+import os
+
+import torch.distributed as dist
+
+from ppcl_ds import launch, memory
+from ppcl_ds.estimate.accelerators import RESERVED
+from ppcl_ds.estimate.inputs import Inputs, read_inputs
+from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
+from ppcl_ds.estimate.numbers import Memory, add_up
+from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.teacher import Teacher
+
+_GIB = 2**30
+
+
+def warn_if_too_small(recipe: Recipe, teacher: Teacher, variant: str | None = None) -> None:
+    """Say in one line that memory may run out, before anything is loaded; every rank of a training must call this.
+
+    Rank 0 takes the estimate, in seconds and without the accelerator. Where there is none, nothing is said.
+
+    Args:
+        variant: that is fine-tuned; None: the library is distilled.
+    """
+    free = launch.all_gather(memory.free_bytes())
+    if dist.get_rank() or None in free:
+        return
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    inputs = read_inputs(recipe, dist.get_world_size() // per_node, per_node, variant, teacher=teacher)
+    smallest = min(size for size in free if size is not None)
+    if line := too_small(stage_memories(inputs), smallest):
+        section = "finetune" if variant else "distill"
+        print(f"warning: {line}; {memory.training_lower(section, inputs.training)}", flush=True)
+
+
+def too_small(stages: list[Memory], free: int) -> str:
+    """Why so many free bytes may not be enough for the fullest stage; empty: they are."""
+    stage = max(range(len(stages)), key=lambda number: stages[number].peak)
+    peak = stages[stage].peak
+    if peak <= (1 - RESERVED) * free:
+        return ""
+    return (
+        f"{peak / _GIB:.1f} GiB are expected at the peak ({stages[stage].worst}, stage {stage}), and "
+        f"{free / _GIB:.1f} GiB are free on the accelerator, {RESERVED:.0%} of which should stay so"
+    )
+
+
+def stage_memories(inputs: Inputs) -> list[Memory]:
+    """The memory of a process of each stage."""
+    forward = run_once(inputs)
+    account = fine_tuning(inputs, forward) if inputs.variant else distilling(inputs, forward)
+    return [add_up(stage) for stage in account.phases(inputs.cluster)]
