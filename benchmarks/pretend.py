@@ -59,16 +59,14 @@ def held_whole(case: Case) -> list[Row]:
 
 
 def looks_and_exchanges() -> list[Row]:
-    """Rank 0's share of a look at held-out data, and what its first micro-batch waits for."""
+    """Rank 0's share of a look at held-out data, and the collectives of an exchange."""
     case = Case(heads=2, blocks=8, size=16, tokens=(12,), stages=4, replicas=2, rounds=1, drawing_steps=30)
     [seen] = observe(replace(case, then=("look",)), (0,))
     figures, images = (seen.notes[during]["samples"] for during in ("figures", "look"))
     found = [row("samples of a look: figures / with images", figures, images, "samples", "2 models; 8 ranks share 8")]
-    for each in (case, replace(case, what="finetune")):
-        [seen] = observe(each, (0,))
-        exchange = seen.notes["exchange"]
-        first, flights = exchange["first"], exchange["flights"]
-        found.append(row(f"{each.what}: flights waited for at first / all", first, flights, "a round", "4 stages"))
+    [distill], [finetune] = (observe(each, (0,)) for each in (case, replace(case, what="finetune")))
+    flights = [seen.notes["exchange"]["flights"] for seen in (finetune, distill)]
+    found.append(row("flights of a round: finetune / distill", flights[0], flights[1], "a round", "4 stages"))
     return found
 
 

@@ -69,8 +69,6 @@ class Exchange:
         every = range(len(units))
         self.flights = [every] if together else [range(sender, sender + 1) for sender in every]
         """Whose messages go in one collective; all ranks start them in this order."""
-        self.order = [*every] if together else [*every[stage:], *every[:stage]]
-        """In which the ranks' micro-batches are given out: else this rank's own comes first, as it is there."""
 
     def __call__(self, batches: Mapping[str, UnitBatch]) -> Iterator[dict[str, UnitBatch]]:
         """Send and receive one round.
@@ -82,7 +80,8 @@ class Exchange:
             batches: from this rank's teacher forward, one for every unit of the library.
 
         Returns:
-            For each rank of the group in `order`, the batches of this stage's units from its micro-batch.
+            For each rank of the group in order, on every stage alike, the batches of this stage's units from its
+            micro-batch: so a unit's gradients are summed in one order, whichever stage it lies on.
         """
         own = {name: batches[name] for name in self.units[self.stage]}
         if len(self.units) == 1:
@@ -133,14 +132,10 @@ class Exchange:
     ) -> Iterator[dict[str, UnitBatch]]:
         # The structure of the batches is the same on every rank, so this rank's own serves to read the others'.
         structure = pytree.tree_structure({name: vars(batch) for name, batch in own.items()})
-        for sender in self.order:
+        for sender, layout in enumerate(layouts):
             work, receive = pending[sender]
-            if sender == self.stage:
-                yield own
-            else:
-                work.wait()
-                yield self._unpack(structure, layouts[sender], receive)
-        pending[self.stage][0].wait()
+            work.wait()
+            yield own if sender == self.stage else self._unpack(structure, layout, receive)
 
     def _pack(self, batches: Mapping[str, UnitBatch], names: Sequence[str]) -> tuple[_Layout, list[Tensor]]:
         table: dict[int, tuple[int, Tensor]] = {}  # identity -> place, tensor: what units share travels once

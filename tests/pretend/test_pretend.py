@@ -137,14 +137,12 @@ def test_a_bucket_of_the_users_own_stays_as_it_is() -> None:
     assert rank.ahead() < 0.6
 
 
-def test_a_stage_begins_with_what_it_has_and_a_pipeline_is_sent_everything_at_once() -> None:
-    """Nobody waits for the first sender; where everything has to be there, it takes one flight."""
+def test_what_has_to_be_there_altogether_is_sent_by_all_at_once() -> None:
+    """Else one sender comes after the other, and what comes first is trained on meanwhile."""
     case = replace(NARROW, blocks=8, stages=3)
-    for rank in observe(case, (0, 2)):
-        assert rank.notes["exchange"] == {"flights": 3, "first": 0}
-    for together in (replace(case, what="finetune"), replace(case, uses=2)):
-        for rank in observe(together, (0, 2)):
-            assert rank.notes["exchange"]["flights"] == 1
+    for each, flights in ((case, 3), (replace(case, what="finetune"), 1), (replace(case, uses=2), 1)):
+        for rank in observe(each, (0, 2)):
+            assert rank.notes["exchange"] == {"flights": flights, "first": 1}
 
 
 def test_looks_are_shared_over_the_ranks() -> None:
