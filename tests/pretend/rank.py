@@ -216,7 +216,7 @@ def swaps(run: Run) -> None:
     run.watched("errors", lambda: bench.errors([names[:1], names[1:]]))
     # The other ranks time their blocks as this one does its own.
     count = len(run.teacher.blocks)
-    measure.launch = SimpleNamespace(  # type: ignore[attr-defined]
+    measure.launch = SimpleNamespace(  # type: ignore[assignment]
         all_gather=lambda own: [dict.fromkeys(range(count), next(iter(own.values()))) | own]
     )
     run.watched("seconds", bench.seconds)
