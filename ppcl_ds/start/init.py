@@ -156,7 +156,7 @@ class _Draft:
         samples = max(256, -(-8 * channels // tokens))
         there = self.images.samples
         if there is not None and there < samples:
-            why = f"once through the {self.images.kind}; more of them would make it surer"
+            why = f"once through the {self.images.noun}; more of them would make it surer"
             return Because(max(2, there // micro_batch), why)
         times = samples // 2 * tokens / channels
         why = f"{samples} samples: half of them have {times:.3g} times as many tokens as the teacher has channels"
@@ -206,16 +206,16 @@ def _max_aspect(images: Look) -> Because:
     if not images.images:
         return Because(2.0, "the source was not looked at; 1: squares alone")
     if images.squares:
-        return Because(1.0, f"the first {len(images.images)} {images.kind} are squares, or nearly")
-    return Because(2.0, f"the first {len(images.images)} {images.kind} are not all squares: buckets from 1:2 to 2:1")
+        return Because(1.0, f"the first {len(images.images)} {images.noun} are squares, or nearly")
+    return Because(2.0, f"the first {len(images.images)} {images.noun} are not all squares: buckets from 1:2 to 2:1")
 
 
 def _heldout(images: Look) -> Because:
     there = images.samples
     if there is None:
-        return Because(0.05, f"a dozen of the first {LOOKED} {images.kind}, and more of more, for the figures")
+        return Because(0.05, f"a dozen of the first {LOOKED} {images.noun}, and more of more, for the figures")
     share = min(0.25, max(0.05, math.ceil(1600 / there) / 100))
-    return Because(share, f"about {share * there:.0f} of {there} {images.kind}, for the figures")
+    return Because(share, f"about {share * there:.0f} of {there} {images.noun}, for the figures")
 
 
 def _drawing_steps(teacher: Teacher) -> Because:

@@ -90,7 +90,7 @@ def frames_of(call: PipelineCall, side: int, known: Size, source: Look) -> Becau
         UserError: the source has clips, and the pipeline draws images.
     """
     name = type(call.pipe).__name__
-    if not call.draws_clips and source.kind == "clips":
+    if not call.draws_clips and source.noun == "clips":
         raise UserError(f"source: it has clips; {name} draws images")
     if not call.draws_clips or (source.frames is None and not source.captions):
         return None

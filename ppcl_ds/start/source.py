@@ -54,7 +54,7 @@ class Look:
     captions: bool = False
 
     @property
-    def kind(self) -> str:
+    def noun(self) -> str:
         """What most of them are, as a word."""
         return "clips" if 2 * len(self._clips) > len(self.images) else "images"
 
