@@ -38,7 +38,7 @@ app.add_typer(cluster_app)
 app.add_typer(teacher_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
-_EVALUATE_LESS = "lower evaluate.batch_size"
+_EVALUATE_LESS = "lower evaluate.batch_size, or measure on the CPU with CUDA_VISIBLE_DEVICES="
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
 
@@ -64,7 +64,7 @@ def probe(
         merge_parts(loaded, teacher)
         return
     launch.on_ranks(loaded.topology.world)
-    with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once"):
+    with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
 
 
@@ -188,7 +188,7 @@ def distill(
     launch.on_ranks(loaded.topology.world)
     from ppcl_ds.estimate.card import warn_if_too_small
 
-    with memory.told("distill", memory.training_lower("distill", loaded.distill)):
+    with memory.told("distill", memory.training_lower("distill", loaded.distill, loaded.teacher)):
         distill(loaded, teacher, checked, until, partial(warn_if_too_small, loaded, teacher))
 
 
@@ -225,7 +225,7 @@ def finetune(
     launch.on_ranks(loaded.topology.world)
     from ppcl_ds.estimate.card import warn_if_too_small
 
-    with memory.told("finetune", memory.training_lower("finetune", loaded.tuning)):
+    with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
         finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
 
 

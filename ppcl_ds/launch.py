@@ -31,6 +31,9 @@ WAIT = 1800.0
 FILLED = 0.75
 """Share of free memory that is filled on purpose."""
 
+_ON_CPU = 32 * 2**30
+"""Most bytes of a machine's memory that are filled on purpose."""
+
 signalled: list[int] = []
 """Signals that asked this process to leave. Python drops an exception that is raised while it closes a generator or
 frees an object, and `SystemExit` with it; who can stop in order looks here, too."""
@@ -149,8 +152,10 @@ def room(needed: int = 0) -> int:
 
     accelerator = get_accelerator()
     accelerator.empty_cache()  # what torch keeps for later counts as free
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device_name() == "cpu" else 1
-    own = int(FILLED * (accelerator.available_memory() - needed)) // sharers
+    free, sharers = accelerator.available_memory() - needed, 1
+    if accelerator.device_name() == "cpu":  # the machine's, of which a container or a job may have less
+        free, sharers = min(free, _ON_CPU), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = int(FILLED * free) // sharers
     return min(all_gather(own)) if dist.is_initialized() else own
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 
 from ppcl_ds.errors import UserError
-from ppcl_ds.sections import Training
+from ppcl_ds.sections import Teacher, Training
 
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-"""Environment variables that torch reads; the first is today's name."""
+"""Environment variables that torch reads; the first is today's name, the second that of releases before 2.11, of which
+some know the first and do nothing with it for CUDA (pytorch/pytorch#183387)."""
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 """What other errors than torch's own say of it: the driver of pinned memory, NCCL, torch's allocator on the CPU."""
@@ -23,7 +26,8 @@ def set_allocator() -> None:
     memory of one size cannot be handed out for another unless segments grow.
     """
     if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
+        release = tuple(map(int, re.findall(r"\d+", version("torch"))[:2]))
+        os.environ[_ALLOCATOR[release < (2, 11)]] = "expandable_segments:True"
 
 
 def free_bytes() -> int | None:
@@ -64,20 +68,23 @@ def told(command: str, lower: str) -> Iterator[None]:
     except RuntimeError as fault:
         if not is_out_of_memory(fault):
             raise
-        where = getattr(fault, "phase", "its start")
-        raise UserError(f"{command}: out of memory in phase '{where}'; {lower}") from fault
+        where = f"in phase '{fault.phase}'" if hasattr(fault, "phase") else "at its start"
+        raise UserError(f"{command}: out of memory {where}; {lower}") from fault
 
 
-def training_lower(section: str, settings: Training) -> str:
+def training_lower(section: str, settings: Training, teacher: Teacher) -> str:
     """What takes less memory in a training, in words.
 
     Args:
         section: of the recipe.
     """
+    whole = teacher.ranks_per_copy == 1
     unused = {
+        "leave teacher.ranks_per_copy out": whole,
         f"set {section}.activation_checkpointing": not settings.activation_checkpointing,
         f"set {section}.optimizer.offload": not settings.optimizer.offload,
         f"lower {section}.micro_batch": settings.micro_batch > 1,
+        "set teacher.offload: cpu": not whole and not teacher.offload,
     }
     ways = [way for way, open_still in unused.items() if open_still]
     return ", ".join([*ways, "plan fewer units" if section == "distill" else "train fewer parts"]) + (

@@ -219,10 +219,13 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     """
     path = recipe.deepspeed.teacher
     config = read_deepspeed_file(path)
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        raise UserError(f"DeepSpeed file {path}: it has no zero_optimization; see ds_configs/teacher_zero3.json")
     if recipe.teacher.offload:
-        offload = {"offload_param": {"device": recipe.teacher.offload, "pin_memory": True}}
-        config |= {"zero_optimization": offload | config["zero_optimization"]}
-    asked = config["zero_optimization"].get("offload_param") or {}
+        zero = {"offload_param": {"device": recipe.teacher.offload, "pin_memory": True}} | zero
+        config |= {"zero_optimization": zero}
+    asked = zero.get("offload_param") or {}
     if recipe.teacher.ranks_per_copy == 1 and asked.get("device", "none") != "none":
         raise UserError(
             "teacher.ranks_per_copy: 1 has every process hold the teacher on its accelerator, but teacher.offload or "

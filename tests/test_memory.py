@@ -33,9 +33,9 @@ def planned(new_run: Callable[..., Path]) -> Path:
 @pytest.mark.parametrize(
     ("where", "phase"),
     [
-        ("ppcl_ds.training.trainer:load_teacher", "its start"),
-        ("ppcl_ds.distill.trainer:read_teacher", "teacher"),
-        ("ppcl_ds.distill.library:boundary_loss", "students"),
+        ("ppcl_ds.training.trainer:load_teacher", "at its start"),
+        ("ppcl_ds.distill.trainer:read_teacher", "in phase 'teacher'"),
+        ("ppcl_ds.distill.library:boundary_loss", "in phase 'students'"),
     ],
 )
 def test_a_training_names_the_phase_and_what_to_lower(planned: Path, where: str, phase: str) -> None:
@@ -43,8 +43,9 @@ def test_a_training_names_the_phase_and_what_to_lower(planned: Path, where: str,
     done = run(GREEDY, "distill", planned, env={"GREEDY": f"1:{where}"}, timeout=60)
     assert done.returncode == 2, done.stdout + done.stderr
     [line] = [line for line in done.stderr.splitlines() if "out of memory" in line]
-    assert line.startswith(f"error: distill: out of memory in phase '{phase}'; set distill.activation_checkpointing, ")
+    assert line.startswith(f"error: distill: out of memory {phase}; set distill.activation_checkpointing, ")
     assert "distill.optimizer.offload" in line
+    assert "set teacher.offload: cpu" in line
     assert "Traceback" not in done.stderr
 
 
@@ -55,14 +56,20 @@ def test_other_commands_do_so_too(planned: Path) -> None:
         return done.stderr.splitlines()[-1].removeprefix("error: ")
 
     said = refused("ppcl_ds.probing.probe:add_capture", "probe", planned)
-    assert said == "probe: out of memory in phase 'sums'; lower probe.batch_size or probe.blocks_at_once"
+    assert said == (
+        "probe: out of memory in phase 'sums'; lower probe.batch_size or probe.blocks_at_once, or set "
+        "teacher.offload: cpu"
+    )
     command("distill", planned)
     run_folder = load_recipe(planned).run
     said = refused("ppcl_ds.planning.measure:SwapBench._velocity", "plan", planned, "--from-run", run_folder)
     assert said == "plan: out of memory in phase 'velocities'; lower evaluate.batch_size"
     command("consolidate", planned)
     said = refused("ppcl_ds.evaluate.figures:forward", "evaluate", planned)
-    assert said == "evaluate: out of memory in phase 'held-out figures'; lower evaluate.batch_size"
+    assert said == (
+        "evaluate: out of memory in phase 'figures of teacher'; lower evaluate.batch_size, or measure on the CPU with "
+        "CUDA_VISIBLE_DEVICES="
+    )
 
 
 def test_the_inner_phase_counts_and_other_errors_pass() -> None:

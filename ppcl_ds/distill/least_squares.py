@@ -18,6 +18,9 @@ from ppcl_ds.probing.linear import Moments, fit_linear
 from ppcl_ds.units.loss import counted
 from ppcl_ds.units.unit import Regression, UnitBatch, WidthUnit
 
+_SUMS = 8 * 2**30
+"""Most bytes of sums at a time, whatever room there is before the first forward: it needs room, too."""
+
 Arrivals = Callable[[], Iterable[Mapping[str, UnitBatch]]]
 """Starts another pass over the samples: of each micro-batch, unit -> what it reads."""
 
@@ -41,7 +44,7 @@ def calibrate(
     own = [layer for layer in layers if isinstance(layer.unit, WidthUnit)]
     if narrows:
         _choose_channels([layer for layer in own if layer.unit.undecided], arrivals, group)
-    parts = _in_parts(own, launch.room())
+    parts = _in_parts(own, min(_SUMS, launch.room()))
     for number in range(max(launch.all_gather(len(parts)))):  # all ranks read them equally often
         _solve(parts[number] if number < len(parts) else [], arrivals, group, ridge)
 

@@ -58,5 +58,6 @@ def look(
         for (counts, _), velocity, true in zip(batches, velocities, reference, strict=True):
             if name != "teacher":
                 means.add(f"heldout/velocity_mse/{name}", counts, (velocity - true).float().square().mean())
+        del own  # before the next variant's are borrowed
     forget_order(sharded)  # training's forwards end earlier
     return means.take(), {name: drawn for name, drawn in images.items() if drawn is not None}

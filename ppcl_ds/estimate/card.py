@@ -7,6 +7,7 @@ import os
 import torch.distributed as dist
 
 from ppcl_ds import launch, memory
+from ppcl_ds.errors import brief
 from ppcl_ds.estimate.accelerators import RESERVED
 from ppcl_ds.estimate.inputs import Inputs, read_inputs
 from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
@@ -29,11 +30,15 @@ def warn_if_too_small(recipe: Recipe, teacher: Teacher, variant: str | None = No
     if dist.get_rank() or None in free:
         return
     per_node = int(os.environ["LOCAL_WORLD_SIZE"])
-    inputs = read_inputs(recipe, dist.get_world_size() // per_node, per_node, variant, teacher=teacher)
-    smallest = min(size for size in free if size is not None)
-    if line := too_small(stage_memories(inputs), smallest):
-        section = "finetune" if variant else "distill"
-        print(f"warning: {line}; {memory.training_lower(section, inputs.training)}", flush=True)
+    section, settings = ("finetune", recipe.tuning) if variant else ("distill", recipe.distill)
+    try:
+        nodes = dist.get_world_size() // per_node
+        stages = stage_memories(read_inputs(recipe, nodes, per_node, variant, teacher=teacher))
+    except Exception as fault:  # whatever a block says to the meta device; the training does without
+        print(f"note: what it needs of the accelerator could not be estimated ({brief(fault)})", flush=True)
+        return
+    if line := too_small(stages, min(size for size in free if size is not None)):
+        print(f"warning: {line}; {memory.training_lower(section, settings, recipe.teacher)}", flush=True)
 
 
 def too_small(stages: list[Memory], free: int) -> str:

@@ -191,10 +191,16 @@ def _places(account: Distilling, cluster: Cluster, accelerator: Accelerator) -> 
 def _copies(account: Account, cluster: Cluster, accelerator: Accelerator) -> Iterator[str]:
     """What should be changed about how many ranks share a copy of the teacher."""
     sharding = account.teacher.sharding
-    otherwise = replace(account.teacher, sharding=replace(sharding, whole=not sharding.whole))
+    divided = replace(sharding, whole=False, ranks_per_copy=cluster.gpus_per_node)
+    other = divided if sharding.whole else replace(sharding, whole=True, offload=False)
+    otherwise = replace(account.teacher, sharding=other)
     here, there = (_has_room(each, cluster, accelerator) for each in (account, replace(account, teacher=otherwise)))
     if there and not sharding.whole:
-        yield "set teacher.ranks_per_copy: 1; each accelerator has room for the whole teacher, and nothing is gathered"
+        offload = " and leave teacher.offload out" if sharding.offload else ""
+        yield (
+            f"set teacher.ranks_per_copy: 1{offload}; each accelerator has room for the whole teacher, and nothing is "
+            "gathered"
+        )
     if there and sharding.whole and not here:
         yield "leave teacher.ranks_per_copy out; the accelerator is too small for the whole teacher"
 

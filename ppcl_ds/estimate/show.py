@@ -41,9 +41,10 @@ def _assumptions(e: Estimate) -> Iterator[str]:
     what = f"variant: {e.variant}" if e.variant else "library"
     yield f"plan: {e.plan}"
     yield f"{what}: {number} {_LAYERS[e.training]}, {_count(e.parameters)} parameters"
+    unit = "pixels and frames" if e.sample.frames > 1 else "pixels"
     tokens = ", ".join(f"{count} {name}" for name, count in e.tokens.items())
     yield (
-        f"sample: {e.sample} pixels ({tokens} tokens), {e.precision}; {e.samples} samples a step, in "
+        f"sample: {e.sample} {unit} ({tokens} tokens), {e.precision}; {e.samples} samples a step, in "
         f"{e.micro_batches} micro-batches"
     )
     yield f"cluster: {_words(e.cluster)}; {e.accelerator.name}"

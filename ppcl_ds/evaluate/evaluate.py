@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.console import track
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.compared import SetFigures, compare
@@ -30,7 +30,7 @@ from ppcl_ds.evaluate.scores import Scorer, open_scorer
 from ppcl_ds.export.card import write_card
 from ppcl_ds.export.load import load_model
 from ppcl_ds.export.model_folder import FACTS, weights_digest
-from ppcl_ds.export.placing import explained, placed
+from ppcl_ds.export.placing import placed
 from ppcl_ds.prompt_sets import Score
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.encoding import Decoder
@@ -90,14 +90,13 @@ def evaluate(checked: Checked) -> None:
     whole = fits(recipe, teacher, device, around=False)
     if not whole:
         print("the teacher does not fit on one GPU: its layers stay in CPU memory, and figures take longer", flush=True)
-    bench = Bench(recipe, teacher, device)
+    bench = Bench(recipe, teacher, device, whole)
     decode = Decoder(recipe.teacher.path, device)
     rows: list[ModelFigures] = []
     images: dict[str, Tensor] = {}
     models = list(_models(recipe, teacher, plan))
     for name, load in track(models, "evaluate", len(models)):
-        advice = ["set a smaller evaluate.batch_size", "CUDA_VISIBLE_DEVICES= measures on the CPU"]
-        with explained(f"evaluating '{name}'", advice), placed(load(), device, whole) as model:
+        with memory.phase(f"figures of {name}"), placed(load(), device, whole) as model:
             figures, images[name] = bench.measure(name, model, decode)
         del model  # before there is another on the device
         if (recipe.pruned(name).parent / FACTS).exists():

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.benchmark import Timer
 
-from ppcl_ds import memory
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.load import load_model
+from ppcl_ds.export.placing import place
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.drawing import Drawing
@@ -67,9 +67,12 @@ class Bench:
     """The same held-out data, prompts and noise for every model.
 
     The first model measured must be the teacher; the others are compared with it.
+
+    Args:
+        fits: whether the pipeline's other transformers fit on the device, see `placed`.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device, fits: bool = True) -> None:
         self.recipe, self.teacher, self.device = recipe, teacher, device
         self.dtype = DTYPES[recipe.teacher.precision]
         settings = recipe.evaluate
@@ -79,7 +82,7 @@ class Bench:
         self.captions = [sample.caption for sample in samples]
         self.drawings = Drawing.several(recipe, teacher.call, stored.noiser, samples, settings.batch_size)
         self.others = {
-            name: load_model(teacher.path / name, self.dtype).to(device)
+            name: place(load_model(teacher.path / name, self.dtype), device, fits)
             for name in teacher.call.transformers()
             if name != teacher.component
         }
@@ -88,7 +91,6 @@ class Bench:
         self.teacher_latents: list[Tensor] = []
         self.teacher_blocks = 0
 
-    @memory.phase("held-out figures")
     def measure(self, name: str, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[ModelFigures, Tensor]:
         """All figures of one model, and its images (N, C, height, width) in [-1, 1].
 

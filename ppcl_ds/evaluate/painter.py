@@ -59,7 +59,7 @@ def fits(recipe: Recipe, teacher: Teacher, device: torch.device, around: bool) -
     """Whether the teacher's weights fit on a device; the CPU has room for any.
 
     Args:
-        around: with the rest of its pipeline.
+        around: with the rest of its pipeline; else with its other transformers alone.
     """
     if device.type != "cuda":
         return True
@@ -68,9 +68,9 @@ def fits(recipe: Recipe, teacher: Teacher, device: torch.device, around: bool) -
     others = sum(
         file.stat().st_size
         for file in teacher.path.glob("*/*.safetensors")
-        if file.parent.name != recipe.teacher.component
+        if file.parent.name != recipe.teacher.component and (around or file.parent.name in teacher.call.transformers())
     )
-    return transformer + others * around <= usable(device)
+    return transformer + others <= usable(device)
 
 
 class Painter:

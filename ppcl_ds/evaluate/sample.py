@@ -15,13 +15,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import progress
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.evaluate.painter import guided
 from ppcl_ds.export.load import load_pipeline
-from ppcl_ds.export.placing import explained, place_pipeline
+from ppcl_ds.export.placing import place_pipeline
 
 
 def sample(
@@ -99,7 +99,7 @@ def _by_pipeline(
 def _explained(folder: Path, size: int | None) -> Iterator[None]:
     """What a model says to a size that it cannot draw, or that does not fit the GPU, as one line."""
     try:
-        with explained(str(folder), ["try a smaller --size", "CUDA_VISIBLE_DEVICES= draws on the CPU"]):
+        with memory.told(str(folder), "try a smaller --size, or draw on the CPU with CUDA_VISIBLE_DEVICES="):
             yield
     except ValueError as fault:
         if size is None:

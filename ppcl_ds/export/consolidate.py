@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ppcl_ds import launch
+from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
 from ppcl_ds.errors import UserError
@@ -39,7 +39,7 @@ from ppcl_ds.export.model_folder import (
     write_sums,
 )
 from ppcl_ds.export.pipeline_folder import copied_bytes, name_transformer, pipeline_class, pipeline_files, place
-from ppcl_ds.export.placing import explained, placed, size_of, usable
+from ppcl_ds.export.placing import placed, size_of, usable
 from ppcl_ds.export.scaled import scaled
 from ppcl_ds.export.single_files import TOOLS, single_file_tensors
 from ppcl_ds.export.tuned import Tuned, open_tuned
@@ -281,7 +281,7 @@ class Export:
         for each in (plain, folder):
             model = model_class.from_pretrained(each, torch_dtype=running).eval()
             with (
-                explained(f"measuring {each}", ["set a smaller evaluate.batch_size"]),
+                memory.told(f"measuring {each}", "lower evaluate.batch_size"),
                 placed(model, device, size_of(model) <= usable(device)),
             ):
                 found.append(heldout.velocities(model))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,8 +10,6 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
-
-from ppcl_ds.errors import UserError
 
 _ROOM = 0.85
 """Share of a GPU's memory that weights may take; activations need the rest."""
@@ -35,14 +33,18 @@ def placed(model: nn.Module, device: torch.device, fits: bool) -> Iterator[nn.Mo
         fits: whether all of it; else each layer's weights are there while it computes, and the model is as fast as
             they travel.
     """
-    if fits:
-        yield model.to(device)
-        return
-    cpu_offload(model, execution_device=device)
     try:
-        yield model
+        yield place(model, device, fits)
     finally:
         remove_hook_from_submodules(model)  # which puts the weights back
+
+
+def place(model: nn.Module, device: torch.device, fits: bool) -> nn.Module:
+    """The same for as long as the model lives."""
+    if fits:
+        return model.to(device)
+    cpu_offload(model, execution_device=device)
+    return model
 
 
 def place_pipeline(pipeline: Any, device: torch.device) -> str:
@@ -61,16 +63,3 @@ def place_pipeline(pipeline: Any, device: torch.device) -> str:
         return "models that are not at work"
     pipeline.enable_sequential_cpu_offload(device=device)
     return "all layers but the one at work"
-
-
-@contextmanager
-def explained(what: str, advice: Sequence[str]) -> Iterator[None]:
-    """A GPU that is too small, as one line.
-
-    Raises:
-        UserError: it is.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise UserError(f"{what}: the GPU's memory is too small for it; {', or '.join(advice)}") from None

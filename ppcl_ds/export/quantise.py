@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppcl_ds import memory
 from ppcl_ds.errors import UserError
 
 PACKAGES = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
@@ -42,11 +43,9 @@ def quantise(model_class: Any, source: Path, out: Path, method: str, dtype: torc
         UserError: the GPU's memory is too small.
     """
     config = _config(method, dtype)
-    try:
+    other = "take a larger GPU" if method == "nf4" else "CUDA_VISIBLE_DEVICES= quantises on the CPU"
+    with memory.told(f"--quantize {method} of {source}", other):
         model: nn.Module = model_class.from_pretrained(source, quantization_config=config, torch_dtype=dtype)
-    except torch.OutOfMemoryError:
-        other = "take a larger one" if method == "nf4" else "CUDA_VISIBLE_DEVICES= quantises on the CPU"
-        raise UserError(f"--quantize {method}: the GPU's memory is too small for {source}; {other}") from None
     # The folder it was read from is gone in a moment, so its name must not travel in config.json.
     model.register_to_config(_name_or_path="")  # type: ignore[operator]
     model.save_pretrained(out, max_shard_size=max_shard_size)  # type: ignore[operator]

@@ -147,14 +147,11 @@ def fitted(
     )
 
 
-def probing(found: Estimate, micro_batch: int, sums: int) -> tuple[int, int | None]:
-    """Samples of a teacher forward while probing, and blocks whose sums are in memory at once; None: as many as usual.
-
-    The teacher keeps its place; of the rest, boundaries may fill half, and sums what they leave.
+def probing(found: Estimate, micro_batch: int) -> int:
+    """Samples of a teacher forward while probing: boundaries may fill half of what the teacher leaves.
 
     Args:
         found: with this micro-batch.
-        sums: most bytes of a block's.
     """
     costs, forward = found.probing, found.memory.phases["teacher forward"]
     assert costs is not None, "distilling was estimated"
@@ -162,11 +159,7 @@ def probing(found: Estimate, micro_batch: int, sums: int) -> tuple[int, int | No
     parts += [size for part, size in forward.items() if part != "boundaries for units"]
     room = found.accelerator.usable_bytes - sum(parts)
     sample = costs.boundaries / micro_batch
-    batch = max(1, min(micro_batch, int(room / 2 / sample)))
-    left = room - batch * sample
-    if costs.sums <= left:
-        return batch, None
-    return batch, max(1, int(left / sums))
+    return max(1, min(micro_batch, int(room / 2 / sample)))
 
 
 def _with_more_stages(setting: Setting, machine: Machine, units: int) -> Iterator[Setting]:

@@ -14,9 +14,7 @@ from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.numbers import Estimate
 from ppcl_ds.pages import render
-from ppcl_ds.probing.sums import block_bytes, lanes_of
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.sections import Probe
 from ppcl_ds.start.fitting import Machine, Setting, fitted, machine, probing
 from ppcl_ds.start.pipeline import (
     Because,
@@ -78,7 +76,7 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
         "size": size,
         "step": step,
         "frames": frames,
-        "drawn": "x".join(map(str, (square.height, square.width, *([square.frames] if frames else ())))),
+        "drawn": square,
         "max_aspect": _max_aspect(images),
         "heldout": _heldout(images),
         "captions": images.captions,
@@ -121,7 +119,7 @@ class _Draft:
         """The recipe with a setting, and with what was estimated of it."""
         micro_batch, world = setting.micro_batch, self.machine.world
         tuning = min(2, micro_batch)
-        probe, at_once = probing(found, micro_batch, self.values["sums"]) if found else (micro_batch, None)
+        probe = probing(found, micro_batch) if found else micro_batch
         one, more = "all units fit on each process, so nothing is sent", "on fewer, the units do not fit"
         return render(
             "ppcl_ds.start",
@@ -136,7 +134,6 @@ class _Draft:
             tuning_batch=tuning,
             tuning_batches=_filling(tuning, world),
             probe_batch=probe,
-            at_once=at_once,
             checkpointing=setting.checkpointing,
             offload=setting.offload,
             whole=setting.whole,
@@ -180,7 +177,6 @@ def _training(teacher: Teacher, size: Size, on_gpus: bool) -> dict[str, Any]:
     """How long, at which learning rate, and what is known of a forward."""
     capture = meta_forward(teacher, size).capture
     tokens, channels = capture.streams[0]["image"].shape[1:]
-    lanes, longest = lanes_of(teacher.anatomy, capture, []), Probe().max_span
     lr = float(f"{min(6e-3, max(2e-5, 0.3 / channels)):.0e}")
     why = f"for {channels} channels, between what the recipes that ship take: 1e-4 for 3072, 6e-3 for 64"
     steps, period = (3000, 250) if on_gpus else (600, 100)
@@ -188,7 +184,6 @@ def _training(teacher: Teacher, size: Size, on_gpus: bool) -> dict[str, Any]:
     shipped = "recipes/folder_of_images.yaml" if on_gpus else "recipes/digits.yaml on the CPU"
     return {
         "tokens": tokens,
-        "sums": max(block_bytes(lanes, block.index, longest) for block in teacher.blocks),
         "channels": channels,
         "lr": Because(f"{lr:.1e}", why),
         "tuning_lr": f"{lr / 10:.1e}",

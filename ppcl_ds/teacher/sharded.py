@@ -138,7 +138,8 @@ def _copied_without_waiting(parameter: Any) -> None:
 
     DeepSpeed calls `to` of each part that it gathers over several ranks, and waits, parameter by parameter.
     """
-    for part in filter(None.__ne__, (parameter.ds_tensor, parameter.ds_secondary_tensor)):
+    parts = (parameter.ds_tensor, parameter.ds_secondary_tensor)
+    for part in (part for part in parts if part is not None):
         part.to = partial(part.to, non_blocking=True)
 
 

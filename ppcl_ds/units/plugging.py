@@ -59,8 +59,9 @@ def borrow(
     for unit in wanted:
         mine = own[unit.name] if unit.name in own else _place_for(unit, teacher, dtype, device)
         found[unit.name] = mine
-        for tensor in mine.core.state_dict().values() if dist.get_world_size(group) > 1 else ():
-            dist.broadcast(tensor, dist.get_global_rank(group, owner[unit.name]), group=group)
+        tensors = (*mine.core.parameters(), *mine.core.buffers()) if dist.get_world_size(group) > 1 else ()
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), dist.get_global_rank(group, owner[unit.name]), group=group)
     return found
 
 
@@ -71,5 +72,7 @@ def _place_for(unit: UnitPlan, teacher: Teacher, dtype: torch.dtype, device: tor
         for name, parameter in list(module.named_parameters(recurse=False)):
             memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             module.register_parameter(name, nn.Parameter(memory, requires_grad=False))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
     found.free_calibration()
     return found.to(device)

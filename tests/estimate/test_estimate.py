@@ -174,6 +174,9 @@ def test_it_says_where_every_process_should_have_the_whole_teacher(unprepared: U
     assert "set teacher.ranks_per_copy: 1" in notes(False, whole + 1)
     assert "ranks_per_copy" not in notes(False, (divided + whole) / 2) + notes(True, whole + 1)
     assert "leave teacher.ranks_per_copy out" in notes(True, (divided + whole) / 2)
+    recipe = load_recipe(unprepared("qwen", teacher={"offload": "cpu"}))
+    said = " ".join(size(read_inputs(recipe, 1, 2), ACCELERATORS["h100"]).notes)
+    assert "set teacher.ranks_per_copy: 1 and leave teacher.offload out" in said
 
 
 def test_probing_counts_where_it_takes_more_than_training(

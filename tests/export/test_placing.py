@@ -10,8 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ppcl_ds.errors import UserError
-from ppcl_ds.export.placing import explained, place_pipeline, placed, size_of
+from ppcl_ds.export.placing import place_pipeline, placed, size_of
 from tests.calls import answer, random_arguments
 from tests.conftest import TEACHERS
 
@@ -61,9 +60,3 @@ def test_a_pipeline_keeps_in_cpu_memory_what_does_not_fit(
     assert bool(place_pipeline(pipeline, GPU)) == (asked != "to")
     assert called == [asked]
     assert place_pipeline(pipeline, CPU) == ""
-
-
-def test_a_gpu_that_is_too_small_is_one_line() -> None:
-    line = r"^the model: the GPU's memory is too small for it; one thing, or another$"
-    with pytest.raises(UserError, match=line), explained("the model", ["one thing", "another"]):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")

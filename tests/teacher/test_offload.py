@@ -32,3 +32,12 @@ def test_it_is_not_on_the_accelerator_as_well(new_run: Callable[..., Path]) -> N
     recipe = load_recipe(new_run("qwen", teacher={"offload": "cpu", "ranks_per_copy": 1}))
     with pytest.raises(UserError, match=r"ranks_per_copy: 1 .* leave one of them out"):
         teacher_config(recipe)
+
+
+def test_a_file_that_says_nothing_of_zero_is_one_line(new_run: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "teacher.json").write_text('{"train_micro_batch_size_per_gpu": 1}')
+    recipe = load_recipe(new_run("qwen"))
+    own = recipe.deepspeed.model_copy(update={"teacher": tmp_path / "teacher.json"})
+    recipe = recipe.model_copy(update={"deepspeed": own})
+    with pytest.raises(UserError, match="it has no zero_optimization"):
+        teacher_config(recipe)
