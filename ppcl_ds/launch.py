@@ -140,14 +140,16 @@ def set_timeout(timeout: float = WAIT) -> None:
 
 
 def room(needed: int = 0) -> int:
-    """Bytes that every rank may still fill, three quarters of what is free; on the CPU, of its part of that.
+    """Bytes that every rank may still fill, as `own_room` has it; all ranks must call it, and are told the same."""
+    return min(all_gather(own_room(needed)))
 
-    All ranks must call it, and are told the same; a process that has joined no others may call it, too.
+
+def own_room(needed: int = 0) -> int:
+    """Bytes that this process may still fill: three quarters of what is free; on the CPU, of its part of that.
 
     Args:
         needed: bytes that will be taken by something else.
     """
-    import torch.distributed as dist
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
@@ -155,8 +157,7 @@ def room(needed: int = 0) -> int:
     free, sharers = accelerator.available_memory() - needed, 1
     if accelerator.device_name() == "cpu":  # the machine's, of which a container or a job may have less
         free, sharers = min(free, _ON_CPU), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    own = int(FILLED * free) // sharers
-    return min(all_gather(own)) if dist.is_initialized() else own
+    return int(FILLED * free) // sharers
 
 
 def gpus() -> int:

@@ -91,7 +91,7 @@ def merge_parts(recipe: Recipe, teacher: Teacher) -> None:
     """
     parts = Parts(recipe.probe_folder / "parts", recipe, teacher.files)
     lanes = parts.contents.lanes
-    passes = ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, launch.room())
+    passes = ranges(lanes, recipe.probe.max_span, recipe.probe.blocks_at_once, launch.own_room())
     sums = track(parts.sums(passes, launch.device()), "merge parts", len(passes))
     measured = measure(lanes, sums, len(teacher.blocks), recipe.probe.ridge, lambda block: True)
     _report(recipe, teacher, measured, list(parts.contents.unused))

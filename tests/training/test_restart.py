@@ -46,7 +46,7 @@ def outcome(path: Path) -> tuple[dict[str, list[tuple[int, float]]], dict[str, d
     return losses, {unit.name: checkpoint.unit(unit.name) for unit in PLAN.units}
 
 
-DEATHS_ON_TRAJECTORIES = {"0:forward:20": 2, "1:exchange:9": 4}
+DEATHS_ON_TRAJECTORIES = {"0:forward:20": 2, "1:exchange:5": 4}
 """The teacher is asked at every second step."""
 TRAJECTORIES: dict[str, object] = {
     "trajectories": {"steps": [2, 4], "guidance": [1.5, 3.0]},
