@@ -10,7 +10,7 @@ from ppcl_ds import launch, memory
 from ppcl_ds.errors import brief
 from ppcl_ds.estimate.accelerators import RESERVED
 from ppcl_ds.estimate.inputs import Inputs, read_inputs
-from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
+from ppcl_ds.estimate.measured import account_of, run_once
 from ppcl_ds.estimate.numbers import Memory, add_up
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.teacher import Teacher
@@ -55,6 +55,4 @@ def too_small(stages: list[Memory], free: int) -> str:
 
 def stage_memories(inputs: Inputs) -> list[Memory]:
     """The memory of a process of each stage."""
-    forward = run_once(inputs)
-    account = fine_tuning(inputs, forward) if inputs.variant else distilling(inputs, forward)
-    return [add_up(stage) for stage in account.phases(inputs.cluster)]
+    return [add_up(stage) for stage in account_of(inputs, run_once(inputs)).phases(inputs.cluster)]

@@ -13,7 +13,7 @@ from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
 from ppcl_ds.estimate.inputs import Inputs, growing_clusters, read_inputs
-from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
+from ppcl_ds.estimate.measured import account_of, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, WholeRun, add_up, least_time
 from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.whole import whole_runs
@@ -108,7 +108,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         UserError: plan, teacher, stages and sample do not go together; the message says which.
     """
     forward = run_once(inputs)
-    account = fine_tuning(inputs, forward) if inputs.variant else distilling(inputs, forward)
+    account = account_of(inputs, forward)
     recipe = inputs.recipe
     cluster, precision = inputs.cluster, recipe.teacher.precision
     phases = account.phases(cluster)

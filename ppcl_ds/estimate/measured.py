@@ -37,6 +37,15 @@ def run_once(inputs: Inputs) -> MetaForward:
     return meta_forward(inputs.teacher, inputs.size, batch, taps)
 
 
+def account_of(inputs: Inputs, forward: MetaForward) -> Distilling | FineTuning:
+    """The account of the training that is asked about.
+
+    Raises:
+        UserError: as `fine_tuning`.
+    """
+    return fine_tuning(inputs, forward) if inputs.variant else distilling(inputs, forward)
+
+
 def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
     """The account of `ppcl distill`."""
     settings, plan, anatomy = inputs.recipe.distill, inputs.plan, inputs.teacher.anatomy

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_ds.estimate.inputs import read_inputs
-from ppcl_ds.estimate.measured import distilling, fine_tuning, run_once
+from ppcl_ds.estimate.measured import account_of, run_once
 from ppcl_ds.estimate.numbers import add_up
 from tests.pretend.cases import Case
 from tests.pretend.replay import Call, Group
@@ -83,5 +83,5 @@ def estimated_peaks(case: Case) -> list[int]:
         variant = "small" if case.what == "finetune" else None
         inputs = read_inputs(recipe, case.world // per_node, per_node, variant)
         forward = run_once(inputs)
-        account = fine_tuning(inputs, forward) if variant else distilling(inputs, forward)
+        account = account_of(inputs, forward)
         return [add_up(stage).peak for stage in account.phases(inputs.cluster)]
