@@ -36,6 +36,9 @@ COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
 SCOUTED = 1 / 3
 """Share of the unit-steps that a planned library spends on candidates."""
 
+PROMPTS = 128
+"""That the planner draws with every unit and set of units."""
+
 BATCH = 64
 """Samples in an optimizer step."""
 
@@ -57,7 +60,7 @@ def write_recipe(run: Path, seed: int, steps: int, **plan: Any) -> Path:
     recipe |= {"run": str(run), "seed": seed, "demo": None, "finetune": None, "topology": {"stages": 1}}
     recipe["teacher"]["path"] = str(demo / "teacher")
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
-    recipe["plan"] = {"variants": SIZES, **plan}
+    recipe["plan"] = {"variants": SIZES, "prompts": PROMPTS, **plan}
     recipe["distill"] |= {"steps": steps, "micro_batch": BATCH, "micro_batches_per_step": 1, "sample_every": 0}
     recipe["distill"] |= {"log_every": 50, "checkpoint_every": 10**6}
     (run / "probe").mkdir(parents=True, exist_ok=True)

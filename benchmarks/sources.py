@@ -13,7 +13,6 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 import typer
 import yaml
-from torch import Tensor
 
 from benchmarks.digits import Judge, Library, cell, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
@@ -30,11 +28,7 @@ from data_tools.shard import shard
 from ppcl_ds.console import track
 from ppcl_ds.data.stream import MicroBatchStream
 from ppcl_ds.recipe import load_recipe
-from ppcl_ds.teacher.drawing import Drawing
-from ppcl_ds.teacher.heldout import mean_squared
-from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.pipeline_files import open_pipeline
-from ppcl_ds.teacher.teacher import open_teacher
 
 GUIDANCE = 1.25
 """At which the demo draws."""
@@ -136,41 +130,13 @@ def _samples(path: Path) -> list[Any]:
     return [stream.sample(0, number) for number in range(len(stream))]
 
 
-class Closer:
-    """What a model does with guidance, and how far it draws from the teacher in four steps."""
-
-    def __init__(self, judge: Judge, path: Path) -> None:
-        self.judge, recipe = judge, load_recipe(path)
-        self.teacher = open_teacher(recipe)
-        few = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"steps": 4})})
-        stored = NoisyStream(recipe, self.teacher.call, "heldout", 1)
-        samples = [batch.samples[0] for _, batch in islice(stored.clean.take(0, 1), 200)]
-        self.drawings = Drawing.several(few, self.teacher.call, stored.noiser, samples, 100)
-        self.branches = []
-        for dropped in (0.0, 1.0):  # with the prompts, and without; the same noise
-            noise = recipe.noise.model_copy(update={"caption_dropout": dropped})
-            stream = NoisyStream(recipe.model_copy(update={"noise": noise}), self.teacher.call, "heldout", 50)
-            self.branches.append([batch for _, batch in islice(stream.take(0, 1), 8)])
-
-    @torch.no_grad()
-    def of(self, model: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Guided velocities, and latents after four steps."""
-        said = [[self.teacher.answer(model, batch) for batch in branch] for branch in self.branches]
-        guided = [bare + GUIDANCE * (own - bare) for own, bare in zip(*said, strict=True)]
-        answers = {self.teacher.component: lambda arguments: model(**arguments | {"return_dict": False})[0]}
-        return guided, [drawing.draw(answers)[0] for drawing in self.drawings]
-
-
-def measured(path: Path, judge: Judge, closer: Closer, teacher: tuple[list[Tensor], list[Tensor]]) -> dict[str, float]:
+def measured(path: Path, judge: Judge) -> dict[str, float]:
     """All figures of a run, from its folder if they were taken before."""
     file = path.with_name("figures.json")
     if not file.exists():
         library = Library(path)
-        model = library.model(library.plan.variants[VARIANT]).eval()
-        guided, short = closer.of(model)
-        figures = judge.of(model)
-        found = {name: float(getattr(figures, name)) for name in ("velocity_mse", "sample_mse", "frechet", "accuracy")}
-        found |= {"guided_mse": mean_squared(guided, teacher[0]), "short_mse": mean_squared(short, teacher[1])}
+        figures = judge.of(library.model(library.plan.variants[VARIANT]))
+        found = {name: float(getattr(figures, name)) for name in COLUMNS}
         file.write_text(json.dumps(found, indent=1))
     return dict(json.loads(file.read_text())) | {"seconds": json.loads(path.with_name("seconds.json").read_text())}
 
@@ -206,15 +172,11 @@ def main(json_file: JsonFile = None, quick: Quick = False) -> None:
         draw_first(folder)
     first = write_recipe(folder / "teacher", 0, 1)
     judge = Judge(load_recipe(first))
-    closer = Closer(judge, first)
-    files = closer.teacher.files
-    assert files.model_class is not None
-    teacher = closer.of(files.model_class.from_pretrained(files.folder).eval())
     found: dict[str, list[dict[str, float]]] = {}
     jobs = [(source, seed) for seed in range(seeds) for source in sources]
     for source, seed in track(jobs, "train and judge libraries", len(jobs)):
         path = train(folder, source, seed, steps)
-        found.setdefault(source.name, []).append(measured(path, judge, closer, teacher))
+        found.setdefault(source.name, []).append(measured(path, judge))
     print_figures(found, sources, steps)
     show("Trained on something else, over real images", _rows(found), json_file)
 

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ByteSize, Field, field_validator, model_validator
 
 from ppcl_ds.jobs import Cluster as Cluster
+from ppcl_ds.plan_section import Objective as Objective
+from ppcl_ds.plan_section import Plan as Plan
+from ppcl_ds.plan_section import Rule as Rule
 from ppcl_ds.prompt_sets import Drawn
 from ppcl_ds.sampling import Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
@@ -157,51 +160,6 @@ class Probe(Section):
     the result is the same. Default: as many as the memory that is left holds."""
 
 
-Rule = Literal["error", "ppcl", "influence", "uniform", "random", "given"]
-"""How spans are chosen from what the probe found."""
-
-
-class Plan(Section):
-    """Which variants to make."""
-
-    variants: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]] = Field(default_factory=dict)
-    """Name of each variant and the share of the blocks' budget that it gives up."""
-    budget: Literal["parameters", "memory", "latency"] = "parameters"
-    """What the share is of: parameters; bytes of the weights as they run; or time, which `--from-run` measures block by
-    block on the device at hand (until then, parameters stand for it)."""
-    rule: Rule = "error"
-    """How spans are chosen. `error`: the least total `error(u, v)`. `ppcl`: the paper's spans, those of least error.
-    `influence`: blocks whose output is most like their input go first. `uniform`: evenly spread. `random`: what any
-    rule has to beat. `given`: the units and variants of the plan file `given`; other variants are chosen from these."""
-    candidates: tuple[Rule, ...] = ()
-    """Rules whose spans join the library, though no variant plugs them yet: `ppcl plan --from-run` chooses anew among
-    all units, once they have been trained a little."""
-    given: Path | None = None
-    """A plan file for rule `given`. `plans/qwen_image_published.yaml` ships with the package: what the authors of PPCL
-    chose for Qwen-Image."""
-    max_span: int = Field(default=6, ge=2)
-    """Longest span, in blocks, that rule `error` considers."""
-    width: tuple[Literal["text", "ffn", "narrow"], ...] = ()
-    """Width units that join the library as candidates, for every block that has what they need. `text`: the text stream
-    of two neighbours becomes linear; `ffn`: a feed-forward becomes one linear; `narrow`: it keeps its most important
-    hidden channels. Needs `ppcl plan --from-run`, which then chooses between them and spans under one budget."""
-    narrow_keep: float = Field(default=0.25, gt=0, lt=1)
-    """Share of hidden channels that `narrow` keeps."""
-
-    @field_validator("given")
-    @classmethod
-    def _may_be_shipped(cls, given: Path | None) -> Path | None:
-        return shipped(str(given)) if given and not given.exists() and shipped(str(given)).exists() else given
-
-    @model_validator(mode="after")
-    def _has_what_its_rules_need(self) -> Plan:
-        if "given" in (self.rule, *self.candidates) and self.given is None:
-            raise ValueError("given is missing: the plan file whose spans rule `given` takes")
-        if not self.variants and self.rule != "given":
-            raise ValueError("variants is empty; name at least one, with the share that it gives up")
-        return self
-
-
 class Topology(Section):
     """How the processes are laid out: `stages` x `replicas`, one process per accelerator."""
 
@@ -311,6 +269,9 @@ class Evaluate(Drawn):
     batch_size: int = Field(default=16, gt=0)
     steps: int = Field(default=20, gt=0)
     """Sampling steps."""
+    few_steps: int = Field(default=4, gt=0)
+    """Of draws that are only compared with the teacher's, from the same noise and prompt: what `ppcl plan --from-run`
+    judges units by, and one of the figures of held-out data."""
     guidance: float = Field(default=1.0, ge=1.0)
     """Classifier-free guidance scale; 1: none."""
     velocity_batches: int = Field(default=8, gt=0)

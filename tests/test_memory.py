@@ -62,8 +62,8 @@ def test_other_commands_do_so_too(planned: Path) -> None:
     )
     command("distill", planned)
     run_folder = load_recipe(planned).run
-    said = refused("ppcl_ds.planning.measure:SwapBench._velocity", "plan", planned, "--from-run", run_folder)
-    assert said == "plan: out of memory in phase 'velocities'; lower evaluate.batch_size"
+    said = refused("ppcl_ds.planning.measure:forward", "plan", planned, "--from-run", run_folder)
+    assert said == "plan: out of memory in phase 'units alone'; lower evaluate.batch_size"
     command("consolidate", planned)
     said = refused("ppcl_ds.evaluate.figures:forward", "evaluate", planned)
     assert said == (

@@ -1,4 +1,4 @@
-"""A look at the variants while they train: held-out velocity error, and images beside the teacher's."""
+"""A look at the variants while they train: held-out errors, and images beside the teacher's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def look(
     device: torch.device,
     draws: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Velocity error and images of every variant on held-out data, the same noise for all. Collective over all ranks.
+    """Errors and images of every variant on held-out data, the same noise for all. Collective over all ranks.
 
     Every rank looks at samples of its own, with units that it borrows.
 
@@ -41,23 +41,29 @@ def look(
         draws: whether there are to be images; without them it takes seconds.
 
     Returns:
-        `heldout/velocity_mse/VARIANT` -> error, and on rank 0, model -> images (N, C, H, W) in [-1, 1].
+        `heldout/velocity_mse/VARIANT`, `guided_mse`, `branch_mse` and `short_mse` likewise -> error, the middle two
+        also by noise level, `heldout/guided_mse/VARIANT/0.9`; and on rank 0, model -> images (N, C, H, W) in [-1, 1].
     """
     preview, turn, means = Preview(recipe, teacher, device), Turn.of_rank(), Means()
-    batches = list(preview.noisy(sharded, turn))
+    batches, pieces = list(preview.noisy(sharded, turn)), preview.pieces(sharded, turn)
     images: dict[str, Tensor | None] = {}
     reference: list[Tensor] = []
+    true: list[dict[str, Tensor]] = []
     for name in ["teacher", *plan.variants]:
         wanted = () if name == "teacher" else plan.units_of(name)
         own = borrow(wanted, units, owner, group, teacher, DTYPES[recipe.teacher.precision], device)
         inside = nullcontext() if name == "teacher" else plugged(sharded.module, teacher.anatomy, plan, name, own)
         with inside, torch.no_grad():
             velocities = [teacher.answer(sharded, batch) for _, batch in batches]
+            said = [piece.says(partial(forward, sharded)) for piece in pieces]
             images[name] = preview.draw(partial(forward, sharded), turn) if draws else None
-        reference = reference or velocities
-        for (counts, _), velocity, true in zip(batches, velocities, reference, strict=True):
-            if name != "teacher":
-                means.add(f"heldout/velocity_mse/{name}", counts, (velocity - true).float().square().mean())
+        if name == "teacher":
+            reference, true = velocities, said
+        else:
+            for (counts, _), velocity, other in zip(batches, velocities, reference, strict=True):
+                means.add(f"heldout/velocity_mse/{name}", counts, (velocity - other).float().square().mean())
+            for piece, own_says, teacher_says in zip(pieces, said, true, strict=True):
+                means.add_errors(f"/{name}", piece, own_says, teacher_says)
         del own  # before the next variant's are borrowed
     forget_order(sharded)  # training's forwards end earlier
     return means.take(), {name: drawn for name, drawn in images.items() if drawn is not None}

@@ -195,7 +195,7 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) 
     return {
         "Teacher": f"{teacher.class_name} from {teacher.files.folder}",
         "Images": f"{settings.samples} a model, {settings.steps} steps, guidance {settings.guidance:g}, "
-        f"seed {recipe.seed}",
+        f"seed {recipe.seed}; few-step: {settings.few_steps} steps",
         "Distillation": f"{recipe.distill.steps} steps of "
         f"{recipe.distill.micro_batch * recipe.distill.micro_batches_per_step} samples",
         "Latency": f"one forward of one sample on {name}, {torch.get_num_threads()} CPU threads, "
@@ -204,7 +204,7 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) 
 
 
 def _show(rows: list[ModelFigures]) -> None:
-    columns = ("params", "blocks", "ms", "acc.", "Fréchet", "velocity", "sample")
+    columns = ("params", "blocks", "ms", "acc.", "Fréchet", "velocity", "guided", "branches", "few-step", "sample")
     table = Table("model", *columns, box=SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for m in rows:
         table.add_row(
@@ -214,7 +214,6 @@ def _show(rows: list[ModelFigures]) -> None:
             f"{m.latency_ms:.1f}",
             "-" if m.accuracy is None else f"{m.accuracy:.1%}",
             "-" if m.frechet is None else f"{m.frechet:.3f}",
-            f"{m.velocity_mse:.4f}",
-            f"{m.sample_mse:.4f}",
+            *("-" if error is None else f"{error:.4f}" for error in m.errors.values()),
         )
     Console().print(table)

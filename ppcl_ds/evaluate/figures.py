@@ -22,13 +22,10 @@ from ppcl_ds.export.placing import place
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.drawing import Drawing
-from ppcl_ds.teacher.heldout import HeldOut, mean_squared
+from ppcl_ds.teacher.heldout import GuidedHeldOut, HeldOut, by_noise, mean_squared
 from ppcl_ds.teacher.noising import DTYPES, NoisyStream
 from ppcl_ds.teacher.pipeline_call import Arguments
 from ppcl_ds.teacher.teacher import Teacher, forward
-
-_FIFTHS = 5
-"""Groups of held-out samples by noise."""
 
 Judge = Callable[[Tensor, Sequence[str]], dict[str, float]]
 """Scores images (N, C, H, W) in [-1, 1] against their captions."""
@@ -45,9 +42,15 @@ class ModelFigures(BaseModel):
         accuracy: share of images that show what was asked; None where the recipe names no judge.
         frechet: Frechet distance of the images to real ones; None likewise.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
-        sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
-        by_noise: mean place on the ladder of noise (0 is pure noise) and the same difference there, for fifths of the
+        guided_mse: the same of velocities with the recipe's guidance; None where it is not known how that is done.
+        branch_mse: the same of what the velocities with and without the prompt differ by; None where guidance does not
+            read both.
+        short_mse: mean squared difference from the teacher's latents drawn from the same noise in `evaluate.few_steps`
+            steps; None in reports of earlier versions.
+        sample_mse: the same in `evaluate.steps` steps.
+        by_noise: mean place on the ladder of noise (0 is pure noise) and the velocity error there, for fifths of the
             held-out samples.
+        guided_by_noise, branch_by_noise: likewise.
         weights: which files were measured (`weights_digest` of the variant's folder); None for other models.
     """
 
@@ -58,9 +61,31 @@ class ModelFigures(BaseModel):
     accuracy: float | None = None
     frechet: float | None = None
     velocity_mse: float
+    guided_mse: float | None = None
+    branch_mse: float | None = None
+    short_mse: float | None = None
     sample_mse: float
     by_noise: Sequence[tuple[float, float]] = ()
+    guided_by_noise: Sequence[tuple[float, float]] = ()
+    branch_by_noise: Sequence[tuple[float, float]] = ()
     weights: str | None = None
+
+    @property
+    def errors(self) -> dict[str, float | None]:
+        """What is compared with the teacher, by title."""
+        return {
+            "velocity MSE": self.velocity_mse,
+            "guided velocity MSE": self.guided_mse,
+            "branch MSE": self.branch_mse,
+            "few-step MSE": self.short_mse,
+            "sample MSE": self.sample_mse,
+        }
+
+    @property
+    def curves(self) -> dict[str, Sequence[tuple[float, float]]]:
+        """Those that there are of noise levels, likewise."""
+        curves = zip(list(self.errors)[:3], (self.by_noise, self.guided_by_noise, self.branch_by_noise), strict=True)
+        return {title: curve for title, curve in curves if curve}
 
 
 class Bench:
@@ -80,7 +105,11 @@ class Bench:
         stored = NoisyStream(recipe, teacher.call, "heldout", 1, captions=True)
         samples = [batch.samples[0] for _, batch in islice(stored.clean.take(0, 1), settings.samples)]
         self.captions = [sample.caption for sample in samples]
-        self.drawings = Drawing.several(recipe, teacher.call, stored.noiser, samples, settings.batch_size)
+        self.drawings, self.short = (
+            Drawing.several(recipe, teacher.call, stored.noiser, samples, settings.batch_size, steps=steps)
+            for steps in (settings.steps, settings.few_steps)
+        )
+        self.guided = GuidedHeldOut(recipe, teacher, device)
         self.others = {
             name: place(load_model(teacher.path / name, self.dtype), device, fits)
             for name in teacher.call.transformers()
@@ -89,6 +118,8 @@ class Bench:
         self.judge = load_judge(settings.judge) if settings.judge else None
         self.teacher_velocities: list[Tensor] = []
         self.teacher_latents: list[Tensor] = []
+        self.teacher_short: list[Tensor] = []
+        self.teacher_guided: dict[str, list[Tensor]] = {}
         self.teacher_blocks = 0
 
     def measure(self, name: str, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[ModelFigures, Tensor]:
@@ -98,10 +129,15 @@ class Bench:
             model: already in the recipe's dtype; it can be run on the device.
         """
         velocities = self.heldout.velocities(model)
-        latents, images = self._draw(model, decode)
+        guided = self.guided.says(model)
+        latents, images = self._draw(self.drawings, model, decode)
+        short, _ = self._draw(self.short, model)
         blocks = Anatomy(model, self.teacher.flows).block_parameters
         if not self.teacher_latents:
             self.teacher_velocities, self.teacher_latents, self.teacher_blocks = velocities, latents, blocks
+            self.teacher_short, self.teacher_guided = short, guided
+        means = {name: mean_squared(said, self.teacher_guided[name]) for name, said in guided.items()}
+        curves = {name: by_noise(said, self.teacher_guided[name], self.guided.places) for name, said in guided.items()}
         scores = self.judge(images, self.captions) if self.judge else {}
         figures = ModelFigures(
             name=name,
@@ -111,25 +147,25 @@ class Bench:
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
             velocity_mse=mean_squared(velocities, self.teacher_velocities),
-            by_noise=self._by_noise(velocities),
+            guided_mse=means.get("velocity"),
+            branch_mse=means.get("branches"),
+            short_mse=mean_squared(short, self.teacher_short),
             sample_mse=mean_squared(latents, self.teacher_latents),
+            by_noise=by_noise(velocities, self.teacher_velocities, [batch.places for batch in self.heldout.batches]),
+            guided_by_noise=curves.get("velocity", ()),
+            branch_by_noise=curves.get("branches", ()),
         )
         return figures, images
 
-    def _by_noise(self, velocities: Sequence[Tensor]) -> list[tuple[float, float]]:
-        """Fifths of the held-out samples, the noisiest first: their mean place, and the mean squared difference."""
-        pairs = zip(velocities, self.teacher_velocities, strict=True)
-        errors = torch.cat([(one - other).square().flatten(1).mean(1) for one, other in pairs])
-        places = torch.cat([batch.places for batch in self.heldout.batches])
-        parts = places.argsort().tensor_split(_FIFTHS)
-        return [(float(places[part].mean()), float(errors[part].mean())) for part in parts if len(part)]
-
-    def _draw(self, model: nn.Module, decode: Callable[..., Tensor]) -> tuple[list[Tensor], Tensor]:
-        """Latents, a batch at a time, and all images."""
+    def _draw(
+        self, drawings: Sequence[Drawing], model: nn.Module, decode: Callable[..., Tensor] | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Latents, a batch at a time, and all images, if they are decoded."""
         models = self.others | {self.teacher.component: model}
         answers = {name: partial(self._answer, each) for name, each in models.items()}
-        drawn = [drawing.draw(answers, decode) for drawing in self.drawings]
-        return [latents for latents, _ in drawn], torch.cat([images for _, images in drawn if images is not None])
+        drawn = [drawing.draw(answers, decode) for drawing in drawings]
+        images = [each for _, each in drawn if each is not None]
+        return [latents for latents, _ in drawn], torch.cat(images) if images else torch.empty(0)
 
     def _answer(self, model: nn.Module, arguments: Arguments) -> Tensor:
         """What a model puts out for arguments on the CPU."""

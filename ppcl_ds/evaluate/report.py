@@ -104,7 +104,7 @@ def write_report(folder: Path, figures: Figures, curves: Curves) -> None:
         gains=gains(speed),
         samples=inline((folder / "samples.png").read_bytes()),
         front=inline(_plot_front(figures.models)),
-        noise=inline(_plot_noise(figures.models)) if any(m.by_noise for m in figures.models) else None,
+        noise=inline(_plot_noise(figures.models)) if any(m.curves for m in figures.models) else None,
         heatmap=inline(heatmap.read_bytes()) if heatmap.exists() else None,
         curves=inline(_plot_curves(curves)) if curves.losses else None,
     )
@@ -170,11 +170,16 @@ def _plot_front(models: Sequence[ModelFigures]) -> bytes:
 
 
 def _plot_noise(models: Sequence[ModelFigures]) -> bytes:
-    figure, axis = plt.subplots(figsize=(7, 3.6), constrained_layout=True)
-    for model in models[1:]:  # the first is the teacher
-        axis.plot(*zip(*model.by_noise, strict=True), marker="o", label=model.name)
-    axis.set(xlabel="place on the ladder of noise: 0 is pure noise", ylabel="velocity MSE to the teacher", yscale="log")
-    axis.legend(fontsize=7)
+    titles = list(dict.fromkeys(title for model in models for title in model.curves))
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=(1 + 5 * len(titles), 3.6), constrained_layout=True, squeeze=False
+    )
+    for axis, title in zip(axes[0], titles, strict=True):
+        for model in models[1:]:  # the first is the teacher
+            if title in model.curves:
+                axis.plot(*zip(*model.curves[title], strict=True), marker="o", label=model.name)
+        axis.set(xlabel="place on the ladder of noise: 0 is pure noise", ylabel=f"{title} to the teacher", yscale="log")
+    axes[0][0].legend(fontsize=7)
     return as_png(figure)
 
 

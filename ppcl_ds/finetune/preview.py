@@ -35,8 +35,9 @@ def look(
 
     Returns:
         `heldout/flow/QUANTILE` and `heldout/velocity/QUANTILE`, mean squared errors from the data's and from the
-        teacher's velocity, or of captions alone `heldout/velocity/trajectories`; and on rank 0, `teacher` and `variant`
-        -> images (N, C, H, W) in [-1, 1].
+        teacher's velocity, or of captions alone `heldout/velocity/trajectories`; `heldout/guided_mse` and
+        `heldout/branch_mse`, both also by noise level (`heldout/guided_mse/0.9`), and `heldout/short_mse`; and on rank
+        0, `teacher` and `variant` -> images (N, C, H, W) in [-1, 1].
     """
     preview, means = Preview(recipe, teacher, device), Means()
     grid = engine.grid
@@ -54,6 +55,9 @@ def look(
                 if preview.has_images:
                     means.add(f"heldout/flow/{name}", counts, (own - batch.target.to(own)).square().mean())
                 means.add(f"heldout/velocity/{name}", counts, (own - true).square().mean())
+        for piece in preview.pieces(sharded, turn):
+            true_says = piece.says(partial(forward, sharded))
+            means.add_errors("", piece, piece.says(partial(engine.output, size=piece.size)), true_says)
         if draws:
             size = preview.samples[0].size
             images["teacher"] = preview.draw(partial(forward, sharded), Turn.of_rank())

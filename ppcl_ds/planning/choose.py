@@ -10,7 +10,6 @@ import numpy as np
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import fitted
-from ppcl_ds.planning.programme import cheapest
 from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
@@ -113,31 +112,33 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str,
     Raises:
         UserError: no set of units reaches a variant's share.
     """
-    forecast = fitted(swaps)
-    if broken := [unit.name for unit, error in zip(swaps.units, forecast.alone, strict=True) if not np.isfinite(error)]:
+    alone = np.array([np.diagonal(products) for products in swaps.products.values()])
+    if broken := [
+        unit.name for unit, errors in zip(swaps.units, alone.T, strict=True) if not np.isfinite(errors).all()
+    ]:
         raise UserError(
             f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
         )
-    candidates = forecast.candidates(budget)
-    saved = {unit.name: gain for unit, gain in zip(swaps.units, candidates.saved, strict=True)}
+    forecast = fitted(swaps, section.objective)
+    gains = forecast.saved(budget)
+    saved = {unit.name: gain for unit, gain in zip(swaps.units, gains, strict=True)}
     chosen = {}
     for name, share in section.variants.items():
         goal = share * budget.total
         # As near to the goal as units allow; where nothing is that near, half a block is near enough.
-        for slack in (budget.tolerance(candidates.saved), budget.slack):
-            places = cheapest(candidates, goal - slack, goal + slack)
+        for slack in (budget.tolerance(gains), budget.slack):
+            places = forecast.best(budget, goal - slack, goal + slack)
             if places is not None:
                 break
         else:
             _refuse(name, section)
         units = [swaps.units[place] for place in places]
         names = tuple(unit.name for unit in units)
-        measured = swaps.error_of(names)
-        error = forecast.of(units) if measured is None else measured
-        assert error is not None, "the forecast knows its own units"
+        errors = swaps.errors_of(names) or forecast.of(units)
+        assert errors is not None, "the forecast knows its own units"
         rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= slack]
-        best = min(rivals, key=lambda each: each.error, default=None)
-        chosen[name] = best.units if best and best.error < error else names
+        best = min(rivals, key=lambda each: forecast.value(each.errors), default=None)
+        chosen[name] = best.units if best and forecast.value(best.errors) < forecast.value(errors) else names
     return chosen
 
 

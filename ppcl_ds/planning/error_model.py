@@ -1,41 +1,60 @@
-"""What a set of units is expected to cost: the probe's errors added up, or a model fitted to a measured library.
+"""What a set of units is expected to cost: the probe's errors added up, or models fitted to a measured library.
 
 K units that may be plugged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, log
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.programme import Candidates
-from ppcl_ds.planning.swaps import Swaps
+from ppcl_ds.planning.programme import Candidates, least_product
+from ppcl_ds.planning.swaps import Errors, Swaps
 from ppcl_ds.probing.report import ProbeReport
+from ppcl_ds.sections import Objective
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.plan import UnitPlan
 
 Array = NDArray[np.float64]
 
+TITLES = {
+    "error": "probed error",
+    "velocity": "velocity MSE",
+    "branches": "branch MSE",
+    "draw": "few-step MSE",
+}
+"""Measure -> what it is called in tables and plots."""
+
+MEASURES: Mapping[Objective, tuple[str, ...]] = {
+    "pictures": ("velocity", "draw"),
+    "velocity": ("velocity",),
+    "branches": ("branches",),
+    "draw": ("draw",),
+}
+"""Objective -> the measures whose logarithms it is the mean of."""
+
 _RIDGE = 0.1
 """Pull of the units' own coefficients towards zero; between 0.03 and 0.3 it makes little difference."""
+
+_LEAST = 1e-30
+"""No error is smaller: of those that are forecast, a logarithm is taken."""
 
 
 @dataclass(frozen=True)
 class ErrorModel:
-    """The expected error of any set of units: each one's own, and what every two of them add to that.
+    """The expected error of any set of units by one measure: each one's own, and what every two of them add to that.
 
     Attributes:
-        title: what is expected, for tables and plots.
         units: those that may be plugged.
         alone: (K,) error of each by itself.
         pairs: (K, K) symmetric, zero on the diagonal.
     """
 
-    title: str
     units: Sequence[UnitPlan]
     alone: Array
     pairs: Array
@@ -58,42 +77,99 @@ class ErrorModel:
         )
 
 
-def probed(report: ProbeReport, teacher: Teacher) -> ErrorModel:
+@dataclass(frozen=True)
+class Forecast:
+    """A model of every measure, and which of them are to be small.
+
+    Attributes:
+        models: by measure; all of the same units.
+        aims: the measures of the objective, the mean of their logarithms. Each is meant relative to what removing
+            blocks without training costs at that size, which is one number for all sets that a variant is chosen from,
+            so it changes no choice and is left out of what is minimised. (Relative to each set's own removal, blocks
+            would be chosen because they are missed.)
+    """
+
+    models: Mapping[str, ErrorModel]
+    aims: tuple[str, ...]
+
+    @property
+    def units(self) -> Sequence[UnitPlan]:
+        return self.models[self.aims[0]].units
+
+    @property
+    def title(self) -> str:
+        """What the objective is called."""
+        names = [TITLES[aim] for aim in self.aims]
+        return names[0] if len(names) == 1 else f"geometric mean of {' and '.join(names)}"
+
+    def of(self, units: Iterable[UnitPlan]) -> dict[str, float] | None:
+        """The expected errors of a set of units, by measure; None where one of them is not known."""
+        wanted = list(units)
+        found = {measure: model.of(wanted) for measure, model in self.models.items()}
+        known = {measure: error for measure, error in found.items() if error is not None}
+        return known if len(known) == len(found) else None
+
+    def value(self, errors: Errors) -> float:
+        """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs."""
+        return exp(sum(log(max(errors[aim], _LEAST)) for aim in self.aims) / len(self.aims))
+
+    def saved(self, budget: Budget) -> Array:
+        """(K,) what every unit gives up."""
+        return np.array([budget.saved([unit]) for unit in self.units])
+
+    def best(self, budget: Budget, least: float, most: float) -> list[int] | None:
+        """Places of the units of least objective that give up between `least` and `most`; None: no set does."""
+        return least_product([self.models[aim].candidates(budget) for aim in self.aims], least, most)
+
+
+def probed(report: ProbeReport, teacher: Teacher) -> Forecast:
     """Every span that was probed, its `error(u, v)`, and no word on how errors add up."""
     errors = {(u, v): report.error[u][v] for u, v in sorted(teacher.allowed_spans)}
     known = {span: error for span, error in errors.items() if error is not None}
     units = [UnitPlan(name=f"{span}", span=span, streams=("image",)) for span in known]
-    return ErrorModel("probed error", units, np.array(list(known.values())), np.zeros((len(units), len(units))))
+    model = ErrorModel(units, np.array(list(known.values())), np.zeros((len(units), len(units))))
+    return Forecast({"error": model}, ("error",))
 
 
-def fitted(swaps: Swaps) -> ErrorModel:
-    """The velocity error as measured for units alone, and as sets of them tell how errors build up.
+def unknown() -> Forecast:
+    """Where nothing has been probed."""
+    return Forecast({"error": ErrorModel((), np.zeros(0), np.zeros((0, 0)))}, ("error",))
 
-    What units add to the velocity overlaps, and a unit also bends what earlier ones have added. So with g_ij the mean
-    product of what units i and j add alone, a set costs
+
+def fitted(swaps: Swaps, objective: Objective) -> Forecast:
+    """A model of every measure; where `draw` was not measured, `pictures` is the velocity alone."""
+    aims = tuple(measure for measure in MEASURES[objective] if measure in swaps.products)
+    return Forecast({measure: fitted_model(swaps, measure) for measure in swaps.products}, aims)
+
+
+def fitted_model(swaps: Swaps, measure: str) -> ErrorModel:
+    """An error as measured for units alone, and as sets of them tell how errors build up.
+
+    What units add overlaps, and a unit also bends what earlier ones have added. So with g_ij the mean product of what
+    units i and j add alone, a set costs
 
         sum_i g_ii + sum_{i<j} (2 a g_ij + (c_i + c_j) sqrt(g_ii g_jj)).
 
     With a = 1, c = 0 nothing bends. One a and a c for each unit are fitted to the measured sets by least squares of the
     relative error, c with a ridge.
     """
-    products = np.array(swaps.products)
+    products = np.array(swaps.products[measure])
     alone = products.diagonal().copy()
     roots = np.sqrt(np.outer(alone, alone))
     place = {unit.name: index for index, unit in enumerate(swaps.units)}
     rows, sides = [], []
     for each in swaps.sets:
-        chosen = [place[name] for name in each.units]
+        chosen, error = [place[name] for name in each.units], each.errors[measure]
         overlap = products[np.ix_(chosen, chosen)].sum() - alone[chosen].sum()
         bends = np.zeros(len(alone))
         bends[chosen] = roots[np.ix_(chosen, chosen)].sum(1) - alone[chosen]
-        rows.append(np.array([overlap, *bends]) / each.error)
-        sides.append((each.error - alone[chosen].sum()) / each.error)
+        rows.append(np.array([overlap, *bends]) / error)
+        sides.append((error - alone[chosen].sum()) / error)
     if not rows:
-        return ErrorModel("velocity MSE", swaps.units, alone, 2 * (products - np.diag(alone)))
+        return ErrorModel(swaps.units, alone, 2 * (products - np.diag(alone)))
     matrix = np.array(rows)
     pull = np.diag([1e-6, *np.full(len(alone), _RIDGE)])
     weights = np.linalg.solve(matrix.T @ matrix + pull, matrix.T @ np.array(sides))
     pairs = 2 * weights[0] * products + (weights[1:, None] + weights[None, 1:]) * roots
     np.fill_diagonal(pairs, 0.0)
-    return ErrorModel("velocity MSE", swaps.units, alone, pairs)
+    return ErrorModel(swaps.units, alone, pairs)

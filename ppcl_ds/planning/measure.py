@@ -1,6 +1,6 @@
 """What trained units cost: each is plugged into the teacher alone, and a few sets of them together.
 
-K units, N numbers in the velocities of a batch.
+K units, B samples, N numbers in what is said of a piece.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property, partial
+from math import isfinite
 from statistics import median
 
 import torch
@@ -17,15 +19,17 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from ppcl_ds import launch, memory
-from ppcl_ds.console import track
+from ppcl_ds.console import Advance, progress, track
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.teacher.anatomy import Block, Capture, Wanted
-from ppcl_ds.teacher.noising import DTYPES, NoisyBatch
+from ppcl_ds.teacher.branches import LEVELS
+from ppcl_ds.teacher.comparison import Comparison, Piece, measures_of
+from ppcl_ds.teacher.noising import DTYPES, NoisyStream
 from ppcl_ds.teacher.samples import read_samples
 from ppcl_ds.teacher.sharded import forget_order, load_teacher
-from ppcl_ds.teacher.teacher import Teacher, read_teacher
+from ppcl_ds.teacher.teacher import Teacher, forward, read_teacher
 from ppcl_ds.training.checkpoint import Checkpoint
 from ppcl_ds.units.depth import depth_unit
 from ppcl_ds.units.kinds import build_unit
@@ -37,7 +41,7 @@ _ROUNDS = 6
 """Most times that the planner may choose anew."""
 
 _AT_ONCE = 2**20
-"""Numbers of a velocity that are float64 at a time."""
+"""Numbers of a unit's that are float64 at a time."""
 
 _REPEATS = 12
 """Times that a block is run to say how long it takes; the first quarter is warming up."""
@@ -61,7 +65,7 @@ class SwapBench:
         device: torch.device,
     ) -> None:
         self.recipe, self.teacher, self.library, self.device = recipe, teacher, library, device
-        self.dtype = DTYPES[recipe.teacher.precision]
+        self.dtype, self.measures = DTYPES[recipe.teacher.precision], measures_of(recipe, teacher.call)
         config = teacher_config(recipe)
         self.sharded = load_teacher(teacher, config, self.dtype, recipe.teacher.ranks_per_copy)
         self.units = {unit.name: build_unit(unit, teacher, self.dtype) for unit in library.units}
@@ -69,73 +73,123 @@ class SwapBench:
             unit.core.load_state_dict(checkpoint.unit(name))
             unit.free_calibration()
 
-    @memory.phase("velocities")
-    def products(self) -> Tensor:
-        """For every two units, the mean product of what either, plugged in alone, adds to the velocity.
+    @cached_property
+    def comparison(self) -> Comparison:
+        """What is measured on: held-out samples that `ppcl evaluate` does not read, where there are more.
+
+        They are the next ones, or the same again under another noise, so that variants are not judged by what they were
+        chosen by.
+        """
+        settings = self.recipe.evaluate
+        stored = NoisyStream(self.recipe, self.teacher.call, "heldout", 1, captions=True).clean
+        numbers = range(settings.samples, settings.samples + self.recipe.plan.prompts)
+        return Comparison(
+            self.recipe,
+            self.teacher,
+            partial(forward, self.sharded),
+            self.device,
+            dist.get_rank(),
+            dist.get_world_size(),
+            micro_batch=settings.batch_size,
+            first=settings.velocity_batches,
+            batches=settings.velocity_batches,
+            prompts=[stored.batch(number).samples[0] for number in numbers],
+            number=settings.samples,
+        )
+
+    @memory.phase("units alone")
+    def products(self) -> dict[str, Tensor]:
+        """For every two units and by measure, the mean product of what either, plugged in alone, adds.
 
         Returns:
-            (K, K) float64, the same on every rank; on the diagonal each unit's mean squared error.
+            Measure -> (K, K) float64, the same on every rank; on the diagonal each unit's mean squared error.
         """
-        names = list(self.units)
-        sums = torch.zeros(len(names), len(names), dtype=torch.float64)
-        count = 0
-        for counts, batch in self._batches("measure units"):
-            reference = self._velocity(batch, ())
-            alone = torch.stack([self._velocity(batch, (name,)) - reference for name in names])
-            for some in alone.split(_AT_ONCE, dim=1) if counts else ():
-                sums += some.double() @ some.double().T
-            if counts:
-                count += reference.numel()
-        return self._mean(sums, count)
+        sums = {
+            measure: torch.zeros(len(self.units), len(self.units), dtype=torch.float64) for measure in self.measures
+        }
+        counts = dict.fromkeys(self.measures, 0.0)
+        for piece, added in self._added([self._plug((name,)) for name in self.units], "measure units"):
+            for measure, alone in _stacked(added, piece.counts).items():
+                counts[measure] += alone.shape[1]
+                for some in alone.split(_AT_ONCE, dim=1):
+                    sums[measure] += some.double() @ some.double().T
+        return {measure: _mean(own, torch.tensor(counts[measure]), self.device) for measure, own in sums.items()}
 
-    @memory.phase("velocities")
-    def errors(self, sets: Sequence[tuple[str, ...]]) -> list[float]:
-        """Mean squared difference from the teacher's velocity with each set of units; the same on every rank."""
+    @memory.phase("sets of units")
+    def errors(self, sets: Sequence[tuple[str, ...]], removed: bool = False) -> list[MeasuredSet]:
+        """Mean squared differences from the teacher with each set of units; the same on every rank.
+
+        Args:
+            removed: instead, of the teacher without the blocks that the sets take out; that alone is filled in.
+        """
         if not sets:
             return []
-        sums, count = torch.zeros(len(sets), dtype=torch.float64), 0
-        for counts, batch in self._batches(f"measure {len(sets)} sets of units"):
-            reference = self._velocity(batch, ())
-            together = [(self._velocity(batch, names) - reference).double().square().sum() for names in sets]
-            if counts:
-                sums += torch.stack(together)
-                count += reference.numel()
-        return self._mean(sums, count).tolist()
+        # The last column is of what has no noise level.
+        sums = {measure: torch.zeros(len(sets), LEVELS + 1, dtype=torch.float64) for measure in self.measures}
+        counts = {measure: torch.zeros(LEVELS + 1, dtype=torch.float64) for measure in self.measures}
+        how = [self._without(names) if removed else self._plug(names) for names in sets]
+        title = f"measure {len(sets)} sets of units" + (" without training" if removed else "")
+        for piece, added in self._added(how, title):
+            for place, each in enumerate(added):
+                for measure, difference in each.items() if piece.counts else ():
+                    squares = difference.double().square().flatten(1).sum(1)
+                    levels = torch.full((len(squares),), LEVELS) if piece.levels is None else piece.levels
+                    sums[measure][place].index_add_(0, levels, squares)
+                    if not place:
+                        numbers = torch.full_like(squares, difference[0].numel())
+                        counts[measure].index_add_(0, levels, numbers)
+        found = [MeasuredSet(units=names, errors={}) for names in sets]
+        for measure in self.measures:
+            whole = _mean(sums[measure].sum(1), counts[measure].sum(), self.device).tolist()
+            curves = _mean(sums[measure], counts[measure], self.device)[:, :LEVELS].tolist()
+            for own, error, curve in zip(found, whole, curves, strict=True):
+                (own.removed if removed else own.errors)[measure] = error
+                if not removed and all(isfinite(point) for point in curve):
+                    own.by_noise[measure] = curve
+        return found
 
-    def _mean(self, sums: Tensor, count: int) -> Tensor:
-        """Sums over this rank's numbers -> the mean over all ranks'."""
-        everything = torch.cat([sums.flatten(), torch.tensor([float(count)], dtype=torch.float64)]).to(self.device)
-        dist.all_reduce(everything)
-        return (everything[:-1] / everything[-1]).view(sums.shape).cpu()
-
-    def _batches(self, title: str) -> Iterator[tuple[bool, NoisyBatch]]:
-        """This rank's micro-batches, and whether each counts: all ranks run the teacher together, equally often.
-
-        They come after those that `ppcl evaluate` reads: the next held-out samples, or the same again under another
-        noise where there are no more, so that variants are not judged by what they were chosen by.
-        """
-        settings, world = self.recipe.evaluate, dist.get_world_size()
-        rounds = -(-settings.velocity_batches // world)
-        samples = self._samples(settings.batch_size, settings.velocity_batches + dist.get_rank(), world)
-        for number, batch in track(islice(samples, rounds), title, rounds):
-            yield number < 2 * settings.velocity_batches, batch
-
-    def _samples(self, size: int, start: int, stride: int) -> Iterator[tuple[int, NoisyBatch]]:
-        return read_samples(self.recipe, self.teacher, self.sharded, "heldout", size, start, stride, self.device)
-
-    def _velocity(self, batch: NoisyBatch, names: tuple[str, ...]) -> Tensor:
-        """What the teacher with these units says, (N,) float32 on the CPU.
+    def _added(
+        self, ways: Sequence[Callable[[], AbstractContextManager[object]]], title: str
+    ) -> Iterator[tuple[Piece, Iterator[dict[str, Tensor]]]]:
+        """By pieces, what each way of changing the teacher adds to what it says, by measure; all have to be asked for.
 
         Blocks that a unit takes the place of are still called, and gathered: the order of fetching stays what it is.
         """
+        pieces = self.comparison
+
+        def differences(piece: Piece, advance: Advance) -> Iterator[dict[str, Tensor]]:
+            ask = partial(forward, self.sharded)
+            with torch.no_grad():
+                reference = piece.says(ask)
+                for way in ways:
+                    with way():
+                        said = piece.says(ask)
+                    advance(1)
+                    yield {measure: own - reference[measure] for measure, own in said.items()}
+
+        with progress(title, len(pieces) * len(ways)) as advance:
+            for piece in pieces:
+                yield piece, differences(piece, advance)
+
+    def _plug(self, names: tuple[str, ...]) -> Callable[[], AbstractContextManager[object]]:
+        """With these units in the teacher, which are on the device meanwhile."""
         plan = self.library.model_copy(update={"variants": {"set": names}})
-        inside = {name: self.units[name].to(self.device) for name in names}
-        model, anatomy = self.sharded.module, self.teacher.anatomy
-        with plugged(model, anatomy, plan, "set", inside), torch.no_grad():
-            velocity = self.teacher.answer(self.sharded, batch)
-        for unit in inside.values():
-            unit.cpu()
-        return velocity.float().cpu().flatten()
+
+        @contextmanager
+        def inside() -> Iterator[None]:
+            units = {name: self.units[name].to(self.device) for name in names}
+            with plugged(self.sharded.module, self.teacher.anatomy, plan, "set", units):
+                yield
+            for unit in units.values():
+                unit.cpu()
+
+        return inside
+
+    def _without(self, names: tuple[str, ...]) -> Callable[[], AbstractContextManager[object]]:
+        """Without the blocks that these units take out; streams pass through them."""
+        units = [unit for unit in self.library.units if unit.name in names and unit.takes_blocks]
+        gone = [block for unit in units for block in unit.members]
+        return lambda: self.teacher.anatomy.bypassed(self.sharded.module, gone)
 
     @memory.phase("times of blocks")
     def seconds(self) -> tuple[list[float], dict[str, float]]:
@@ -144,7 +198,8 @@ class SwapBench:
         Every rank times its share of the blocks on its own device, and is told of all. Each block is built by itself
         and called as the teacher calls it.
         """
-        _, batch = next(self._samples(1, 0, 1))
+        samples = read_samples(self.recipe, self.teacher, self.sharded, "heldout", 1, 0, 1, self.device)
+        _, batch = next(samples)
         calls = Wanted(frozenset(range(len(self.teacher.blocks))), frozenset())
         forget_order(self.sharded)  # this forward ends before those of the products and sets do
         capture = read_teacher(self.sharded, self.teacher, batch, calls)
@@ -188,18 +243,19 @@ class SwapBench:
 def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], Iterable[tuple[str, ...]]]) -> Swaps:
     """Everything that the planner wants to know of a trained library; every rank must call this.
 
-    What it then chooses is measured, too, and it may choose again: a forecast errs most where it promises most.
+    What it then chooses is measured, too, and it may choose again: a forecast errs most where it promises most. Of the
+    sets that it chooses in the end it is also measured what removing their blocks costs without training.
 
     Args:
         checkpoint: the folder that the units come from.
         choose: the sets that the planner would plug, from what is known so far.
     """
     sets = draw_sets(bench.library, bench.recipe.seed)
-    products, (seconds, saved) = bench.products().tolist(), bench.seconds()
+    products = {measure: own.tolist() for measure, own in bench.products().items()}
+    seconds, saved = bench.seconds()
     measured: list[MeasuredSet] = []
     for _ in range(_ROUNDS):
-        errors = bench.errors(sets)
-        measured += [MeasuredSet(units=names, error=error) for names, error in zip(sets, errors, strict=True)]
+        measured += bench.errors(sets)
         swaps = Swaps(
             checkpoint=checkpoint,
             units=bench.library.units,
@@ -211,9 +267,14 @@ def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], I
         # Rank 0 decides for all: times of blocks, and what a solver makes of them, are its own.
         chosen = [_chosen(choose, swaps) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen)
-        sets = [names for names in dict.fromkeys(chosen[0] or ()) if swaps.error_of(names) is None]
+        wanted = list(dict.fromkeys(chosen[0] or ()))
+        sets = [names for names in wanted if swaps.errors_of(names) is None]
         if not sets:
             break
+    swaps.sets += bench.errors([names for names in wanted if len(names) == 1])  # so far without noise levels
+    removed = {frozenset(each.units): each.removed for each in bench.errors(wanted, removed=True)}
+    for each in swaps.sets:
+        each.removed = removed.get(frozenset(each.units), {})
     return swaps
 
 
@@ -223,3 +284,17 @@ def _chosen(choose: Callable[[Swaps], Iterable[tuple[str, ...]]], swaps: Swaps) 
         return list(choose(swaps))
     except UserError:
         return []
+
+
+def _stacked(added: Iterator[dict[str, Tensor]], counts: bool) -> dict[str, Tensor]:
+    """Measure -> (K, N) float32; nothing where it does not count, though all of it was asked for."""
+    every = list(added) if counts else [{} for _ in added]
+    return {measure: torch.stack([each[measure].flatten() for each in every]) for measure in every[0]}
+
+
+def _mean(sums: Tensor, count: Tensor, device: torch.device) -> Tensor:
+    """Sums over this rank's numbers, and their count -> the mean over all ranks'; not finite where there is none."""
+    everything = torch.cat([sums.flatten(), count.flatten().double()]).to(device)
+    dist.all_reduce(everything)
+    means = everything.cpu()
+    return means[: sums.numel()].view(sums.shape) / means[sums.numel() :].view(count.shape)

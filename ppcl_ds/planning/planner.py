@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 from rich.console import Console
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
-from ppcl_ds.planning.error_model import ErrorModel, fitted, probed
+from ppcl_ds.planning.error_model import Forecast, fitted, probed, unknown
 from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
@@ -31,10 +30,10 @@ def plan(recipe: Recipe) -> None:
     write(recipe, chosen, teacher, _probed(recipe, teacher), budget_for(recipe, chosen, teacher))
 
 
-def _probed(recipe: Recipe, teacher: Teacher) -> ErrorModel:
+def _probed(recipe: Recipe, teacher: Teacher) -> Forecast:
     """What the probe expects; it knows nothing where it has not run, as a plan that is given needs none."""
     if not (recipe.probe_folder / "report.json").exists():
-        return ErrorModel("probed error", (), np.zeros(0), np.zeros((0, 0)))
+        return unknown()
     return probed(load_report(recipe.probe_folder), teacher)
 
 
@@ -44,14 +43,19 @@ def budget_for(recipe: Recipe, plan: Plan, teacher: Teacher, swaps: Swaps | None
     return budget_of(recipe.plan, teacher, dtype, plan.units, swaps)
 
 
-def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> None:
+def write(
+    recipe: Recipe, plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget, swaps: Swaps | None = None
+) -> None:
     """Write `plan.yaml`, keep an earlier one beside it, and print its variants.
+
+    Args:
+        swaps: what was measured.
 
     Raises:
         UserError: the earlier one has been edited.
     """
     earlier = replace_plan(recipe.plan_file, plan)
-    print_table(lines_of(plan, teacher, forecast, budget), teacher.anatomy, forecast)
+    print_table(lines_of(plan, teacher, forecast, budget, swaps), teacher.anatomy, forecast)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
     if earlier:
         print(f"the earlier one is {earlier}")
@@ -81,12 +85,12 @@ def show(recipe: Recipe) -> None:
     plan = load_plan(recipe.plan_file, teacher)
     swaps = load_swaps(recipe.swaps_file)
     if swaps is not None and set(plan.units) <= set(swaps.units):
-        forecast = fitted(swaps)
+        forecast = fitted(swaps, recipe.plan.objective)
     else:
         swaps, forecast = None, _probed(recipe, teacher)
     known = plan if swaps is None else plan.model_copy(update={"units": swaps.units})
     budget = budget_for(recipe, known, teacher, swaps)
-    lines = lines_of(plan, teacher, forecast, budget)
+    lines = lines_of(plan, teacher, forecast, budget, swaps)
     print_table(lines, teacher.anatomy, forecast)
     folder = recipe.swaps_file.parent
     measured = _measured(swaps, budget) if swaps else []
@@ -97,6 +101,6 @@ def show(recipe: Recipe) -> None:
 def _measured(swaps: Swaps, budget: Budget) -> list[Point]:
     units = {unit.name: unit for unit in swaps.units}
     return [
-        Point(1 - budget.saved(units[name] for name in each.units) / budget.total, each.error, " ".join(each.units))
+        Point(1 - budget.saved(units[name] for name in each.units) / budget.total, each.errors, " ".join(each.units))
         for each in swaps.sets
     ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +13,19 @@ from scipy.sparse import csr_array
 
 Array = NDArray[np.float64]
 
+Weights = tuple[float, float]
+
 _SECONDS = 60.0
 """Longest search; what is found by then is within a fraction of a percent of the best."""
+
+_SAME = 1e-4
+"""Errors that differ by less are the same, as the solver does not look closer."""
+
+_NEXT = 1e-6
+"""Weight of the measure that is not aimed at."""
+
+_LEAST = 1e-30
+"""No error is smaller."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,88 @@ class Candidates:
         """(parts, K): 1 where a unit takes the place of a part."""
         parts = sorted({part for footprint in self.footprints for part in footprint}, key=repr)
         return np.array([[part in footprint for footprint in self.footprints] for part in parts], dtype=float)
+
+    def total(self, chosen: Sequence[int]) -> float:
+        """What a set costs."""
+        places = list(chosen)
+        return float(self.errors[places].sum() + self.pairs[np.ix_(places, places)].sum() / 2)
+
+
+def weighted(candidates: Sequence[Candidates], weights: Sequence[float]) -> Candidates:
+    """The same units, at the weighted sum of what they cost by several measures."""
+    pairs = list(zip(weights, candidates, strict=True))
+    errors = sum((weight * each.errors for weight, each in pairs), np.zeros_like(candidates[0].errors))
+    products = sum((weight * each.pairs for weight, each in pairs), np.zeros_like(candidates[0].pairs))
+    return replace(candidates[0], errors=errors, pairs=products)
+
+
+def least_product(candidates: Sequence[Candidates], least: float, most: float) -> list[int] | None:
+    """The units whose errors by one or two measures have the least product, among those of `cheapest`.
+
+    log v + log d is concave in (v, d). Over the points that sets can reach, its minimum is a vertex of their convex
+    hull, and that is the least of w v + (1 - w) d for some weight w: a programme of `cheapest`. The two ends are the
+    least v and the least d. Between two vertices that are known, the weights of the line through them find the one that
+    lies furthest below it, if there is any. What else may lie there is above the lines through both that their own
+    weights have shown, so no better than the corner where these meet; where that is no better than what is known,
+    nothing is searched. So the optimum is found, not only one that small changes of w do not better.
+
+    Returns:
+        Their places among the candidates; None where no set will do.
+    """
+    if len(candidates) == 1:
+        return cheapest(candidates[0], least, most)
+    assert len(candidates) == 2, "a hull in the plane"
+
+    def solved(weights: tuple[float, float]) -> _Vertex | None:
+        chosen = cheapest(weighted(candidates, weights), least, most)
+        if chosen is None:
+            return None
+        return _Vertex(chosen, *(max(each.total(chosen), _LEAST) for each in candidates))
+
+    # At an end, the other measure decides between equals.
+    scale = [float(np.abs(each.errors).max(initial=0.0)) or 1.0 for each in candidates]
+    ends = (1 / scale[0], _NEXT / scale[1]), (_NEXT / scale[0], 1 / scale[1])
+    first, last = map(solved, ends)
+    if first is None or last is None:
+        return (first or last or _Vertex(None, 0.0, 0.0)).chosen
+    best = min(first, last, key=_Vertex.product)
+    open_parts = [(first, ends[0], last, ends[1])]
+    while open_parts:
+        left, left_weights, right, right_weights = open_parts.pop()
+        if right.v - left.v <= _SAME * right.v or left.d - right.d <= _SAME * left.d:
+            continue
+        if _corner(left, left_weights, right, right_weights) >= best.product() * (1 - _SAME):
+            continue
+        weights = left.d - right.d, right.v - left.v
+        middle = solved(weights)
+        if middle is None or middle.at(weights) >= left.at(weights) * (1 - _SAME):
+            continue
+        best = min(best, middle, key=_Vertex.product)
+        open_parts += [(left, left_weights, middle, weights), (middle, weights, right, right_weights)]
+    return best.chosen
+
+
+class _Vertex(NamedTuple):
+    """A set, and its errors by two measures."""
+
+    chosen: list[int] | None
+    v: float
+    d: float
+
+    def product(self) -> float:
+        return self.v * self.d
+
+    def at(self, weights: tuple[float, float]) -> float:
+        return weights[0] * self.v + weights[1] * self.d
+
+
+def _corner(left: _Vertex, left_weights: Weights, right: _Vertex, right_weights: Weights) -> float:
+    """The product where the lines through two vertices meet, below which no set lies."""
+    matrix = np.array([left_weights, right_weights])
+    if abs(np.linalg.det(matrix)) < _LEAST:
+        return min(left.product(), right.product())
+    v, d = np.linalg.solve(matrix, [left.at(left_weights), right.at(right_weights)])
+    return float(max(v, 0.0) * max(d, 0.0))
 
 
 def cheapest(candidates: Candidates, least: float, most: float) -> list[int] | None:

@@ -13,10 +13,11 @@ from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.choose import choose_again, choose_sets
-from ppcl_ds.planning.error_model import fitted
+from ppcl_ds.planning.error_model import MEASURES, fitted
 from ppcl_ds.planning.planner import budget_for, write
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, teacher_config
+from ppcl_ds.teacher.comparison import measures_of
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import load_plan, refuse_edited
@@ -46,9 +47,28 @@ class Replan:
         self.library = trained.model_copy(update={"units": units, "variants": {}})
         if not recipe.plan.variants:
             raise UserError("plan.variants is empty: name the variants to choose, with the share that each gives up")
+        self._check_objective()
         launch.check_world(recipe.topology.world)
         check_data(recipe.data, train=False)
         teacher_config(recipe)
+
+    def _check_objective(self) -> None:
+        """Whether what the recipe's objective is made of can be measured."""
+        objective, call = self.recipe.plan.objective, self.teacher.call
+        missing = [measure for measure in MEASURES[objective] if measure not in measures_of(self.recipe, call)]
+        if not missing:
+            return
+        if objective == "branches":
+            raise UserError(
+                "plan.objective: branches: at this recipe's evaluate.guidance the transformer is asked once a step, so "
+                "there are no two branches; set evaluate.guidance above 1, or plan.objective: pictures"
+            )
+        if objective == "draw":
+            raise UserError(
+                "plan.objective: draw: the pipeline draws with two transformers, and one of them is here; set "
+                "plan.objective: velocity"
+            )
+        print("plan.objective: the pipeline draws with two transformers: the velocity decides alone")
 
     @property
     def measured(self) -> Swaps | None:
@@ -60,7 +80,7 @@ class Replan:
     def _name(self) -> str:
         """The checkpoint, and a digest of all else that a measurement depends on."""
         recipe, folder = self.recipe, self.checkpoint.folder.resolve()
-        settings = [recipe.seed, recipe.data, recipe.noise, recipe.evaluate, recipe.teacher]
+        settings = [recipe.seed, recipe.data, recipe.noise, recipe.evaluate, recipe.teacher, recipe.plan.prompts]
         content = [str(each) for each in settings] + [str((folder / "checkpoint.json").stat().st_mtime_ns)]
         return f"{folder} {hashlib.sha256(repr(content).encode()).hexdigest()[:16]}"
 
@@ -84,7 +104,7 @@ class Replan:
         now = self.recipe.plan_file
         others = load_plan(now, self.teacher).variants if now.exists() else {}
         plan = choose_again(self.recipe.plan, swaps, self.library, budget, others)
-        write(self.recipe, plan, self.teacher, fitted(swaps), budget)
+        write(self.recipe, plan, self.teacher, fitted(swaps, self.recipe.plan.objective), budget, swaps)
 
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
         return choose_sets(self.recipe.plan, swaps, self._budget(swaps))

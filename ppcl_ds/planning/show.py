@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,9 +17,10 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.error_model import ErrorModel
-from ppcl_ds.planning.programme import cheapest
+from ppcl_ds.planning.error_model import TITLES, Forecast
+from ppcl_ds.planning.swaps import Errors, Swaps
 from ppcl_ds.teacher.anatomy import Anatomy
+from ppcl_ds.teacher.branches import LEVELS, level_name
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -29,10 +30,10 @@ _LEVELS = 24
 
 
 class Point(NamedTuple):
-    """A set of units: the share of the budget that is left, its error, and what it is called."""
+    """A set of units: the share of the budget that is left, its errors by measure, and what it is called."""
 
     left: float
-    error: float
+    errors: Errors
     name: str
 
 
@@ -44,7 +45,9 @@ class Line(NamedTuple):
         units: that are plugged, as a person reads them.
         parameters: in the blocks that are left.
         left: share of the budget that is left.
-        error: expected; None where the forecast does not know one of the units.
+        errors: expected, by measure; None where the forecast does not know one of the units.
+        removed: what it costs to take out the same blocks without training, likewise; empty where it was not measured.
+        by_noise: measured errors at each noise level, the noisiest first, by measure; empty likewise.
     """
 
     name: str
@@ -52,49 +55,70 @@ class Line(NamedTuple):
     units: str
     parameters: int
     left: float
-    error: float | None
+    errors: Errors | None
+    removed: Errors
+    by_noise: Mapping[str, Sequence[float]]
+
+    def cell(self, measure: str) -> str:
+        """An error, and its share of what removal costs."""
+        if self.errors is None:
+            return "not known"
+        share = f" ({self.errors[measure] / self.removed[measure]:.1%})" if self.removed.get(measure) else ""
+        return f"{self.errors[measure]:.4g}{share}"
 
 
-def lines_of(plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> list[Line]:
-    """The variants of a plan."""
+def lines_of(
+    plan: Plan, teacher: Teacher, forecast: Forecast, budget: Budget, swaps: Swaps | None = None
+) -> list[Line]:
+    """The variants of a plan.
+
+    Args:
+        swaps: what was measured.
+    """
     lines = []
     for name in plan.variants:
         units = plan.units_of(name)
         parameters = teacher.anatomy.block_parameters - sum(parameters_saved(unit, teacher) for unit in units)
         left = 1 - budget.saved(units) / budget.total
-        lines.append(Line(name, len(plan.places(name)), _words(units), parameters, left, forecast.of(units)))
+        names = {unit.name for unit in units}
+        own = next((each for each in swaps.sets if set(each.units) == names), None) if swaps else None
+        known = (own.removed, own.by_noise) if own else ({}, {})
+        lines.append(Line(name, len(plan.places(name)), _words(units), parameters, left, forecast.of(units), *known))
     return lines
 
 
-def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: ErrorModel) -> None:
-    """Print the variants."""
-    table = Table("variant", "blocks", "block parameters", "units", forecast.title, box=SIMPLE, pad_edge=False)
+def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> None:
+    """Print the variants; errors with their share of what removing the same blocks without training costs."""
+    titles = [TITLES[measure] for measure in forecast.models]
+    table = Table("variant", "blocks", "block parameters", "units", *titles, box=SIMPLE, pad_edge=False)
     for line in lines:
         change = f"{line.parameters:,} ({line.parameters / anatomy.block_parameters - 1:+.0%})"
-        error = "not known" if line.error is None else f"{line.error:.4g}"
-        table.add_row(escape(line.name), f"{line.blocks} of {len(anatomy)}", change, escape(line.units), error)
+        cells = [line.cell(measure) for measure in forecast.models]
+        table.add_row(escape(line.name), f"{line.blocks} of {len(anatomy)}", change, escape(line.units), *cells)
     Console().print(table)
+    if any(line.removed for line in lines):
+        print("in brackets: over what it costs to remove the same blocks and train nothing")
 
 
-def front(forecast: ErrorModel, budget: Budget) -> list[Point]:
-    """The least error at each size: sets of units that no smaller set of the forecast beats."""
-    candidates, total = forecast.candidates(budget), budget.total
+def front(forecast: Forecast, budget: Budget) -> list[Point]:
+    """The least objective at each size: sets of units that no smaller set of the forecast beats."""
+    saved, total = forecast.saved(budget), budget.total
     step = max(float(budget.blocks.max()), total / _LEVELS)
     points: list[Point] = []
     for level in track(range(1, int(total / step) + 1), "front", int(total / step)):
-        chosen = cheapest(candidates, (level - 0.5) * step, (level + 0.5) * step)
+        chosen = forecast.best(budget, (level - 0.5) * step, (level + 0.5) * step)
         if chosen is None:
             continue
         units = [forecast.units[index] for index in chosen]
-        error = forecast.of(units)
-        assert error is not None, "the forecast knows its own units"
-        points.append(Point(1 - float(candidates.saved[chosen].sum()) / total, error, _words(units)))
+        errors = forecast.of(units)
+        assert errors is not None, "the forecast knows its own units"
+        points.append(Point(1 - float(saved[chosen].sum()) / total, errors, _words(units)))
     best = np.inf
     kept = []
-    for point in sorted(points):  # the smallest model first: a larger one has to be better
-        if point.error < best:
+    for point in sorted(points, key=lambda point: point.left):  # the smallest first: a larger one has to be better
+        if (value := forecast.value(point.errors)) < best:
             kept.append(point)
-            best = point.error
+            best = value
     return kept[::-1]
 
 
@@ -103,7 +127,7 @@ def draw(
     lines: Sequence[Line],
     points: Sequence[Point],
     measured: Sequence[Point],
-    forecast: ErrorModel,
+    forecast: Forecast,
     budget: str,
     teacher: str,
 ) -> None:
@@ -111,18 +135,22 @@ def draw(
 
     Args:
         points: the front.
-        measured: sets of units whose error was measured.
+        measured: sets of units whose errors were measured.
         budget: what size is counted in.
     """
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    axis.plot([p.left for p in points], [p.error for p in points], ".-", color="0.6", label="least expected error")
-    if measured:
-        axis.plot([p.left for p in measured], [p.error for p in measured], "x", ms=5, label="measured sets of units")
-    for line in lines:
-        if line.error is not None:
-            axis.plot(line.left, line.error, "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
-    axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=forecast.title, yscale="log")
-    axis.legend(fontsize=8)
+    count = len(forecast.models)
+    figure, axes = plt.subplots(1, count, figsize=(3 + 4.5 * count, 4.5), constrained_layout=True, squeeze=False)
+    for axis, measure in zip(axes[0], forecast.models, strict=True):
+        label = f"least {forecast.title}"
+        axis.plot([p.left for p in points], [p.errors[measure] for p in points], ".-", color="0.6", label=label)
+        if measured:
+            errors = [p.errors[measure] for p in measured]
+            axis.plot([p.left for p in measured], errors, "x", ms=5, label="measured sets of units")
+        for line in lines:
+            if line.errors is not None:
+                axis.plot(line.left, line.errors[measure], "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
+        axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=TITLES[measure], yscale="log")
+    axes[0][0].legend(fontsize=8)
     plot = as_png(figure)
     atomic_write(folder / "pareto.png", plot)
     page = render(
@@ -132,11 +160,28 @@ def draw(
         points=points,
         measured=measured,
         title=forecast.title,
+        measures={measure: TITLES[measure] for measure in forecast.models},
+        noise=inline(_plot_noise(lines)) if any(line.by_noise for line in lines) else None,
         teacher=teacher,
         budget=budget,
         plot=inline(plot),
     )
     atomic_write(folder / "report.html", page)
+
+
+def _plot_noise(lines: Sequence[Line]) -> bytes:
+    """Measured errors of the variants by noise level."""
+    measures = list(dict.fromkeys(measure for line in lines for measure in line.by_noise))
+    figure, axes = plt.subplots(1, len(measures), figsize=(5.5 * len(measures), 3.6), squeeze=False)
+    for axis, measure in zip(axes[0], measures, strict=True):
+        for line in lines:
+            if measure in line.by_noise:
+                levels = [float(level_name(level)) for level in range(LEVELS)]
+                axis.plot(levels, line.by_noise[measure], marker="o", label=line.name)
+        axis.set(xlabel="quantile of training's noise levels: 1 is the noisiest", ylabel=TITLES[measure], yscale="log")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    return as_png(figure)
 
 
 def _words(units: Sequence[UnitPlan]) -> str:

@@ -5,7 +5,8 @@ K units of the library.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,24 @@ _SETS = 32
 """Sets that are measured; more of them hardly change what the forecast learns."""
 
 
+Errors = Mapping[str, float]
+"""Measure -> mean squared difference from the teacher."""
+
+
 class MeasuredSet(BaseModel):
-    """Units that were plugged in together, and the velocity error that came of it."""
+    """Units that were plugged in together, and what came of it.
+
+    Attributes:
+        errors: by measure.
+        by_noise: of the measures that are of a noise level, the error at each, the noisiest first.
+        removed: errors of the teacher without the blocks that these units take out, nothing trained; empty: not
+            measured.
+    """
 
     units: tuple[str, ...]
-    error: float
+    errors: dict[str, float]
+    by_noise: dict[str, list[float]] = {}
+    removed: dict[str, float] = {}
 
 
 class Swaps(BaseModel):
@@ -31,8 +45,8 @@ class Swaps(BaseModel):
     Attributes:
         checkpoint: folder of the checkpoint that the units come from.
         units: the library.
-        products: (K, K) for every two units, the mean product of what either alone adds to the velocity; on the
-            diagonal each one's mean squared error.
+        products: measure -> (K, K), for every two units the mean product of what either alone adds to what is measured;
+            on the diagonal each one's mean squared error.
         sets: sets of two and more units plugged in together.
         seconds: of each of the teacher's blocks, for one sample.
         saved: seconds that each width unit saves, by name.
@@ -40,21 +54,27 @@ class Swaps(BaseModel):
 
     checkpoint: str
     units: tuple[UnitPlan, ...]
-    products: list[list[float]]
+    products: dict[str, list[list[float]]]
     sets: list[MeasuredSet]
     seconds: list[float]
     saved: dict[str, float] = {}
 
-    def error_of(self, names: Iterable[str]) -> float | None:
-        """The measured error of a set of units; None where it was not measured."""
+    def errors_of(self, names: Iterable[str]) -> Errors | None:
+        """The measured errors of a set of units; None where it was not measured."""
         wanted = set(names)
-        alone = [((unit.name,), self.products[place][place]) for place, unit in enumerate(self.units)]
-        measured = [*alone, *((each.units, each.error) for each in self.sets)]
-        return next((error for units, error in measured if set(units) == wanted), None)
+        for place, unit in enumerate(self.units):
+            if wanted == {unit.name}:
+                return {measure: products[place][place] for measure, products in self.products.items()}
+        return next((each.errors for each in self.sets if set(each.units) == wanted), None)
+
+    def removed_of(self, names: Iterable[str]) -> Errors:
+        """What it costs to take out the blocks of a set without training; empty where it was not measured."""
+        wanted = set(names)
+        return next((each.removed for each in self.sets if set(each.units) == wanted), {})
 
 
 def load_swaps(path: Path) -> Swaps | None:
-    """What was measured before; None where nothing was.
+    """What was measured before; None where nothing was, and, with a line, where an earlier version did.
 
     Raises:
         UserError: the file is damaged.
@@ -62,8 +82,12 @@ def load_swaps(path: Path) -> Swaps | None:
     if not path.exists():
         return None
     try:
-        return Swaps.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as fault:
+        content = json.loads(path.read_text())
+        if isinstance(content, dict) and isinstance(content.get("products"), list):
+            print(f"{path} holds velocity errors alone, as earlier versions measured; --from-run measures anew")
+            return None
+        return Swaps.model_validate(content)
+    except (OSError, ValueError, ValidationError) as fault:
         raise UserError(f"{path} cannot be read ({brief(fault)}); delete it, it is measured anew") from None
 
 

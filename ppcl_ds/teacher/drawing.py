@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from ppcl_ds.data.batch import Batch, Prompt, Sample
-from ppcl_ds.errors import UserError
+from ppcl_ds.data.batch import Batch, Sample
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.noising import Noiser
 from ppcl_ds.teacher.pipeline_call import Arguments, PipelineCall
@@ -44,20 +43,8 @@ class Drawing:
         layout, shape = call.to_vae(samples.size), call.latents_shape(samples.size)[1:]
         seeds = range(recipe.seed + first, recipe.seed + first + len(samples.samples))
         self.noise = torch.cat([layout.noise(1, shape, torch.Generator().manual_seed(seed)) for seed in seeds])
-        self.prompt = self._joined(noiser, samples).to(noiser.dtype)
-
-    def _joined(self, noiser: Noiser, samples: Batch) -> Prompt:
-        """The prompts together, as they are read with the recipe's guidance."""
-        prompt = noiser.batches.joined([sample.prompt for sample in samples.samples])
-        if self.guidance <= 1 or self.call.embeds_guidance:
-            return prompt
-        if noiser.texts.guiding is None:
-            raise UserError(
-                f"{self.call.folder}: what {type(self.call.pipe).__name__} reads with guidance cannot be made of "
-                "stored prompts; set evaluate.guidance: 1"
-            )
-        empty = noiser.batches.joined([noiser.empty(sample) for sample in samples.samples])
-        return replace(prompt, text=noiser.texts.guiding(prompt.text, empty.text))
+        guided = call.reads_both(self.guidance)
+        self.prompt = noiser.joined(samples.samples, guided).to(noiser.dtype)
 
     @classmethod
     def several(
@@ -79,6 +66,43 @@ class Drawing:
                 found.append(cls(recipe, call, noiser, Batch(same[start : start + step]), first + start, steps))
             first += len(same)
         return found
+
+    @classmethod
+    def shared(
+        cls,
+        recipe: Recipe,
+        call: PipelineCall,
+        noiser: Noiser,
+        samples: Sequence[Sample],
+        most: int,
+        rank: int,
+        ranks: int,
+        first: int = 0,
+        steps: int | None = None,
+    ) -> list[tuple[bool, Drawing]]:
+        """A rank's share of what `several` gives, neighbours, and whether each counts.
+
+        All ranks get equally many: a model that is spread over ranks runs on all of them or on none.
+        """
+        each = -(-len(samples) // ranks)
+        shares = [
+            cls.several(recipe, call, noiser, samples[at : at + each], most, first + at, steps)
+            for at in range(0, each * ranks, each)
+        ]
+        own = shares[rank] or shares[0]
+        return [(number < len(shares[rank]), own[min(number, len(own) - 1)]) for number in range(max(map(len, shares)))]
+
+    def latents(self, component: str, ask: Callable[[Arguments], Tensor], device: torch.device) -> Tensor:
+        """Latents (B, ...) as the scheduler steps them, float32 on the CPU, where there is one transformer.
+
+        Args:
+            ask: what it puts out for arguments on the device.
+        """
+
+        def asked(arguments: Arguments) -> Tensor:
+            return ask(pytree.tree_map_only(Tensor, lambda t: t.to(device), arguments)).cpu()
+
+        return self.draw({component: asked})[0]
 
     def draw(
         self, answers: Mapping[str, Callable[[Arguments], Any]], decode: Callable[..., Tensor] | None = None

@@ -1,6 +1,6 @@
 """Guidance as the stock pipeline guides: its own loop is given what the transformer said with and without the prompt.
 
-Shapes: latents are as the scheduler steps them, (1, ...).
+Shapes: latents are as the scheduler steps them, B samples: (B, ...).
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ _SCALE = 2.0
 """At which it is learned which answer is which."""
 
 
+class NotGuidedError(UserError):
+    """The pipeline does not read the empty prompt at this rung."""
+
+
 class Guide:
-    """One step of guided sampling, of one sample.
+    """One step of guided sampling, of samples that are at one rung.
 
     Args:
         call: the pipeline.
@@ -40,12 +44,15 @@ class Guide:
     def __call__(
         self, prompted: Tensor, unprompted: Tensor, latents: Tensor, rung: int, prompt: Prompt, size: Size, scale: float
     ) -> Tensor:
-        """What the scheduler steps by, (1, ...).
+        """What the scheduler steps by, (B, ...).
 
         Args:
-            prompted, unprompted: what the transformer put out, (1, ...).
+            prompted, unprompted: what the transformer put out, (B, ...).
             latents: that it read.
-            prompt: as it is read with guidance.
+            prompt: of all B captions, as it is read with guidance.
+
+        Raises:
+            NotGuidedError: so it steps by `prompted`.
         """
         answers = [prompted, unprompted]
         if not self._prompt_first(prompted, latents, rung, prompt, size):
@@ -63,7 +70,7 @@ class Guide:
             if max(sums) <= 0 or min(sums) > 0:
                 raise UserError(
                     f"{self.call.folder}: {type(self.call.pipe).__name__} guides in a way that is not known; set "
-                    "trajectories.guidance: [1, 1]"
+                    "evaluate.guidance: 1, and trajectories.guidance: [1, 1]"
                 )
             self._first[size] = sums[0] > sums[1]
         return self._first[size]
@@ -78,7 +85,8 @@ class Guide:
 
             def forward(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
                 read = next(iter(arguments_of(module, args, kwargs).values()))
-                asked = [left.pop(0) for _ in range(min(len(read), len(left)))]
+                branches = max(1, len(read) // len(latents))
+                asked = [left.pop(0) for _ in range(min(branches, len(left)))]
                 return self.call.as_output(torch.cat(asked), return_dict, size)
 
             return forward
@@ -89,7 +97,7 @@ class Guide:
             options = self.call.guided(scale)
             found = self.call.run(stack, size, prompt, latents, rung, options=options)
         if left:
-            raise UserError(
+            raise NotGuidedError(
                 f"{self.call.folder}: {type(self.call.pipe).__name__} does not read the empty prompt at rung {rung}; "
                 "set trajectories.guidance: [1, 1]"
             )

@@ -115,18 +115,39 @@ class Noiser:
         shape = self.call.latents_shape(size)[1:]
         return layout.inverse(latents, shape), layout.noise(len(latents), shape, generator)
 
+    def joined(self, samples: Sequence[Sample], guided: bool) -> Prompt:
+        """Prompts of some samples together; if `guided`, as the pipeline reads them with guidance.
+
+        Raises:
+            UserError: they cannot be.
+        """
+        prompt = self.batches.joined([sample.prompt for sample in samples])
+        if not guided:
+            return prompt
+        if self.texts.guiding is None:
+            raise UserError(
+                f"{self.call.folder}: what {type(self.call.pipe).__name__} reads with guidance cannot be made of "
+                "stored prompts; set evaluate.guidance: 1"
+            )
+        empty = self.batches.joined([self.empty(sample) for sample in samples])
+        return replace(prompt, text=self.texts.guiding(prompt.text, empty.text))
+
     def noisy(self, batch: Batch, places: Tensor, generator: torch.Generator) -> NoisyBatch:
         """Samples with noise of these places, (B,) in [0, 1) of the teacher's own rungs."""
+        asked, target = self.asked(batch, places, generator)
+        return NoisyBatch(self.batches.arguments(asked, batch.size), target, batch.size, places=places)
+
+    def asked(self, batch: Batch, places: Tensor, generator: torch.Generator) -> tuple[list[Asked], Tensor]:
+        """What is asked of each of these samples, and what a perfect model would put out for all of them, (B, ...)."""
         clean, noise = self.noise(batch, generator)
-        size, ladder, own = batch.size, self.call.ladder(batch.size), self.call.own_rungs(batch.size)
+        ladder, own = self.call.ladder(batch.size), self.call.own_rungs(batch.size)
         rungs = [own[int(place * len(own))] for place in places]
         rows = list(zip(clean.split(1), noise.split(1), rungs, strict=True))
         asked = [
             Asked(ladder.noisy(*row).to(self.dtype), row[-1], sample.prompt.to(self.dtype))
             for row, sample in zip(rows, batch.samples, strict=True)
         ]
-        target = torch.cat([ladder.target(*row) for row in rows])
-        return NoisyBatch(self.batches.arguments(asked, size), target, size, places=places)
+        return asked, torch.cat([ladder.target(*row) for row in rows])
 
 
 class NoisyStream:
@@ -172,7 +193,11 @@ class NoisyStream:
 
     def with_noise(self, number: int, batch: Batch) -> NoisyBatch:
         """Micro-batch `number` with its noise."""
-        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator().manual_seed(seed)
+        generator = self.generator(number)
         batch = batch.drop_captions(self.noiser.empty, self.settings.caption_dropout, generator)
         return self.noiser.noisy(batch, draw_places(self.settings, len(batch.samples), generator), generator)
+
+    def generator(self, number: int) -> torch.Generator:
+        """All that is random about micro-batch `number` is drawn from it."""
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1)
+        return torch.Generator().manual_seed(seed)

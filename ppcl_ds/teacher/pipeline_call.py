@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +41,19 @@ class PipelineCall(PipelineLook):
         super().__init__(*args, **kwargs)
         self._ladders: dict[Size, Ladder] = {}
         self._ranges: dict[Size, range] = {}
+
+    def reads_both(self, scale: float) -> bool:
+        """Whether guidance at a scale is made of two forwards, with the prompt and without."""
+        return scale > 1 and not self.embeds_guidance
+
+    @contextmanager
+    def told(self, options: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, every call of the pipeline has these arguments, too."""
+        before, self.options = self.options, self.options | dict(options)
+        try:
+            yield
+        finally:
+            self.options = before
 
     def arguments(self, latents: Tensor, rung: int, prompt: Prompt, size: Size) -> Arguments:
         """What the stock pipeline gives its transformer for one sample.

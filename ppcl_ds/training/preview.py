@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -12,16 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppcl_ds import launch
+from ppcl_ds import launch, launcher
 from ppcl_ds.data.batch import Batch
 from ppcl_ds.data.stream import has_images, read_texts
+from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.teacher.branches import level_name, squared_errors
+from ppcl_ds.teacher.comparison import FIGURES, Comparison, Piece
 from ppcl_ds.teacher.drawing import Drawing
 from ppcl_ds.teacher.encoding import Decoder
 from ppcl_ds.teacher.noising import NoisyBatch, NoisyStream
 from ppcl_ds.teacher.pipeline_call import Arguments
 from ppcl_ds.teacher.samples import read_samples
-from ppcl_ds.teacher.teacher import Teacher
+from ppcl_ds.teacher.teacher import Teacher, forward
 from ppcl_ds.training.delivery import send
 
 _IMAGES = 8
@@ -109,24 +112,42 @@ class Preview:
         def asked(arguments: Arguments) -> Tensor:
             return answer(send(arguments, self.device)).cpu()
 
-        shares = [self._drawings(replace(turn, number=number)) for number in range(turn.of)]
-        own, rounds = shares[turn.number], max(map(len, shares))
+        steps = min(_STEPS, self.recipe.evaluate.steps)
+        call, component = self.teacher.call, self.teacher.component
         drawn = []
-        for number in range(rounds):  # a model that is spread over ranks runs on all of them or on none
-            counts = turn.speaks and number < len(own)
-            drawing = (own or shares[0])[min(number, len(own or shares[0]) - 1)]
-            images = drawing.draw({self.teacher.component: asked}, self.decoder if counts else None)[1]
+        for counts, drawing in Drawing.shared(
+            self.recipe, call, self.noiser, self.samples, _IMAGES, turn.number, turn.of, steps=steps
+        ):
+            images = drawing.draw({component: asked}, self.decoder if counts and turn.speaks else None)[1]
             drawn += [] if images is None else [images]
         everybodys = [images for each in launch.all_gather(drawn) for images in each]
         return torch.cat(everybodys) if dist.get_rank() == 0 else None
 
-    def _drawings(self, turn: Turn) -> list[Drawing]:
-        """What a share draws, possibly nothing: neighbours, so that they can be drawn together."""
-        each = -(-len(self.samples) // turn.of)
-        first = each * turn.number
-        own = self.samples[first : first + each]
-        steps = min(_STEPS, self.recipe.evaluate.steps)
-        return Drawing.several(self.recipe, self.teacher.call, self.noiser, own, _IMAGES, first, steps)
+    def pieces(self, sharded: Any, turn: Turn) -> list[Piece]:
+        """This rank's share of what else models are compared on; nothing, and a line, where that cannot be had.
+
+        Args:
+            sharded: the teacher, which draws samples where there are captions alone.
+        """
+        micro_batch = 1 if self.has_images else self.count
+        try:
+            comparison = Comparison(
+                self.recipe,
+                self.teacher,
+                partial(forward, sharded),
+                self.device,
+                turn.number,
+                turn.of,
+                micro_batch=micro_batch,
+                first=0,
+                batches=len(self.samples) // micro_batch,
+                prompts=self.samples,
+                number=0,
+            )
+        except UserError as fault:
+            launcher.say_once(f"held-out figures with guidance and of few-step draws are left out: {fault}")
+            return []
+        return list(comparison)
 
     @cached_property
     def decoder(self) -> Decoder:
@@ -144,10 +165,25 @@ class Means:
         """One sample's figure, ()."""
         self._found.setdefault(name, []).extend([error] if counts else [])
 
+    def add_errors(self, suffix: str, piece: Piece, said: Mapping[str, Tensor], true: Mapping[str, Tensor]) -> None:
+        """A model's errors on a piece: `heldout/FIGURE{suffix}`, and by noise level `heldout/FIGURE{suffix}/LEVEL`.
+
+        Args:
+            said, true: what the model and the teacher make of it.
+        """
+        for measure, own in said.items():
+            name = f"heldout/{FIGURES[measure]}{suffix}"
+            for row, error in enumerate(squared_errors(own, true[measure])):
+                self.add(name, piece.counts, error)
+                if piece.levels is not None:
+                    self.add(f"{name}/{level_name(int(piece.levels[row]))}", piece.counts, error)
+
     def take(self) -> dict[str, float]:
         """Name -> mean over everybody's samples; all ranks must call it."""
         own = {name: (float(sum(errors)), len(errors)) for name, errors in self._found.items()}
-        everybodys = launch.all_gather(own)
-        return {
-            name: sum(each[name][0] for each in everybodys) / sum(each[name][1] for each in everybodys) for name in own
-        }
+        sums: dict[str, tuple[float, int]] = {}
+        for each in launch.all_gather(own):
+            for name, (total, count) in each.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = before[0] + total, before[1] + count
+        return {name: total / count for name, (total, count) in sums.items() if count}

@@ -55,17 +55,19 @@ def test_the_demo_leaves_everything_it_promises(short: tuple[Path, str]) -> None
     variants = {f"{variant}{ending}" for variant in ("large", "medium", "small") for ending in ("", "-undistilled")}
     assert set(models) == {"teacher", "medium-finetuned"} | variants
     keys = {"name", "params", "block_params_ratio", "latency_ms", "accuracy", "frechet", "velocity_mse", "sample_mse"}
+    keys |= {"guided_mse", "branch_mse", "short_mse"}
     for name, row in models.items():
         weights = row.pop("weights")
         assert (weights is None) == (name == "teacher" or name.endswith("-undistilled")), (
             "of folders that were measured"
         )
-        assert row.keys() == keys | {"by_noise"}
+        assert row.keys() == keys | {"by_noise", "guided_by_noise", "branch_by_noise"}
         assert None not in row.values()
     for variant, share in (("large", 0.33), ("medium", 0.5), ("small", 0.75)):
         assert models[variant]["block_params_ratio"] == pytest.approx(1 - share, abs=0.05)
         assert 0 < models[variant]["velocity_mse"] < models[f"{variant}-undistilled"]["velocity_mse"]
-    assert models["teacher"]["velocity_mse"] == models["teacher"]["sample_mse"] == 0
+    errors = ("velocity_mse", "guided_mse", "branch_mse", "short_mse", "sample_mse")
+    assert [models["teacher"][error] for error in errors] == [0] * 5
     assert Image.open(run / "samples.png").size[0] > 1000
 
 

@@ -234,15 +234,15 @@ def test_memory_counts_bytes_and_latency_seconds(case_of: Callable[[str], Case])
     assert (halves.blocks == 2 * case.parameters).all()
     latency = PlanSection(variants={"v": 0.5}, budget="latency")
     seconds = [0.1 * block for block in range(8)]
-    swaps = Swaps(checkpoint="", units=(), products=[], sets=[], seconds=seconds)
+    swaps = Swaps(checkpoint="", units=(), products={}, sets=[], seconds=seconds)
     assert budget_of_case(latency, case, swaps).blocks.tolist() == seconds
     assert (budget_of_case(latency, case).blocks == case.parameters).all()
 
 
 def measured_library(case: Case, errors: dict[Span, float], sets: dict[tuple[Span, ...], float]) -> Swaps:
     units = tuple(UnitPlan(name=str(span), span=span, streams=("image",)) for span in errors)
-    measured = [MeasuredSet(units=tuple(map(str, spans)), error=error) for spans, error in sets.items()]
-    products = np.diag(list(errors.values())).tolist()
+    measured = [MeasuredSet(units=tuple(map(str, spans)), errors={"velocity": e}) for spans, e in sets.items()]
+    products = {"velocity": np.diag(list(errors.values())).tolist()}
     return Swaps(checkpoint="", units=units, products=products, sets=measured, seconds=[1.0, *[0.1] * 7])
 
 
@@ -276,7 +276,9 @@ def test_blocks_stay_lose_parts_or_go_with_a_span_whatever_costs_least(case_of: 
     )
     depth = measured_library(case, {(0, 1): 0.5, (2, 4): 0.3, (5, 6): 0.6}, {})
     errors = [0.5, 0.3, 0.6, 0.05, 0.02, 0.01]
-    swaps = depth.model_copy(update={"units": (*depth.units, *width), "products": np.diag(errors).tolist()})
+    swaps = depth.model_copy(
+        update={"units": (*depth.units, *width), "products": {"velocity": np.diag(errors).tolist()}}
+    )
     section = PlanSection(variants={"v": 0.2})
     budget = budget_of_case(section, case, swaps)
     saved = {unit.name: parameters_saved(unit, case.teacher) for unit in swaps.units}

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ppcl_ds.planning.error_model import fitted
+from ppcl_ds.planning.error_model import fitted_model
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.units.plan import Plan, UnitPlan
 
@@ -30,13 +30,14 @@ def swaps_of(added: np.ndarray, bend: np.ndarray) -> Swaps:
     for names in draw_sets(LIBRARY, seed=0):
         chosen = [unit.name in names for unit in UNITS]
         pairs = np.triu((bend[:, None] + bend[None]) * roots, 1)[np.ix_(chosen, chosen)].sum()
-        sets.append(MeasuredSet(units=names, error=float(np.square(added[chosen].sum(0)).mean() + pairs)))
-    return Swaps(checkpoint="", units=UNITS, products=products.tolist(), sets=sets, seconds=[])
+        error = float(np.square(added[chosen].sum(0)).mean() + pairs)
+        sets.append(MeasuredSet(units=names, errors={"velocity": error}))
+    return Swaps(checkpoint="", units=UNITS, products={"velocity": products.tolist()}, sets=sets, seconds=[])
 
 
 def test_a_unit_alone_costs_what_was_measured() -> None:
     added = added_velocities()
-    forecast = fitted(swaps_of(added, np.zeros(6)))
+    forecast = fitted_model(swaps_of(added, np.zeros(6)), "velocity")
     for unit, own in zip(UNITS, added, strict=True):
         assert forecast.of([unit]) == pytest.approx(np.square(own).mean())
 
@@ -46,22 +47,24 @@ def test_sets_that_were_not_measured_are_foretold(bend: np.ndarray) -> None:
     added = added_velocities()
     swaps = swaps_of(added, bend)
     fewer = swaps.model_copy(update={"sets": swaps.sets[::2]})
-    forecast = fitted(fewer)
+    forecast = fitted_model(fewer, "velocity")
     for each in swaps.sets[1::2]:
         expected = forecast.of([unit for unit in UNITS if unit.name in each.units])
-        assert expected == pytest.approx(each.error, rel=0.03)
+        assert expected == pytest.approx(each.errors["velocity"], rel=0.03)
 
 
 def test_without_measured_sets_errors_overlap_linearly() -> None:
     added = added_velocities()
     swaps = swaps_of(added, np.zeros(6))
-    forecast = fitted(swaps.model_copy(update={"sets": []}))
+    forecast = fitted_model(swaps.model_copy(update={"sets": []}), "velocity")
     for each in swaps.sets:
-        assert forecast.of([unit for unit in UNITS if unit.name in each.units]) == pytest.approx(each.error)
+        assert forecast.of([unit for unit in UNITS if unit.name in each.units]) == pytest.approx(
+            each.errors["velocity"]
+        )
 
 
 def test_an_unknown_unit_has_no_forecast() -> None:
-    forecast = fitted(swaps_of(added_velocities(), np.zeros(6)))
+    forecast = fitted_model(swaps_of(added_velocities(), np.zeros(6)), "velocity")
     assert forecast.of([UnitPlan(name="another", span=(1, 2), streams=("image",))]) is None
 
 

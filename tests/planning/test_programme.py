@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl_ds.planning.programme import Candidates, cheapest
+from ppcl_ds.planning.programme import Candidates, cheapest, least_product
 
 
 def random_candidates(seed: int, count: int, blocks: int = 7) -> Candidates:
@@ -30,17 +31,22 @@ def total(candidates: Candidates, chosen: tuple[int, ...]) -> float:
     return float(alone + sum(candidates.pairs[a, b] for a, b in combinations(chosen, 2)))
 
 
+def sets_that_fit(candidates: Candidates, goal: int) -> list[tuple[int, ...]]:
+    """Every set of units that do not conflict and give up about as much as is wanted."""
+    return [
+        chosen
+        for size in range(1, len(candidates.errors) + 1)
+        for chosen in combinations(range(len(candidates.errors)), size)
+        if abs(candidates.saved[list(chosen)].sum() - goal) <= 0.5
+        and all(not candidates.footprints[a] & candidates.footprints[b] for a, b in combinations(chosen, 2))
+    ]
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 9), goal=st.integers(1, 6))
 def test_the_chosen_set_costs_least_of_all_that_fit(seed: int, count: int, goal: int) -> None:
     candidates = random_candidates(seed, count)
-    feasible = [
-        chosen
-        for size in range(1, count + 1)
-        for chosen in combinations(range(count), size)
-        if abs(candidates.saved[list(chosen)].sum() - goal) <= 0.5
-        and all(not candidates.footprints[a] & candidates.footprints[b] for a, b in combinations(chosen, 2))
-    ]
+    feasible = sets_that_fit(candidates, goal)
     found = cheapest(candidates, goal - 0.5, goal + 0.5)
     if not feasible:
         assert found is None
@@ -55,3 +61,46 @@ def test_the_chosen_set_costs_least_of_all_that_fit(seed: int, count: int, goal:
 def test_without_candidates_there_is_no_set() -> None:
     nothing = np.zeros(0)
     assert cheapest(Candidates([], nothing, nothing, np.zeros((0, 0))), 0, 1) is None
+
+
+def two_measures(seed: int, count: int) -> list[Candidates]:
+    """One library by two measures that rank its units differently; errors of sets are positive, as they are squares."""
+    library = random_candidates(seed, count, blocks=9)
+    random = np.random.default_rng(seed + 1)
+    measures = []
+    for scale in (1.0, 1e-3):
+        added = random.normal(size=(count, 6)) * 10 ** random.uniform(-1.5, 0, count)[:, None]
+        products = scale * added @ added.T
+        alone = products.diagonal().copy()
+        measures.append(replace(library, errors=alone, pairs=2 * (products - np.diag(alone))))
+    return measures
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10**6), count=st.integers(1, 10), goal=st.integers(1, 8))
+def test_the_product_of_two_errors_is_the_least_of_all_sets(seed: int, count: int, goal: int) -> None:
+    """Against every set of the library; the solver's own tolerance on either error is one in ten thousand."""
+    measures = two_measures(seed, count)
+    feasible = sets_that_fit(measures[0], goal)
+    found = least_product(measures, goal - 0.5, goal + 0.5)
+    if not feasible:
+        assert found is None
+        return
+    assert found is not None
+    assert tuple(found) in feasible
+
+    def product(chosen: tuple[int, ...]) -> float:
+        return total(measures[0], chosen) * total(measures[1], chosen)
+
+    assert product(tuple(found)) <= min(map(product, feasible)) * 1.002
+
+
+def test_neither_end_has_to_be_the_best() -> None:
+    """Three units, one of which may go: the least of either error is dear by the other, the third is good at both."""
+    footprints = [frozenset({0})] * 3
+    v, d = np.array([1.0, 10.0, 2.0]), np.array([10.0, 1.0, 2.0])
+    measures = [Candidates(footprints, np.ones(3), errors, np.zeros((3, 3))) for errors in (v, d)]
+    assert least_product(measures, 0.5, 1.5) == [2]
+    assert least_product(measures[:1], 0.5, 1.5) == [0]
+    hidden = [replace(each, errors=np.array([*each.errors[:2], 6.0])) for each in measures]  # above the line of both
+    assert least_product(hidden, 0.5, 1.5) in ([0], [1])

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.choose import make_plan, width_candidates
-from ppcl_ds.planning.error_model import ErrorModel
+from ppcl_ds.planning.error_model import unknown
 from ppcl_ds.planning.show import lines_of
 from ppcl_ds.sections import Plan
 from ppcl_ds.shipped import shipped
@@ -106,6 +105,6 @@ def test_planning_with_every_width_unit_builds_no_empty_teacher_a_candidate(
     assert len(width_candidates(section, teacher)) == 238
     budget = budget_of(section, teacher, torch.bfloat16, plan.units)
     assert len(budget.parts) > 200
-    nothing = ErrorModel("nothing", (), np.zeros(0), np.zeros((0, 0)))
+    nothing = unknown()
     assert len(lines_of(plan, teacher, nothing, budget)) == 2
     assert len(built) < 12, "the teacher, one for each key that might be a length, one for each variant"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, load_recipe
-from ppcl_ds.teacher.noising import NoisyStream
+from ppcl_ds.teacher.branches import Branches
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan, load_plan
@@ -34,25 +33,29 @@ LIBRARY = Plan(teacher="QwenImageTransformer2DModel", blocks=6, units=UNITS, var
 
 
 def stock_velocities(recipe: Recipe, names: tuple[str, ...], checkpoint: Checkpoint) -> Tensor:
-    """Velocities of the teacher's stock class with units in place, on the micro-batches that planning measures on."""
+    """Velocities of the teacher's stock class with units in place, on the micro-batches that planning measures on.
+
+    The recipe samples without guidance, so every caption is read, and by one forward.
+    """
     teacher = open_teacher(recipe)
     plan = LIBRARY.model_copy(update={"variants": {"set": names}})
     model = assembled(teacher, plan, "set", lambda unit: checkpoint.unit(unit.name))
     settings = recipe.evaluate
-    stream = NoisyStream(recipe, teacher.call, "heldout", settings.batch_size)
-    batches = islice(stream.take(settings.velocity_batches, 1), settings.velocity_batches)
-    return torch.cat([answer(model, batch.arguments).flatten() for _, batch in batches]).double()
+    branches = Branches(recipe, teacher.call, settings.batch_size)
+    numbers = range(settings.velocity_batches, 2 * settings.velocity_batches)
+    batches = [branches.noisy(number, branches.stream.clean.batch(number)).batch for number in numbers]
+    return torch.cat([answer(model, batch.arguments).flatten() for batch in batches]).double()
 
 
 def check_figures(recipe: Recipe, swaps: Swaps, checkpoint: Checkpoint) -> None:
     teacher = stock_velocities(recipe, (), checkpoint)
     added = torch.stack([stock_velocities(recipe, (unit.name,), checkpoint) - teacher for unit in UNITS])
-    products = torch.tensor(swaps.products, dtype=torch.float64)
+    products = torch.tensor(swaps.products["velocity"], dtype=torch.float64)
     torch.testing.assert_close(products, added @ added.T / teacher.numel(), rtol=1e-4, atol=1e-9)
     assert len(swaps.sets) >= 4
     for each in swaps.sets:
         error = (stock_velocities(recipe, each.units, checkpoint) - teacher).square().mean()
-        assert each.error == pytest.approx(float(error), rel=1e-4)
+        assert each.errors["velocity"] == pytest.approx(float(error), rel=1e-4)
     assert len(swaps.seconds) == 6
     assert min(swaps.seconds) > 0
     assert swaps.saved.keys() == {"text_2_4", "ffn_1"}

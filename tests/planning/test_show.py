@@ -76,9 +76,9 @@ def test_the_front_holds_sets_that_no_smaller_one_beats(probed_run: tuple[Path, 
     forecast = probed(report, teacher)
     points = front(forecast, budget_of(recipe.plan, teacher, torch.float32))
     assert [point.left for point in points] == pytest.approx([5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
-    assert [point.error for point in points] == sorted(point.error for point in points)
+    assert [point.errors["error"] for point in points] == sorted(point.errors["error"] for point in points)
     assert points[0].name == "[0,1]"
-    assert points[-1].error == pytest.approx(0.55)  # one block for all
+    assert points[-1].errors["error"] == pytest.approx(0.55)  # one block for all
 
 
 def test_everything_that_is_wrong_with_an_edited_plan_is_said_at_once(probed_run: tuple[Path, Recipe]) -> None:

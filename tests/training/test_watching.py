@@ -49,7 +49,10 @@ def test_a_run_shows_its_speed_by_phase_its_memory_and_every_unit(new_run: Calla
     for unit in PLAN.units:
         names += [f"{unit.name}/{what}/{stream}" for what in ("loss", "norm_ratio") for stream in unit.streams]
         names += [f"{unit.name}/gradient_norm", f"{unit.name}/skipped_steps"]
-    names += [f"heldout/velocity_mse/{variant}" for variant in PLAN.variants]
+    levels = ["", *(f"/{level}" for level in (0.1, 0.3, 0.5, 0.7, 0.9))]
+    for variant in PLAN.variants:
+        names += [f"heldout/{figure}/{variant}" for figure in ("velocity_mse", "short_mse")]
+        names += [f"heldout/guided_mse/{variant}{level}" for level in levels]
     assert scalars.keys() == set(names)
     assert all(value >= 0 for points in scalars.values() for _, value in points)
 
