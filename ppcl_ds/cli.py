@@ -88,9 +88,9 @@ def plan(
     that the probe expects. The file is meant to be read and edited.
 
     With --from-run, units that have been trained a little (ppcl distill --until) are plugged into the teacher alone and
-    in sets, their velocity error on held-out data is measured, and every variant is chosen anew. RUN is this recipe's
-    run folder, where units that no variant needs are dropped and ppcl distill goes on with the others; or that of
-    another run of the same teacher, whose choice this recipe then trains from the start.
+    in sets, their errors on held-out data are measured (plan.objective), and every variant is chosen anew. RUN is this
+    recipe's run folder, where units that no variant needs are dropped and ppcl distill goes on with the others; or that
+    of another run of the same teacher, whose choice this recipe then trains from the start.
 
     With plan.width in the recipe, the library also holds width units, and every block may then stay, be narrowed, lose
     its text stream or feed-forward to linears, or go with a span, whatever does least harm for the budget.

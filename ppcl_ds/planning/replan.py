@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ppcl_ds import launch
+from ppcl_ds import launch, launcher
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
@@ -68,7 +68,7 @@ class Replan:
                 "plan.objective: draw: the pipeline draws with two transformers, and one of them is here; set "
                 "plan.objective: velocity"
             )
-        print("plan.objective: the pipeline draws with two transformers: the velocity decides alone")
+        launcher.say_once("plan.objective: the pipeline draws with two transformers: the velocity decides alone")
 
     @property
     def measured(self) -> Swaps | None:
