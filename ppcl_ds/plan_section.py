@@ -46,6 +46,10 @@ class Plan(Section):
     """What `--from-run` chooses by: errors against the teacher, each measured. `velocity`: of one step, with the
     guidance of `evaluate`. `branches`: of what the velocities with and without the prompt differ by. `draw`: of images
     drawn in `evaluate.few_steps` steps. `pictures`: the mean of the logarithms of `velocity` and `draw`."""
+    unit_steps: int | None = Field(default=None, gt=0)
+    """What training may cost in all: optimizer steps of units, added up, with those that `--from-run` finds spent. It
+    then chooses units and steps together: variants that share units leave more steps to each. Default: `distill.steps`
+    for every unit, however many there are."""
     prompts: int = Field(default=32, gt=0)
     """Held-out prompts that `--from-run` draws with each unit and set of units."""
     narrow_keep: float = Field(default=0.25, gt=0, lt=1)

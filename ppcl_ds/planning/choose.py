@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
+from math import log
 from typing import NoReturn
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import fitted
+from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
@@ -106,8 +109,26 @@ def _ffn(block: int, streams: tuple[Stream, ...], keep: float) -> UnitPlan:
     return UnitPlan(name=name, kind="ffn", span=(block, block), streams=streams, keep=keep)
 
 
-def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str, tuple[str, ...]]:
+_CHARGES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
+"""Shares of a variant's error that a unit may be charged with for joining the library, which then trains all less."""
+
+_SWEEPS = 2
+"""Times that every variant is chosen at one charge; from the second on each knows what all others plug."""
+
+Sets = dict[str, tuple[str, ...]]
+"""Variant -> the units that it plugs."""
+
+
+def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) -> Sets:
     """The units of every variant: the best of the sets that were measured and the one that the forecast likes best.
+
+    Errors are those that are forecast for the end of training. That is `steps` for every unit; or, where the recipe has
+    `plan.unit_steps`, as many as the library leaves room for. Then every unit more costs all others steps: units that
+    are not in the library yet are charged for it, with each of `_CHARGES`, variants choosing from the smallest to the
+    largest and the other way, and of the plans that come of it the one is taken whose errors are least when each is trained for as long as it would be.
+
+    Args:
+        steps: `distill.steps`.
 
     Raises:
         UserError: no set of units reaches a variant's share.
@@ -119,41 +140,98 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget) -> dict[str,
         raise UserError(
             f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
         )
-    forecast = fitted(swaps, section.objective)
-    gains = forecast.saved(budget)
-    saved = {unit.name: gain for unit, gain in zip(swaps.units, gains, strict=True)}
-    chosen = {}
-    for name, share in section.variants.items():
-        goal = share * budget.total
+    if section.unit_steps is None:
+        return Chooser(section, swaps, budget, max(steps, swaps.trained)).sets(0.0)
+    plans = []
+    for charge, smallest_first in product(_CHARGES, (True, False)):
+        sets, size = {}, len(swaps.units)
+        for _ in range(_SWEEPS):
+            each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
+            sets = Chooser(section, swaps, budget, each).sets(charge, sets, smallest_first)
+            size = len(_used(sets))
+        each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
+        plans.append((Chooser(section, swaps, budget, each).total(sets), sets))
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
+class Chooser:
+    """Chooses sets of units by what they will cost after so many steps.
+
+    Args:
+        steps: of every unit, at the end of its training.
+    """
+
+    def __init__(self, section: PlanSection, swaps: Swaps, budget: Budget, steps: float) -> None:
+        self.section, self.swaps, self.budget = section, swaps, budget
+        self.now = fitted(swaps, section.objective)
+        self.then = self.now.grown(swaps.factors(steps))
+        self.units = {unit.name: unit for unit in swaps.units}
+        self.saved = dict(zip(self.units, self.now.saved(budget), strict=True))
+
+    def value(self, names: tuple[str, ...]) -> float:
+        """The objective of a set at the end of training: what was measured, if it was, after what is forecast of it."""
+        units = [self.units[name] for name in names]
+        measured, now, then = self.swaps.errors_of(names), self.now.of(units), self.then.of(units)
+        assert now is not None, "the forecast knows its own units"
+        assert then is not None, "the forecast knows its own units"
+        if measured is None:
+            return self.then.value(then)
+        return self.then.value(measured) * self.then.value(then) / self.then.value(now)
+
+    def total(self, sets: Sets) -> float:
+        """The sum of the logarithms of all variants' objectives."""
+        return sum(log(self.value(names)) for names in sets.values())
+
+    def sets(
+        self, charge: float, known: Mapping[str, tuple[str, ...]] | None = None, smallest_first: bool = True
+    ) -> Sets:
+        """The units of every variant, one after the other.
+
+        Args:
+            charge: for each unit that neither the variants chosen so far nor those of `known` plug.
+            known: what was chosen before.
+            smallest_first: whether the smallest model chooses its units first, or the largest.
+        """
+        found = dict(known or {})
+        for name, share in sorted(self.section.variants.items(), key=lambda each: each[1], reverse=smallest_first):
+            others = _used({variant: names for variant, names in found.items() if variant != name})
+            found[name] = self._set(name, share * self.budget.total, {n: charge for n in self.units if n not in others})
+        return {name: found[name] for name in self.section.variants}
+
+    def _set(self, variant: str, goal: float, charges: Mapping[str, float]) -> tuple[str, ...]:
+        gains = np.array(list(self.saved.values()))
+        asked = np.array([charges.get(name, 0.0) for name in self.units])
         # As near to the goal as units allow; where nothing is that near, half a block is near enough.
-        for slack in (budget.tolerance(gains), budget.slack):
-            places = forecast.best(budget, goal - slack, goal + slack)
+        for slack in (self.budget.tolerance(gains), self.budget.slack):
+            places = self.then.best(self.budget, goal - slack, goal + slack, asked)
             if places is not None:
                 break
         else:
-            _refuse(name, section)
-        units = [swaps.units[place] for place in places]
-        names = tuple(unit.name for unit in units)
-        errors = swaps.errors_of(names) or forecast.of(units)
-        assert errors is not None, "the forecast knows its own units"
-        rivals = [each for each in swaps.sets if abs(sum(saved[unit] for unit in each.units) - goal) <= slack]
-        best = min(rivals, key=lambda each: forecast.value(each.errors), default=None)
-        chosen[name] = best.units if best and forecast.value(best.errors) < forecast.value(errors) else names
-    return chosen
+            _refuse(variant, self.section)
+        rivals = [
+            each.units for each in self.swaps.sets if abs(sum(map(self.saved.__getitem__, each.units)) - goal) <= slack
+        ]
+        names = tuple(self.swaps.units[place].name for place in places)
+        return min((names, *rivals), key=lambda each: self.value(each) * (1 + sum(charges.get(n, 0.0) for n in each)))
+
+
+def _used(sets: Mapping[str, tuple[str, ...]]) -> set[str]:
+    return {name for names in sets.values() for name in names}
 
 
 def choose_again(
-    section: PlanSection, swaps: Swaps, library: Plan, budget: Budget, others: Mapping[str, tuple[str, ...]]
+    section: PlanSection, swaps: Swaps, library: Plan, budget: Budget, steps: int, others: Mapping[str, tuple[str, ...]]
 ) -> Plan:
     """The plan of every variant's units in a measured library; units that no variant plugs are left out.
 
     Args:
+        steps: `distill.steps`.
         others: variants of the plan as it was that the recipe does not name; they stay if the library has their units.
     """
     known = {unit.name for unit in library.units}
     kept = {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
-    variants = kept | choose_sets(section, swaps, budget)
-    used = {name for names in variants.values() for name in names}
+    variants = kept | choose_sets(section, swaps, budget, steps)
+    used = _used(variants)
     units = tuple(unit for unit in library.units if unit.name in used)
     return library.model_copy(update={"units": units, "variants": variants})
 

@@ -6,7 +6,7 @@ K units that may be plugged.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import exp, log
 
 import numpy as np
@@ -68,6 +68,14 @@ class ErrorModel:
             return None
         return float(self.alone[chosen].sum() + self.pairs[np.ix_(chosen, chosen)].sum() / 2)
 
+    def grown(self, factors: Array) -> ErrorModel:
+        """The same units after more training, each one's error multiplied with its own factor (K,).
+
+        What a unit adds is then smaller by the root of its factor, and so is what two add together.
+        """
+        roots = np.sqrt(factors)
+        return replace(self, alone=self.alone * factors, pairs=self.pairs * np.outer(roots, roots))
+
     def candidates(self, budget: Budget) -> Candidates:
         return Candidates(
             footprints=[unit.footprint for unit in self.units],
@@ -109,6 +117,10 @@ class Forecast:
         known = {measure: error for measure, error in found.items() if error is not None}
         return known if len(known) == len(found) else None
 
+    def grown(self, factors: Array) -> Forecast:
+        """The forecast after more training, see `ErrorModel.grown`."""
+        return replace(self, models={measure: model.grown(factors) for measure, model in self.models.items()})
+
     def value(self, errors: Errors) -> float:
         """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs."""
         return exp(sum(log(max(errors[aim], _LEAST)) for aim in self.aims) / len(self.aims))
@@ -117,9 +129,19 @@ class Forecast:
         """(K,) what every unit gives up."""
         return np.array([budget.saved([unit]) for unit in self.units])
 
-    def best(self, budget: Budget, least: float, most: float) -> list[int] | None:
-        """Places of the units of least objective that give up between `least` and `most`; None: no set does."""
-        return least_product([self.models[aim].candidates(budget) for aim in self.aims], least, most)
+    def best(self, budget: Budget, least: float, most: float, charge: Array | None = None) -> list[int] | None:
+        """Places of the units of least objective that give up between `least` and `most`; None: no set does.
+
+        Args:
+            charge: (K,) what each unit adds to every error for being plugged at all, as a share of what the best set
+                without charges costs.
+        """
+        free = [self.models[aim].candidates(budget) for aim in self.aims]
+        chosen = least_product(free, least, most)
+        if chosen is None or charge is None or not charge.any():
+            return chosen
+        charged = [replace(each, errors=each.errors + charge * each.total(chosen)) for each in free]
+        return least_product(charged, least, most)
 
 
 def probed(report: ProbeReport, teacher: Teacher) -> Forecast:

@@ -240,7 +240,13 @@ class SwapBench:
         return median(times[_REPEATS // 4 :])
 
 
-def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], Iterable[tuple[str, ...]]]) -> Swaps:
+def measure_swaps(
+    bench: SwapBench,
+    checkpoint: str,
+    choose: Callable[[Swaps], Iterable[tuple[str, ...]]],
+    trained: int = 0,
+    falls: Sequence[float] = (),
+) -> Swaps:
     """Everything that the planner wants to know of a trained library; every rank must call this.
 
     What it then chooses is measured, too, and it may choose again: a forecast errs most where it promises most. Of the
@@ -249,6 +255,8 @@ def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], I
     Args:
         checkpoint: the folder that the units come from.
         choose: the sets that the planner would plug, from what is known so far.
+        trained: steps behind the units.
+        falls: how fast their errors fall, see `Swaps`; of rank 0 alone.
     """
     sets = draw_sets(bench.library, bench.recipe.seed)
     products = {measure: own.tolist() for measure, own in bench.products().items()}
@@ -263,6 +271,8 @@ def measure_swaps(bench: SwapBench, checkpoint: str, choose: Callable[[Swaps], I
             sets=measured,
             seconds=seconds,
             saved=saved,
+            trained=trained,
+            falls=list(falls),
         )
         # Rank 0 decides for all: times of blocks, and what a solver makes of them, are its own.
         chosen = [_chosen(choose, swaps) if dist.get_rank() == 0 else None]

@@ -8,7 +8,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
 from ppcl_ds.planning.error_model import Forecast, fitted, probed, unknown
-from ppcl_ds.planning.show import Point, draw, front, lines_of, print_table
+from ppcl_ds.planning.show import Point, draw, front, lines_of, print_outlook, print_table
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe
@@ -59,6 +59,8 @@ def write(
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
     if earlier:
         print(f"the earlier one is {earlier}")
+    if swaps is not None:
+        print_outlook(plan, forecast, swaps, recipe.plan.unit_steps, recipe.distill.steps)
 
 
 def check(recipe: Recipe) -> None:
@@ -92,6 +94,8 @@ def show(recipe: Recipe) -> None:
     budget = budget_for(recipe, known, teacher, swaps)
     lines = lines_of(plan, teacher, forecast, budget, swaps)
     print_table(lines, teacher.anatomy, forecast)
+    if swaps is not None:
+        print_outlook(plan, forecast, swaps, recipe.plan.unit_steps, recipe.distill.steps)
     folder = recipe.swaps_file.parent
     measured = _measured(swaps, budget) if swaps else []
     draw(folder, lines, front(forecast, budget), measured, forecast, budget.title, plan.teacher)

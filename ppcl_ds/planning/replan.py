@@ -14,6 +14,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.choose import choose_again, choose_sets
 from ppcl_ds.planning.error_model import MEASURES, fitted
+from ppcl_ds.planning.growth import exponents
 from ppcl_ds.planning.planner import budget_for, write
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.recipe import Recipe, teacher_config
@@ -21,6 +22,7 @@ from ppcl_ds.teacher.comparison import measures_of
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint
 from ppcl_ds.units.plan import load_plan, refuse_edited
+from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
 
 
 class Replan:
@@ -41,6 +43,7 @@ class Replan:
         refuse_edited(recipe.plan_file)  # now, not after an hour of measuring
         self.teacher = open_teacher(recipe)
         other = recipe.model_copy(update={"run": run})
+        self.board = other.distillation.board
         self.checkpoint: Checkpoint = newest_checkpoint(other.distillation.checkpoints)
         trained = load_plan(other.distillation.plan, self.teacher)
         units = tuple(unit for unit in trained.units if unit.name in self.checkpoint.contents.units)
@@ -90,7 +93,9 @@ class Replan:
         from ppcl_ds.planning.measure import SwapBench, measure_swaps
 
         bench = SwapBench(self.recipe, self.teacher, self.library, self.checkpoint, device)
-        swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values())
+        trained = self.checkpoint.contents.step
+        falls = exponents(self.library.units, self._curves()) if launch.is_first_rank() else []
+        swaps = measure_swaps(bench, self._name, lambda swaps: self._choose(swaps).values(), trained, falls)
         if dist.get_rank() == 0:  # before anything is chosen: what was measured is kept, whatever comes of it
             atomic_write(self.recipe.swaps_file, swaps.model_dump_json(indent=1))
         launch.leave()
@@ -103,11 +108,15 @@ class Replan:
         budget = self._budget(swaps)
         now = self.recipe.plan_file
         others = load_plan(now, self.teacher).variants if now.exists() else {}
-        plan = choose_again(self.recipe.plan, swaps, self.library, budget, others)
+        plan = choose_again(self.recipe.plan, swaps, self.library, budget, self.recipe.distill.steps, others)
         write(self.recipe, plan, self.teacher, fitted(swaps, self.recipe.plan.objective), budget, swaps)
 
+    def _curves(self) -> dict[str, list[tuple[int, float]]]:
+        """The losses of the units as they were trained."""
+        return unit_losses(read_scalars(self.board)) if self.board.exists() else {}
+
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
-        return choose_sets(self.recipe.plan, swaps, self._budget(swaps))
+        return choose_sets(self.recipe.plan, swaps, self._budget(swaps), self.recipe.distill.steps)
 
     def _budget(self, swaps: Swaps) -> Budget:
         return budget_for(self.recipe, self.library, self.teacher, swaps)

@@ -18,6 +18,7 @@ from ppcl_ds.console import track
 from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import TITLES, Forecast
+from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.swaps import Errors, Swaps
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.branches import LEVELS, level_name
@@ -98,6 +99,34 @@ def print_table(lines: Sequence[Line], anatomy: Anatomy, forecast: Forecast) -> 
     Console().print(table)
     if any(line.removed for line in lines):
         print("in brackets: over what it costs to remove the same blocks and train nothing")
+
+
+def print_outlook(plan: Plan, forecast: Forecast, swaps: Swaps, unit_steps: int | None, steps: int) -> None:
+    """Print what every variant is forecast to cost at the end of training, and what twice the steps would gain it.
+
+    Args:
+        unit_steps: `plan.unit_steps`.
+        steps: `distill.steps`.
+    """
+    if not any(swaps.falls):
+        return
+    end = max(float(steps), float(swaps.trained))
+    if unit_steps is not None:
+        end = steps_each(unit_steps, len(swaps.units), swaps.trained, len(plan.units))
+    table = Table("variant", f"after {swaps.trained} steps", f"after {end:.0f}", f"after {2 * end:.0f}", box=SIMPLE)
+    for name in plan.variants:
+        values = []
+        for each in (swaps.trained, end, 2 * end):
+            errors = forecast.grown(swaps.factors(each)).of(plan.units_of(name))
+            values.append(forecast.value(errors) if errors else float("nan"))
+        gain = f"{values[2]:.4g} ({values[2] / values[1] - 1:+.0%})"
+        table.add_row(escape(name), f"{values[0]:.4g}", f"{values[1]:.4g}", gain)
+    Console().print(f"{forecast.title}, forecast by the units' own loss curves", table)
+    if unit_steps is not None:
+        print(
+            f"plan.unit_steps leaves each of the {len(plan.units)} units {end:.0f} steps: "
+            f"train them with distill.steps: {end:.0f}"
+        )
 
 
 def front(forecast: Forecast, budget: Budget) -> list[Point]:

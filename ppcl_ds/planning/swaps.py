@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError, brief
+from ppcl_ds.planning.growth import factors
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 _SETS = 32
@@ -50,6 +52,8 @@ class Swaps(BaseModel):
         sets: sets of two and more units plugged in together.
         seconds: of each of the teacher's blocks, for one sample.
         saved: seconds that each width unit saves, by name.
+        trained: steps that the units have been trained for.
+        falls: (K,) how fast each one's error falls with its steps, see `growth.exponents`.
     """
 
     checkpoint: str
@@ -58,6 +62,12 @@ class Swaps(BaseModel):
     sets: list[MeasuredSet]
     seconds: list[float]
     saved: dict[str, float] = {}
+    trained: int = 0
+    falls: list[float] = []
+
+    def factors(self, steps: float) -> NDArray[np.float64]:
+        """(K,) what the errors of every unit are multiplied with once it has been trained for `steps` steps."""
+        return factors(self.falls or [0.0] * len(self.units), self.trained, steps)
 
     def errors_of(self, names: Iterable[str]) -> Errors | None:
         """The measured errors of a set of units; None where it was not measured."""

@@ -251,7 +251,9 @@ def test_variants_are_chosen_anew_by_what_units_cost(case_of: Callable[[str], Ca
     swaps = measured_library(case, {(0, 1): 0.9, (2, 4): 0.1, (5, 6): 0.2, (5, 7): 0.8}, {})
     library = Plan(teacher=case.teacher.class_name, blocks=8, units=swaps.units, variants={})
     section = PlanSection(variants={"v": 3 / 8, "w": 2 / 8})
-    plan = choose_again(section, swaps, library, budget_of_case(section, case, swaps), {"mine": ("(0, 1)",), "v": ()})
+    plan = choose_again(
+        section, swaps, library, budget_of_case(section, case, swaps), 1, {"mine": ("(0, 1)",), "v": ()}
+    )
     assert chosen(plan, "v") == [(2, 4), (5, 6)]
     assert chosen(plan, "w") == [(2, 4)]
     assert plan.variants["mine"] == ("(0, 1)",), "written by hand, and not the recipe's to change"
@@ -263,7 +265,7 @@ def test_a_set_that_was_measured_to_be_better_is_preferred(case_of: Callable[[st
     errors = {(0, 1): 0.3, (2, 4): 0.1, (5, 6): 0.2}
     swaps = measured_library(case, errors, {((2, 4), (5, 6)): 0.5, ((0, 1), (2, 4)): 0.35})
     section = PlanSection(variants={"v": 3 / 8})
-    names = choose_sets(section, swaps, budget_of_case(section, case, swaps))["v"]
+    names = choose_sets(section, swaps, budget_of_case(section, case, swaps), 1)["v"]
     assert set(names) == {"(0, 1)", "(2, 4)"}
 
 
@@ -287,7 +289,7 @@ def test_blocks_stay_lose_parts_or_go_with_a_span_whatever_costs_least(case_of: 
     def total(names: tuple[str, ...]) -> float:
         return sum(errors[[unit.name for unit in swaps.units].index(name)] for name in names)
 
-    names = choose_sets(section, swaps, budget)["v"]
+    names = choose_sets(section, swaps, budget, 1)["v"]
     units = [unit for unit in swaps.units if unit.name in names]
     assert not any(conflict(a, b) for a, b in combinations(units, 2))
     sets = [names for size in range(1, 5) for names in combinations([unit.name for unit in swaps.units], size)]
@@ -307,4 +309,4 @@ def test_a_budget_of_time_spends_seconds(case_of: Callable[[str], Case]) -> None
     swaps = measured_library(case, {(0, 1): 0.01, (2, 3): 0.5, (6, 7): 0.3}, {})
     swaps = swaps.model_copy(update={"seconds": [0.1, 0.1, 0.1, 1.0, 0.1, 0.1, 0.1, 0.1]})
     section = PlanSection(variants={"v": 0.6}, budget="latency")
-    assert choose_sets(section, swaps, budget_of_case(section, case, swaps))["v"] == ("(2, 3)",)
+    assert choose_sets(section, swaps, budget_of_case(section, case, swaps), 1)["v"] == ("(2, 3)",)
