@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -105,6 +106,7 @@ class Stock:
     def _at(self, rung: int, said: list[Tensor]) -> Iterator[None]:
         scheduler, set_timesteps = self.pipe.scheduler, self.pipe.scheduler.set_timesteps
 
+        @functools.wraps(set_timesteps)  # pipelines look at its signature
         def keep_one(*args: Any, **kwargs: Any) -> None:
             set_timesteps(*args, **kwargs)
             scheduler.timesteps = scheduler.timesteps[rung : rung + 1]
@@ -249,7 +251,8 @@ def test_what_an_earlier_version_has_measured_is_measured_anew(
     assert "as earlier versions measured" in printed
     again = load_swaps(recipe.swaps_file)
     assert again is not None
-    assert again.products == pytest.approx(swaps.products)
+    for measure, products in swaps.products.items():
+        torch.testing.assert_close(torch.tensor(again.products[measure]), torch.tensor(products))
 
 
 def test_a_plan_shows_every_measure(measured: Callable[[str, int], tuple[Recipe, Swaps, Checkpoint]]) -> None:
