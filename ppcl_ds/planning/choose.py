@@ -125,7 +125,8 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
     Errors are those that are forecast for the end of training. That is `steps` for every unit; or, where the recipe has
     `plan.unit_steps`, as many as the library leaves room for. Then every unit more costs all others steps: units that
     are not in the library yet are charged for it, with each of `_CHARGES`, variants choosing from the smallest to the
-    largest and the other way, and of the plans that come of it the one is taken whose errors are least when each is trained for as long as it would be.
+    largest and the other way. Of the plans that come of it the one is taken whose errors are least when each is trained
+    for as long as it would be.
 
     Args:
         steps: `distill.steps`.
