@@ -55,6 +55,22 @@ def place_quantiles(noise: Noise, shares: Sequence[float]) -> Tensor:
     return drawn.quantile(1 - torch.tensor(shares), interpolation="nearest")
 
 
+def level_weights(places: Tensor, levels: tuple[Tensor, Tensor]) -> Tensor:
+    """Weights of samples by their noise, (B,) float32.
+
+    Args:
+        places: (B,), see `draw_places`.
+        levels: known places, ascending, and the weights there, both (N,) float32 on the device of `places`; linear in
+            between, constant beyond the ends.
+    """
+    known, weights = levels
+    if len(known) == 1:
+        return weights.expand(len(places))
+    after = torch.bucketize(places, known).clamp(1, len(known) - 1)
+    share = ((places - known[after - 1]) / (known[after] - known[after - 1])).clamp(0, 1)
+    return torch.lerp(weights[after - 1], weights[after], share)
+
+
 @dataclass(frozen=True)
 class NoisyBatch:
     """A micro-batch as the teacher reads it.
@@ -65,7 +81,9 @@ class NoisyBatch:
             which nobody knows it, no elements.
         number: of the micro-batch, if it is of trajectories, which what the teacher says of it takes further.
         other: the same, each sample with the prompt that it does not have in `arguments`, if guidance needs that.
-        places: (B,) where on the ladder, see `draw_places`; empty where nobody has drawn them.
+        places: (B,) where on the ladder, see `draw_places`.
+        twins: (B,) int64; of a sample without prompt, the place of the one that has its prompt and is else the same, if
+            there is one; else its own place.
     """
 
     arguments: Arguments
@@ -74,6 +92,7 @@ class NoisyBatch:
     number: int | None = None
     other: Arguments | None = None
     places: Tensor = field(default_factory=lambda: torch.zeros(0))
+    twins: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> NoisyBatch:
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), (self.arguments, self.target, self.other))
@@ -115,9 +134,17 @@ class Noiser:
         shape = self.call.latents_shape(size)[1:]
         return layout.inverse(latents, shape), layout.noise(len(latents), shape, generator)
 
-    def noisy(self, batch: Batch, places: Tensor, generator: torch.Generator) -> NoisyBatch:
-        """Samples with noise of these places, (B,) in [0, 1) of the teacher's own rungs."""
+    def noisy(
+        self, batch: Batch, places: Tensor, generator: torch.Generator, twins: Tensor | None = None
+    ) -> NoisyBatch:
+        """Samples with noise of these places, (B,) in [0, 1) of the teacher's own rungs.
+
+        Args:
+            twins: see `NoisyBatch`; None: there are none.
+        """
         clean, noise = self.noise(batch, generator)
+        twins = torch.arange(len(places)) if twins is None else twins
+        noise, places = noise[twins], places[twins]
         size, ladder, own = batch.size, self.call.ladder(batch.size), self.call.own_rungs(batch.size)
         rungs = [own[int(place * len(own))] for place in places]
         rows = list(zip(clean.split(1), noise.split(1), rungs, strict=True))
@@ -126,7 +153,7 @@ class Noiser:
             for row, sample in zip(rows, batch.samples, strict=True)
         ]
         target = torch.cat([ladder.target(*row) for row in rows])
-        return NoisyBatch(self.batches.arguments(asked, size), target, size, places=places)
+        return NoisyBatch(self.batches.arguments(asked, size), target, size, places=places, twins=twins)
 
 
 class NoisyStream:
@@ -141,6 +168,7 @@ class NoisyStream:
         micro_batch: samples in a micro-batch.
         lanes: micro-batches in an optimizer step; the recipe's distillation by default.
         captions: whether captions without an image count, see `MicroBatchStream`.
+        paired: whether samples without prompt are twins of others, see `Batch.drop_captions`.
     """
 
     def __init__(
@@ -151,9 +179,10 @@ class NoisyStream:
         micro_batch: int,
         lanes: int | None = None,
         captions: bool = False,
+        paired: bool = False,
     ) -> None:
         self.settings: Noise = recipe.noise
-        self.seed = recipe.seed
+        self.seed, self.paired = recipe.seed, paired
         self.noiser = Noiser(call, read_texts(recipe.data), DTYPES[recipe.teacher.precision])
         self.clean = MicroBatchStream(
             recipe.data,
@@ -174,5 +203,6 @@ class NoisyStream:
         """Micro-batch `number` with its noise."""
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint64)[0] >> 1)
         generator = torch.Generator().manual_seed(seed)
-        batch = batch.drop_captions(self.noiser.empty, self.settings.caption_dropout, generator)
-        return self.noiser.noisy(batch, draw_places(self.settings, len(batch.samples), generator), generator)
+        share = self.settings.caption_dropout
+        batch, twins = batch.drop_captions(self.noiser.empty, share, generator, self.paired)
+        return self.noiser.noisy(batch, draw_places(self.settings, len(batch.samples), generator), generator, twins)
