@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -16,12 +17,13 @@ import yaml
 from torch import Tensor
 
 from ppcl_ds.distill.start import tiles
+from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
-from tests.conftest import command
+from tests.conftest import command, make_recipe
 from tests.distill.test_backbone import watch
 from tests.reference import distance
 
@@ -202,29 +204,40 @@ def test_blocks_of_unlike_shapes_have_no_mean(new_run: Callable[..., Path]) -> N
 
 
 def test_what_cannot_be_started_from_is_one_line(new_run: Callable[..., Path]) -> None:
-    path = new_run("qwen", distill=SETTINGS)
-    raw = yaml.safe_load(path.read_text())
+    path, other = new_run("qwen", distill=SETTINGS), new_run("qwen", distill=SETTINGS)
     plan_of((4, 5)).save(load_recipe(path).plan_file)
-    other, strange = new_run("qwen", distill=SETTINGS), new_run("sd3", distill=SETTINGS)
-    for recipe, plan in ((other, PAIRS), (strange, None)):
-        if plan is None:
-            units = (UnitPlan(name="alike", span=(2, 3), streams=BOTH),)
-            plan = Plan(teacher="SD3Transformer2DModel", blocks=6, units=units, variants={"a": ("alike",)})
-        plan.save(load_recipe(recipe).plan_file)
-        command("distill", recipe, "--until", "1")
+    PAIRS.save(load_recipe(other).plan_file)
+    command("distill", other, "--until", "1")
+    raw = yaml.safe_load(path.read_text())
 
-    def refused(changes: dict[str, Any]) -> str:
-        path.write_text(yaml.safe_dump(raw | {"distill": raw["distill"] | changes}))
-        printed = command("distill", path, code=2)
-        return printed.strip().splitlines()[-1]
+    def refused(run: Path) -> str:
+        raw["distill"]["start_from"] = str(run)
+        path.write_text(yaml.safe_dump(raw))
+        return command("distill", path, code=2).strip().splitlines()[-1]
 
-    nowhere = path.parent / "nowhere"
-    assert f"distill.start_from: {nowhere} has no checkpoint" in refused({"start_from": str(nowhere)})
-    assert "is the folder of this run" in refused({"start_from": str(path.parent)})
-    assert f"no unit of {other.parent} lies in a span" in refused({"start_from": str(other.parent)})
-    assert "made for SD3Transformer2DModel" in refused({"start_from": str(strange.parent)})
-    assert "distill.start" in refused({"start": "worst"})
-    assert "all weights are 0" in refused({"level_weights": {0.5: 0}})
-    assert "level_weights" in refused({"level_weights": {1.5: 1}})
-    assert "branch_weight needs noisy images" in refused({"branch_weight": 1, "trajectories": {}})
-    assert "set micro_batch to 2 or more" in refused({"branch_weight": 1, "micro_batch": 1})
+    assert f"distill.start_from: {path.parent / 'nowhere'} has no checkpoint" in refused(path.parent / "nowhere")
+    assert "is the folder of this run" in refused(path.parent)
+    assert f"no unit of {other.parent} lies in a span" in refused(other.parent)
+    trained = other.parent / "distill" / "plan.yaml"
+    trained.write_text(trained.read_text().replace("blocks: 6", "blocks: 7"))
+    assert "with 7 blocks" in refused(other.parent)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"start": "worst"}, "distill.start"),
+        ({"level_weights": {0.5: 0}}, "all weights are 0"),
+        ({"level_weights": {1.5: 1}}, "level_weights"),
+        ({"branch_weight": 1, "trajectories": {}}, "branch_weight needs noisy images"),
+        ({"branch_weight": 1, "micro_batch": 1}, "set micro_batch to 2 or more"),
+    ],
+)
+def test_what_a_recipe_cannot_ask_for_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    recipe = make_recipe("qwen", tmp_path)
+    recipe["distill"] |= changes
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=re.escape(said)) as fault:
+        load_recipe(path)
+    assert "\n" not in str(fault.value)
