@@ -43,16 +43,17 @@ BATCH = 64
 """Samples in an optimizer step."""
 
 
-def write_recipe(run: Path, seed: int, steps: int, **plan: Any) -> Path:
+def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", **plan: Any) -> Path:
     """A recipe for the demo's teacher and shards that trains one library in one process; returns its file.
 
     Args:
+        testbed: name of the recipe that made teacher and shards.
         plan: what section `plan` says beside the variants.
 
     Raises:
         UserError: the demo has not been made.
     """
-    recipe = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
+    recipe = yaml.safe_load(shipped(f"recipes/{testbed}.yaml").read_text())
     demo = Path(recipe["run"])
     for needed in (demo / "teacher" / "model_index.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
         if not needed.exists():

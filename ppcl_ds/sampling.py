@@ -34,6 +34,18 @@ def drawn(sizes: Mapping[str, float], key: str) -> str:
     return size
 
 
+def _weigh_something(weights: dict[float, float]) -> dict[float, float]:
+    if weights and not any(weights.values()):
+        raise ValueError("all weights are 0; give one of them another")
+    return weights
+
+
+LevelWeights = Annotated[
+    dict[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0)]], AfterValidator(_weigh_something)
+]
+"""Place on the ladder -> weight of samples there."""
+
+
 class Replay(Section):
     """Optimizer steps on what the teacher has said before. A reading is its forwards on the micro-batches of a step."""
 

@@ -13,7 +13,7 @@ from ppcl_ds.plan_section import Objective as Objective
 from ppcl_ds.plan_section import Plan as Plan
 from ppcl_ds.plan_section import Rule as Rule
 from ppcl_ds.prompt_sets import Drawn
-from ppcl_ds.sampling import Replay, Trajectories, Weights
+from ppcl_ds.sampling import LevelWeights, Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
 from ppcl_ds.strict import Section, expanded
 
@@ -226,6 +226,11 @@ class Distill(Training):
     """The local phase: every unit against the teacher's boundaries."""
 
     replay: Replay = Replay()
+    start: Literal["first", "mean", "best", "scaled"] = "first"
+    """What a depth unit starts from, see `docs/units.md`: the first block of its span; the mean of its blocks' weights;
+    the one of its blocks, or the first or its scaled version, that has the least loss on `calibration_steps` steps."""
+    start_from: Path | None = None
+    """Folder of an earlier run: where trained units of it lie in a span, they stand for its blocks in `start`."""
     keep_pictures: int = Field(default=0, ge=0)
     """About so many finished images of `trajectories` are kept in `{run}/pictures`, as encoded shards."""
     calibration_steps: int = Field(default=8, gt=0)
@@ -235,6 +240,19 @@ class Distill(Training):
     takes minutes longer; a block that does not compile runs as it is, and a line says so. Needs a C++ compiler."""
     magnitude_weight: float = Field(default=1.0, ge=0)
     """Weight of the token-norm term beside the direction term (direction alone lets norms shrink)."""
+    level_weights: LevelWeights = Field(default_factory=dict)
+    """Weights of samples by noise level: place on the ladder, 0 noise and 1 image, -> weight, linear in between, such
+    as `{0: 2, 0.5: 1}`. Without it all weigh 1."""
+    branch_weight: float = Field(default=0.0, ge=0)
+    """Weight of the error of what the prompt changes; not with `trajectories`. See `docs/units.md`."""
+
+    @model_validator(mode="after")
+    def _has_both_branches(self) -> Distill:
+        if self.branch_weight and self.trajectories:
+            raise ValueError("branch_weight needs noisy images, which trajectories are not; leave one of them out")
+        if self.branch_weight and self.micro_batch == 1:
+            raise ValueError("branch_weight compares samples of one micro-batch; set micro_batch to 2 or more")
+        return self
 
 
 class Finetune(Training):

@@ -69,15 +69,31 @@ class PlainAdamW:
         return {name: self.adamw.state[master][what] for name, master in self.masters.items()}
 
 
-def distance(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+def distance(student: Tensor, teacher: Tensor, mask: Tensor | None, weights: Tensor | None = None) -> Tensor:
     """The mean over tokens that count of the squared distance of directions and of the logarithms' of lengths.
 
     Args:
         student: (B, S, C), as `teacher`.
         mask: (B, S), which tokens count.
+        weights: (B,), of the samples.
     """
     student, teacher = student.float(), teacher.float()
     angle = 2 - 2 * F.cosine_similarity(student, teacher, dim=-1)
     size = (student.norm(dim=-1) / teacher.norm(dim=-1)).log() ** 2
     counted = torch.ones_like(angle, dtype=torch.bool) if mask is None else mask
-    return (angle + size)[counted].mean()
+    found = angle + size if weights is None else (angle + size) * weights[:, None]
+    return found[counted].mean()
+
+
+def change_missed(student: Tensor, teacher: Tensor, twins: Tensor) -> Tensor:
+    """How wrong the difference of samples with and without prompt is, over what it is in the teacher; both squared.
+
+    Args:
+        student: (B, S, C), as `teacher`.
+        twins: (B,), of a sample without prompt the place of the same one with it, of others their own.
+    """
+    wrong, right = torch.zeros(()), torch.zeros(())
+    for place, twin in enumerate(twins.tolist()):
+        own, true = ((each[twin] - each[place]).float() for each in (student, teacher))
+        wrong, right = wrong + ((own - true) ** 2).sum(), right + (true**2).sum()
+    return wrong / right if right > 0 else wrong

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -106,13 +107,25 @@ class Batch:
         """(B, C, H, W) or (B, C, F, H, W) float, clean, as the VAE says them."""
         return torch.cat([sample.latents for sample in self.samples])
 
-    def drop_captions(self, empty: Callable[[Sample], Prompt], share: float, generator: torch.Generator) -> Batch:
+    def drop_captions(
+        self, empty: Callable[[Sample], Prompt], share: float, generator: torch.Generator, paired: bool = False
+    ) -> tuple[Batch, Tensor]:
         """Replace each caption by the empty one with probability `share`.
 
         Args:
             empty: what the empty caption becomes beside a sample.
             generator: CPU generator; B numbers are drawn from it.
+            paired: whether what has lost its caption becomes the twin, without caption, of a sample that has its own;
+                each of these in turn.
+
+        Returns:
+            The batch, and for each sample the place of its twin, (B,) int64; without one, its own place.
         """
         dropped = (torch.rand(len(self.samples), generator=generator) < share).tolist()
-        pairs = zip(self.samples, dropped, strict=True)
-        return Batch(tuple(replace(each, prompt=empty(each)) if drop else each for each, drop in pairs))
+        places = range(len(dropped))
+        captioned = cycle([place for place in places if not dropped[place]])
+        twins = [next(captioned, place) if paired and dropped[place] else place for place in places]
+        samples = [self.samples[twin] for twin in twins]
+        pairs = zip(samples, dropped, strict=True)
+        left = tuple(replace(each, prompt=empty(each)) if drop else each for each, drop in pairs)
+        return Batch(left), torch.tensor(twins)

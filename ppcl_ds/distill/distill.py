@@ -8,6 +8,7 @@ import torch
 
 from ppcl_ds import launch
 from ppcl_ds.data.stream import check_data
+from ppcl_ds.distill.start import open_earlier
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
@@ -40,6 +41,8 @@ def check(recipe: Recipe) -> tuple[Teacher, Plan]:
     if folder.begun:
         check_resume(recipe, folder, plan.units, load_plan(folder.plan, teacher))
         check_held(recipe, folder, plan.units)
+    else:
+        open_earlier(recipe, teacher, plan)
     return teacher, plan
 
 

@@ -8,12 +8,13 @@ import torch
 from deepspeed.pipe import LayerSpec
 from torch import Tensor, nn
 
+from ppcl_ds.teacher.flows import IMAGE
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.engine import Students
 from ppcl_ds.training.log import Means
 from ppcl_ds.units.compiled import Compiled
 from ppcl_ds.units.kinds import build_unit
-from ppcl_ds.units.loss import boundary_loss, norm_ratio
+from ppcl_ds.units.loss import boundary_loss, branch_loss, norm_ratio
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.unit import UnitBatch
 
@@ -33,11 +34,12 @@ class UnitLayer(nn.Module):
         teacher: Teacher,
         dtype: torch.dtype,
         magnitude_weight: float,
+        branch_weight: float,
         checkpointing: bool,
         compiles: bool,
     ) -> None:
         super().__init__()
-        self.plan, self.magnitude_weight = plan, magnitude_weight
+        self.plan, self.magnitude_weight, self.branch_weight = plan, magnitude_weight, branch_weight
         self.unit = build_unit(plan, teacher, dtype).requires_grad_(True).eval()
         if checkpointing:
             self.unit.recompute()
@@ -57,8 +59,10 @@ class UnitLayer(nn.Module):
         measured: dict[str, Tensor] = {}
         for name in self.plan.outputs:
             student, teacher, mask = outputs[name], batch.targets[name], batch.mask_of(name)
-            loss, ratio = self.judge(student, teacher, mask, self.magnitude_weight)
+            loss, ratio = self.judge(student, teacher, mask, self.magnitude_weight, batch.weights)
             measured |= {f"loss/{name}": loss, f"norm_ratio/{name}": ratio}
+            if name == IMAGE and batch.twins is not None:
+                measured["loss/branches"] = self.branch_weight * branch_loss(student, teacher, batch.twins)
         self._means.add(measured)
         losses = [value for name, value in measured.items() if name.startswith("loss/")]
         return torch.stack(losses).sum()
@@ -68,9 +72,11 @@ class UnitLayer(nn.Module):
         return {f"{self.name}/{name}": mean for name, mean in self._means.drain().items()}
 
 
-def _judge(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float) -> tuple[Tensor, Tensor]:
+def _judge(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Loss and norm ratio of a unit's output, see `boundary_loss`."""
-    loss = boundary_loss(student, teacher, mask, magnitude_weight)
+    loss = boundary_loss(student, teacher, mask, magnitude_weight, weights)
     return loss, norm_ratio(student.detach(), teacher, mask)
 
 
@@ -93,9 +99,10 @@ class Library(Students):
         dtype: torch.dtype,
         magnitude_weight: float,
         checkpointing: bool,
+        branch_weight: float = 0.0,
         compiles: bool = False,
     ) -> None:
-        shared = (teacher, dtype, magnitude_weight, checkpointing, compiles)
+        shared = (teacher, dtype, magnitude_weight, branch_weight, checkpointing, compiles)
         specs = [LayerSpec(UnitLayer, unit, *shared) for unit in plan.units]
         super().__init__(specs, [int(costs[unit.name]) for unit in plan.units], stages)
         names = [unit.name for unit in plan.units]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ppcl_ds.console import track
@@ -14,8 +15,9 @@ from ppcl_ds.distill.least_squares import calibrate
 from ppcl_ds.distill.library import Library
 from ppcl_ds.distill.preview import look
 from ppcl_ds.distill.replay import Ring
+from ppcl_ds.distill.start import open_earlier, start_depth_units
 from ppcl_ds.recipe import Recipe, read_deepspeed_file
-from ppcl_ds.teacher.noising import NoisyBatch
+from ppcl_ds.teacher.noising import NoisyBatch, level_weights
 from ppcl_ds.teacher.teacher import Teacher, read_teacher, text_mask
 from ppcl_ds.teacher.trajectories import TrajectoryStream
 from ppcl_ds.training.delivery import Deliveries
@@ -44,6 +46,8 @@ class Trainer(Training):
         wanted = taps_of(self.plan, self.teacher.anatomy)
         self.wanted = replace(wanted, to_the_end=wanted.to_the_end or settings.trajectories is not None)
         self.work = measure_work(self.teacher, self.plan, self.sample_size(), settings.trajectories)
+        table = torch.tensor(sorted(settings.level_weights.items()), dtype=torch.float32, device=self.device)
+        self.levels = (table[:, 0].contiguous(), table[:, 1].contiguous()) if len(table) else None
         self.ring = Ring(settings.replay, recipe.seed, self.device)
         self.library = Library(
             self.plan,
@@ -52,6 +56,7 @@ class Trainer(Training):
             stages=recipe.topology.stages,
             dtype=self.dtype,
             magnitude_weight=settings.magnitude_weight,
+            branch_weight=settings.branch_weight,
             checkpointing=settings.activation_checkpointing,
             compiles=settings.compile,
         )
@@ -66,7 +71,14 @@ class Trainer(Training):
         """One teacher forward, as far as units need it; of trajectories, as far as they need it."""
         capture = read_teacher(self.sharded, self.teacher, batch, self.wanted)
         self.advance(batch, capture.output)
-        return batches_of(capture, text_mask(batch.arguments, capture), self.plan, self.teacher.anatomy)
+        found = batches_of(capture, text_mask(batch.arguments, capture), self.plan, self.teacher.anatomy)
+        weights = level_weights(batch.places, self.levels) if self.levels else None
+        twins = batch.twins if self.paired else None
+        return {name: replace(unit, weights=weights, twins=twins) for name, unit in found.items()}
+
+    @property
+    def paired(self) -> bool:
+        return self.recipe.distill.branch_weight > 0
 
     @property
     def kept_pictures(self) -> int:
@@ -95,27 +107,33 @@ class Trainer(Training):
         return newest
 
     def prepare(self, done: int) -> None:
-        """Calibrate width units, and free what they were calibrated by."""
+        """Start the units, and free what they were calibrated by."""
         if not done:
-            self._calibrate()
+            self._start()
         for layer in self.library.layers:
             layer.unit.free_calibration()
 
-    def _calibrate(self) -> None:
-        """Start the width units from least squares on the first steps' samples."""
-        width = [unit for unit in self.plan.units if not unit.takes_blocks]
-        if not width:
-            return
-        steps = self.recipe.distill.calibration_steps
-
-        def arrivals() -> Iterable[Mapping[str, UnitBatch]]:
-            return track(self.arrivals(self.batches(0), steps), "least squares", steps * self.engine.micro_batches)
-
+    def _start(self) -> None:
+        """Depth units start as the recipe says; width units from least squares on the first steps' samples."""
+        recipe, settings, layers = self.recipe, self.recipe.distill, self.library.layers
         replicas = self.engine.grid.get_data_parallel_group()
-        narrows = any(unit.keep for unit in width)
+        width = [unit for unit in self.plan.units if not unit.takes_blocks]
+        begins = settings.start != "first" or settings.start_from is not None
+        if begins:
+            earlier = open_earlier(recipe, self.teacher, self.plan)
+            again = partial(self._calibration, "start")
+            start_depth_units(layers, self.plan, self.teacher, settings.start, earlier, again, replicas)
+        if width:
+            narrows = any(unit.keep for unit in width)
+            calibrate(layers, partial(self._calibration, "least squares"), replicas, recipe.probe.ridge, narrows)
+        if begins or width:
+            self.engine.optimizer.refresh_fp32_params()
+
+    def _calibration(self, title: str) -> Iterator[Mapping[str, UnitBatch]]:
+        """The micro-batches of the first steps, as often as they are asked for; they leave no trace."""
+        steps = self.recipe.distill.calibration_steps
         with self.data.aside() if isinstance(self.data, TrajectoryStream) else nullcontext():
-            calibrate(self.library.layers, arrivals, replicas, self.recipe.probe.ridge, narrows)
-        self.engine.optimizer.refresh_fp32_params()
+            yield from track(self.arrivals(self.batches(0), steps), title, steps * self.engine.micro_batches)
 
     def flops(self, samples: int) -> float:
         settings = self.recipe.distill

@@ -314,11 +314,11 @@ def _ffn_of(module: nn.Module, reads: Mapping[str, str]) -> dict[str, str]:
     """Stream -> its feed-forward part; one that serves no stream that the block reads is left out."""
     parts: dict[str, str] = {}
     for name in ffn_parts(module):
-        parts.setdefault(_stream_served(name, reads), name)
+        parts.setdefault(stream_served(name, reads), name)
     return {stream: name for stream, name in parts.items() if stream in reads}
 
 
-def _stream_served(part: str, reads: Mapping[str, str]) -> str:
+def stream_served(part: str, reads: Mapping[str, str]) -> str:
     """The stream of a feed-forward part by its name: `audio_ff` is of a stream whose name begins like `audio`."""
     words = part.replace(".", "_").split("_")
     if serves_text(part) or words[-1] == "t":

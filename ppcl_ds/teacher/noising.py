@@ -55,6 +55,22 @@ def place_quantiles(noise: Noise, shares: Sequence[float]) -> Tensor:
     return drawn.quantile(1 - torch.tensor(shares), interpolation="nearest")
 
 
+def level_weights(places: Tensor, levels: tuple[Tensor, Tensor]) -> Tensor:
+    """Weights of samples by their noise, (B,) float32.
+
+    Args:
+        places: (B,), see `draw_places`.
+        levels: known places, ascending, and the weights there, both (N,) float32 on the device of `places`; linear in
+            between, constant beyond the ends.
+    """
+    known, weights = levels
+    if len(known) == 1:
+        return weights.expand(len(places))
+    after = torch.bucketize(places, known).clamp(1, len(known) - 1)
+    share = ((places - known[after - 1]) / (known[after] - known[after - 1])).clamp(0, 1)
+    return torch.lerp(weights[after - 1], weights[after], share)
+
+
 @dataclass(frozen=True)
 class NoisyBatch:
     """A micro-batch as the teacher reads it.
@@ -65,7 +81,9 @@ class NoisyBatch:
             which nobody knows it, no elements.
         number: of the micro-batch, if it is of trajectories, which what the teacher says of it takes further.
         other: the same, each sample with the prompt that it does not have in `arguments`, if guidance needs that.
-        places: (B,) where on the ladder, see `draw_places`; empty where nobody has drawn them.
+        places: (B,) where on the ladder, see `draw_places`.
+        twins: (B,) int64; of a sample without prompt, the place of the one that has its prompt and is else the same, if
+            there is one; else its own place.
     """
 
     arguments: Arguments
@@ -74,6 +92,7 @@ class NoisyBatch:
     number: int | None = None
     other: Arguments | None = None
     places: Tensor = field(default_factory=lambda: torch.zeros(0))
+    twins: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> NoisyBatch:
         moved = pytree.tree_map_only(Tensor, lambda t: t.to(device), (self.arguments, self.target, self.other))
@@ -132,14 +151,25 @@ class Noiser:
         empty = self.batches.joined([self.empty(sample) for sample in samples])
         return replace(prompt, text=self.texts.guiding(prompt.text, empty.text))
 
-    def noisy(self, batch: Batch, places: Tensor, generator: torch.Generator) -> NoisyBatch:
-        """Samples with noise of these places, (B,) in [0, 1) of the teacher's own rungs."""
-        asked, target = self.asked(batch, places, generator)
-        return NoisyBatch(self.batches.arguments(asked, batch.size), target, batch.size, places=places)
+    def noisy(
+        self, batch: Batch, places: Tensor, generator: torch.Generator, twins: Tensor | None = None
+    ) -> NoisyBatch:
+        """Samples with noise of these places, (B,) in [0, 1) of the teacher's own rungs.
 
-    def asked(self, batch: Batch, places: Tensor, generator: torch.Generator) -> tuple[list[Asked], Tensor]:
+        Args:
+            twins: see `NoisyBatch`; None: there are none.
+        """
+        twins = torch.arange(len(places)) if twins is None else twins
+        places = places[twins]
+        asked, target = self.asked(batch, places, generator, twins)
+        return NoisyBatch(self.batches.arguments(asked, batch.size), target, batch.size, places=places, twins=twins)
+
+    def asked(
+        self, batch: Batch, places: Tensor, generator: torch.Generator, twins: Tensor | None = None
+    ) -> tuple[list[Asked], Tensor]:
         """What is asked of each of these samples, and what a perfect model would put out for all of them, (B, ...)."""
         clean, noise = self.noise(batch, generator)
+        noise = noise if twins is None else noise[twins]
         ladder, own = self.call.ladder(batch.size), self.call.own_rungs(batch.size)
         rungs = [own[int(place * len(own))] for place in places]
         rows = list(zip(clean.split(1), noise.split(1), rungs, strict=True))
@@ -162,6 +192,7 @@ class NoisyStream:
         micro_batch: samples in a micro-batch.
         lanes: micro-batches in an optimizer step; the recipe's distillation by default.
         captions: whether captions without an image count, see `MicroBatchStream`.
+        paired: whether samples without prompt are twins of others, see `Batch.drop_captions`.
     """
 
     def __init__(
@@ -172,9 +203,10 @@ class NoisyStream:
         micro_batch: int,
         lanes: int | None = None,
         captions: bool = False,
+        paired: bool = False,
     ) -> None:
         self.settings: Noise = recipe.noise
-        self.seed = recipe.seed
+        self.seed, self.paired = recipe.seed, paired
         self.noiser = Noiser(call, read_texts(recipe.data), DTYPES[recipe.teacher.precision])
         self.clean = MicroBatchStream(
             recipe.data,
@@ -193,9 +225,9 @@ class NoisyStream:
 
     def with_noise(self, number: int, batch: Batch) -> NoisyBatch:
         """Micro-batch `number` with its noise."""
-        generator = self.generator(number)
-        batch = batch.drop_captions(self.noiser.empty, self.settings.caption_dropout, generator)
-        return self.noiser.noisy(batch, draw_places(self.settings, len(batch.samples), generator), generator)
+        generator, share = self.generator(number), self.settings.caption_dropout
+        batch, twins = batch.drop_captions(self.noiser.empty, share, generator, self.paired)
+        return self.noiser.noisy(batch, draw_places(self.settings, len(batch.samples), generator), generator, twins)
 
     def generator(self, number: int) -> torch.Generator:
         """All that is random about micro-batch `number` is drawn from it."""

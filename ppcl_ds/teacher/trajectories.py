@@ -201,7 +201,10 @@ class TrajectoryStream:
             own.append(asked)
             other.append(replace(asked, prompt=second))
         ask = self.noiser.batches.arguments
-        return NoisyBatch(ask(own, size), torch.empty(0), size, number, ask(other, size) if self.guides else None)
+        rungs = self.call.own_rungs(size)
+        places = torch.tensor([rungs.index(asked.rung) / len(rungs) for asked in own])
+        others = ask(other, size) if self.guides else None
+        return NoisyBatch(ask(own, size), torch.empty(0), size, number, others, places)
 
     def _unprompted(self, number: int) -> list[bool]:
         """Which samples of a micro-batch units see without their prompt, where the teacher reads both."""

@@ -19,7 +19,17 @@ _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
 
 _FIXED_BY_COMMAND = {
-    "distill": ("micro_batch", "micro_batches_per_step", "trajectories", "replay.uses", "replay.ring"),
+    "distill": (
+        "micro_batch",
+        "micro_batches_per_step",
+        "start",
+        "start_from",
+        "level_weights",
+        "branch_weight",
+        "trajectories",
+        "replay.uses",
+        "replay.ring",
+    ),
     "finetune": (
         "micro_batch",
         "micro_batches_per_step",

@@ -104,9 +104,14 @@ class Training(ABC):
         settings, call = self.settings, self.teacher.call
         size, lanes, trajectories = settings.micro_batch, settings.micro_batches_per_step, settings.trajectories
         if trajectories is None:
-            return NoisyStream(self.recipe, call, "train", size, lanes)
+            return NoisyStream(self.recipe, call, "train", size, lanes, paired=self.paired)
         kept, images = self.kept, self.kept_pictures
         return TrajectoryStream(self.recipe, call, "train", size, lanes, trajectories, kept, images)
+
+    @property
+    def paired(self) -> bool:
+        """Whether noisy samples without prompt are twins of others, see `Batch.drop_captions`."""
+        return False
 
     @property
     def kept(self) -> int:

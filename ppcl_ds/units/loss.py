@@ -13,7 +13,9 @@ _SMALLEST = 1e-6
 """Token norms below this count as this: the gradient of a vanishing token stays bounded."""
 
 
-def boundary_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float) -> Tensor:
+def boundary_loss(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, magnitude_weight: float, weights: Tensor | None = None
+) -> Tensor:
     """Loss of one stream at one boundary, a float32 scalar.
 
     The mean over tokens of `|| s/|s| - t/|t| ||^2` (PPCL, arXiv 2511.16156), plus `magnitude_weight` times the mean of
@@ -22,11 +24,28 @@ def boundary_loss(student: Tensor, teacher: Tensor, mask: Tensor | None, magnitu
     Args:
         student, teacher: (B, S, C), any float dtype; computed in float32.
         mask: (B, S) bool, True for tokens that count; None when all do.
+        weights: (B,) float32, by which what is found of each sample is multiplied; None: all 1.
     """
     student, teacher = _without_padding(student, mask), _without_padding(teacher, mask)
     direction = (_direction(student) - _direction(teacher)).square().sum(-1)  # (B, S)
     magnitude = (_norm(student).log() - _norm(teacher).log()).square()  # (B, S)
-    return _mean(direction + magnitude_weight * magnitude, mask)
+    return _mean(_weighted(direction + magnitude_weight * magnitude, weights), mask)
+
+
+def branch_loss(student: Tensor, teacher: Tensor, twins: Tensor) -> Tensor:
+    """Error of what the prompt changes at one boundary, relative to what it changes in the teacher, (), float32.
+
+    Over the samples p that have a twin q, the same one with a prompt: the sum of `|| (s_q - s_p) - (t_q - t_p) ||^2`
+    over the sum of `|| t_q - t_p ||^2`. 1 where the student does not hear the prompt; 0 where no sample has a twin.
+
+    Args:
+        student, teacher: (B, S, C) of a stream all of whose tokens count, any float dtype; computed in float32.
+        twins: (B,) int64, see `NoisyBatch`; on the same device.
+    """
+    true, own = (tokens.float().reshape(len(twins), -1) for tokens in (teacher, student))
+    changes = true[twins] - true  # (B, S C); zero where a sample has no twin
+    error = (own[twins] - own - changes).square().sum()
+    return error / changes.square().sum().clamp_min(_SMALLEST)
 
 
 def norm_ratio(student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
@@ -46,6 +65,11 @@ def _without_padding(tokens: Tensor, mask: Tensor | None) -> Tensor:
     not cut out either: the host would have to wait for the device, to learn how much is left.
     """
     return tokens.float() if mask is None else torch.where(mask[..., None], tokens.float(), 1.0)
+
+
+def _weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """(B, S), or the tokens of all samples one after the other as (1, B S): each times its sample's weight."""
+    return values if weights is None else (values.reshape(len(weights), -1) * weights[:, None]).view_as(values)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,12 +23,16 @@ class UnitBatch:
         conditioning: of a depth unit, the other arguments of the span's first block.
         targets: what the unit's outputs should be, name -> (B, S, C).
         text_mask: (B, S_txt) bool, or None when every text token counts.
+        weights: (B,) float32, of the samples; None: all 1.
+        twins: (B,) int64, see `NoisyBatch`; None where nobody asks.
     """
 
     inputs: Streams
     conditioning: dict[str, Any]
     targets: Streams
     text_mask: Tensor | None
+    weights: Tensor | None = None
+    twins: Tensor | None = None
 
     def mask_of(self, name: str) -> Tensor | None:
         """The token mask of an input or output; the tokens of all but the text count."""

@@ -128,7 +128,7 @@ def assembled(teacher: Teacher, plan: Plan, variant: str, trained: Trained | Non
     """A variant in memory.
 
     Args:
-        trained: None leaves each unit as it was before training: of a depth unit, a copy of its span's first block.
+        trained: None has units as they are built: of a depth unit, a copy of its span's first block.
     """
 
     def tensors(unit: UnitPlan) -> Sources:

@@ -330,3 +330,34 @@ def test_a_micro_batch_is_the_same_whoever_reads_it(new_run: Callable[..., Path]
             assert torch.equal(noisy.arguments["timestep"], alone[number].arguments["timestep"])
     assert not torch.equal(alone[0].target, alone[1].target)
     assert not torch.equal(alone[0].target, read(0, 1, 1, seed=1)[0].target)
+
+
+def test_twins_differ_in_their_prompt_alone(new_run: Callable[..., Path]) -> None:
+    """By what the transformer reads: the same noisy latents at the same time, and the empty prompt."""
+    recipe = load_recipe(new_run("qwen", noise={"caption_dropout": 0.5}))
+    call = PipelineCall(recipe.teacher.path, options=recipe.teacher.options)
+    plain, paired = (
+        [batch for _, batch in islice(NoisyStream(recipe, call, "train", 4, paired=each).take(0, 1), 8)]
+        for each in (False, True)
+    )
+    pairs = 0
+    for one, other in zip(plain, paired, strict=True):
+        assert one.twins.tolist() == [0, 1, 2, 3]
+        texts, masks = (other.arguments[f"encoder_hidden_states{end}"] for end in ("", "_mask"))
+        empty = {place for place, twin in enumerate(other.twins.tolist()) if twin != place}
+        for place, twin in enumerate(other.twins.tolist()):
+            for name in ("hidden_states", "timestep"):
+                assert torch.equal(other.arguments[name][place], other.arguments[name][twin])
+                assert torch.equal(other.arguments[name][twin], one.arguments[name][twin])
+            assert torch.equal(other.target[place], one.target[twin])
+            assert other.places[place] == one.places[twin]
+            if twin != place:
+                pairs += 1
+                shared = masks[place] & masks[twin]
+                assert masks[place].sum() < masks[twin].sum() or not torch.equal(
+                    texts[place][shared], texts[twin][shared]
+                )
+        for first in empty:  # the empty prompt is one for all
+            for second in empty:
+                assert torch.equal(texts[first][masks[first]], texts[second][masks[second]])
+    assert pairs > 8

@@ -132,7 +132,7 @@ def test_captions_are_dropped_one_by_one(tmp_path: Path) -> None:
 
     def dropped(share: float, seed: int) -> list[bool]:
         generator = torch.Generator().manual_seed(seed)
-        after = batch.drop_captions(lambda sample: empty, share, generator).samples
+        after = batch.drop_captions(lambda sample: empty, share, generator)[0].samples
         for old, new in zip(batch.samples, after, strict=True):
             assert new.prompt is empty or new.prompt is old.prompt
             assert (new.key, new.caption, new.latents) == (old.key, old.caption, old.latents)
@@ -142,6 +142,27 @@ def test_captions_are_dropped_one_by_one(tmp_path: Path) -> None:
     assert all(dropped(1.0, 0))
     assert dropped(0.5, 1) == dropped(0.5, 1) != dropped(0.5, 2)
     assert 16 < sum(dropped(0.5, 1)) < 48
+
+
+def test_what_has_no_caption_may_be_the_twin_of_what_has_one(tmp_path: Path) -> None:
+    """As often without caption as else; each twin in turn, and alone where nothing has a caption."""
+    write_shards(tmp_path, [64])
+    [(_, batch)] = islice(open_stream(section(tmp_path), 64).take(0, 1), 1)
+    empty = prompt(100)
+    for share in (0.0, 0.2, 0.8, 1.0):
+        generators = (torch.Generator().manual_seed(3) for _ in range(2))
+        (plain, _), (after, twins) = (
+            batch.drop_captions(lambda sample: empty, share, generator, paired)
+            for paired, generator in zip((False, True), generators, strict=True)
+        )
+        gone = [sample.prompt is empty for sample in plain.samples]
+        assert [sample.prompt is empty for sample in after.samples] == gone
+        captioned = [place for place in range(64) if not gone[place]]
+        used = [twins.tolist()[place] for place in range(64) if gone[place] and captioned]
+        assert used == [captioned[turn % len(captioned)] for turn in range(len(used))]
+        for place, (sample, twin) in enumerate(zip(after.samples, twins.tolist(), strict=True)):
+            assert (twin == place) == (not gone[place] or not captioned)
+            assert sample.latents is batch.samples[twin].latents
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,7 +24,7 @@ from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.tensorboard import read_scalars
 from tests.conftest import command, mix_shapes
-from tests.reference import PlainAdamW, distance
+from tests.reference import PlainAdamW, change_missed, distance
 
 STEPS = 10
 SETTINGS = {
@@ -77,9 +78,11 @@ def reference(recipe: Recipe) -> Reference:
             for unit in PLAN.units:
                 text, image = units[unit.name](**calls[unit.span[0]])
                 true_text, true_image = outputs[unit.span[1]]
-                loss = distance(image, true_image, None)
+                loss = distance(image, true_image, None, weights := weigh(recipe, batch))
                 if "text" in unit.streams:
-                    loss = loss + distance(text, true_text, batch.arguments["encoder_hidden_states_mask"])
+                    loss = loss + distance(text, true_text, batch.arguments["encoder_hidden_states_mask"], weights)
+                if recipe.distill.branch_weight:
+                    loss = loss + recipe.distill.branch_weight * change_missed(image, true_image, batch.twins)
                 (loss / count).backward()
                 losses[unit.name] += loss.item() / count
                 optimizers[unit.name].add_gradients()
@@ -91,11 +94,20 @@ def reference(recipe: Recipe) -> Reference:
     return found
 
 
+def weigh(recipe: Recipe, batch: NoisyBatch) -> Tensor | None:
+    """The samples' weights by their places on the ladder."""
+    if not (levels := sorted(recipe.distill.level_weights.items())):
+        return None
+    known, weights = (np.array(each) for each in zip(*levels, strict=True))
+    return torch.tensor(np.interp(batch.places.numpy(), known, weights), dtype=torch.float32)
+
+
 def readings(recipe: Recipe, teacher: Any) -> Iterator[tuple[NoisyBatch, Any, Any]]:
     """Micro-batches, and what `watch` sees of each; trajectories are taken further."""
     call, distill = open_teacher(recipe).call, recipe.distill
     if distill.trajectories is None:
-        for _, batch in NoisyStream(recipe, call, "train", distill.micro_batch).take(0, 1):
+        paired = distill.branch_weight > 0
+        for _, batch in NoisyStream(recipe, call, "train", distill.micro_batch, paired=paired).take(0, 1):
             yield batch, *watch(teacher, batch)[:2]
         return
     lanes = distill.micro_batches_per_step
@@ -186,6 +198,7 @@ def test_a_run_that_changes_its_topology_five_times_equals_a_plain_loop(new_run:
 
 
 TRAJECTORIES = {"steps": [2, 4], "guidance": [1.5, 3.0]}
+LEVELS = {0.2: 3.0, 0.6: 0.5, 0.9: 1.0}
 
 
 @pytest.mark.parametrize(
@@ -193,11 +206,12 @@ TRAJECTORIES = {"steps": [2, 4], "guidance": [1.5, 3.0]}
     [
         ({"replay": REPLAY}, 0.0),
         ({"trajectories": TRAJECTORIES}, 0.0),
-        ({"replay": REPLAY, "trajectories": TRAJECTORIES}, 0.4),
+        ({"replay": REPLAY, "trajectories": TRAJECTORIES, "level_weights": LEVELS}, 0.4),
+        ({"level_weights": LEVELS, "branch_weight": 0.5}, 0.0),
     ],
-    ids=["replay", "trajectories", "both"],
+    ids=["replay", "trajectories", "both", "weights"],
 )
-def test_with_replay_and_on_trajectories_too(
+def test_with_replay_on_trajectories_and_weighted_too(
     more: dict[str, Any], real_share: float, new_run: Callable[..., Path]
 ) -> None:
     """A restart goes on with pictures as they were, and fills the ring again; the next topology draws the same."""

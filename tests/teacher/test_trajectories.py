@@ -104,6 +104,17 @@ def test_every_picture_has_a_schedule_of_its_own(stream: Callable[..., Trajector
     assert any(len({picture.place for picture in pool}) > 1 for pool in seen[2:]), "places are staggered"
 
 
+def test_places_are_those_of_the_times_that_the_transformer_reads(stream: Callable[..., TrajectoryStream]) -> None:
+    own = stream()
+    for _ in range(3):
+        [(number, batch)] = islice(own.take(0, 2), 1)
+        times = own.call.ladder(batch.size).times
+        read = [float(times[round(place * len(times))]) / 1000 for place in batch.places.tolist()]
+        assert batch.arguments["timestep"].tolist() == pytest.approx(read, abs=1e-6)
+        own.advance(number, torch.zeros(4, *own.call.output_shape(batch.size)[1:]), None)
+    assert len(set(batch.places.tolist())) > 1
+
+
 def test_guidance_is_drawn_from_its_range(stream: Callable[..., TrajectoryStream]) -> None:
     scales = {picture.scale for pool in go_on(stream(guidance=[2.0, 5.0]), 20) for picture in pool}
     assert 2 <= min(scales) < 3 < max(scales) <= 5

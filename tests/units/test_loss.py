@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ppcl_ds.units.loss import boundary_loss, norm_ratio
+from ppcl_ds.units.loss import boundary_loss, branch_loss, norm_ratio
+from tests.reference import change_missed
 
 MASK = torch.tensor([[True, True, True, False], [True, False, False, False], [True, True, True, True]])
 
@@ -125,3 +126,33 @@ def test_gradients_are_those_of_finite_differences() -> None:
     step, start = 1e-5, student.detach().double()
     ahead, after = (by_hand(start + sign * step * direction, teacher, MASK, 0.7) for sign in (1, -1))
     assert float((student.grad * direction).sum()) == pytest.approx((ahead - after) / (2 * step), rel=1e-4)
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all tokens", "masked"])
+def test_weights_multiply_what_each_sample_adds(mask: Tensor | None) -> None:
+    """The reference: each sample by itself by the formula, times its tokens that count."""
+    student, teacher = streams()
+    weights = torch.tensor([2.0, 0.0, 0.5])
+    counts = [4, 4, 4] if mask is None else mask.sum(1).tolist()
+    each = [by_hand(student[i], teacher[i], None if mask is None else mask[i], 0.3) for i in range(3)]
+    expected = sum(w * n * loss for w, n, loss in zip(weights.tolist(), counts, each, strict=True)) / sum(counts)
+    assert boundary_loss(student, teacher, mask, 0.3, weights).item() == pytest.approx(expected, rel=1e-5)
+    if mask is None:  # a part that is given the tokens of all samples in one row
+        rows = student.reshape(1, 12, 8), teacher.reshape(1, 12, 8)
+        assert boundary_loss(rows[0], rows[1], None, 0.3, weights).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_branch_loss_is_what_is_missed_of_what_the_prompt_changes() -> None:
+    student, teacher = streams()
+    for each in ([0, 1, 2], [0, 0, 2], [0, 0, 0]):
+        places = torch.tensor(each)
+        expected = float(change_missed(student, teacher, places))
+        assert branch_loss(student, teacher, places).item() == pytest.approx(expected, rel=1e-5)
+        assert (expected == 0) == (each == [0, 1, 2])
+    twins = torch.tensor([0, 0, 2])
+    assert branch_loss(teacher + 3, teacher, twins).item() == pytest.approx(0, abs=1e-9), (
+        "what both have does not count"
+    )
+    deaf = teacher.clone()
+    deaf[1] = deaf[0]
+    assert branch_loss(deaf, teacher, twins).item() == pytest.approx(1)
