@@ -26,7 +26,6 @@ import typer
 import yaml
 
 from benchmarks.digits import Judge, Library, cell, ppcl, units_of, write_recipe
-from benchmarks.sources import Closer
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from ppcl_ds.console import track
 from ppcl_ds.recipe import load_recipe
@@ -111,10 +110,6 @@ class Bed:
         recipe = load_recipe(self.plan)
         drawn = recipe.evaluate.model_copy(update={"samples": samples or recipe.evaluate.samples})
         self.judge = Judge(recipe.model_copy(update={"evaluate": drawn}))
-        self.closer = Closer(self.judge, self.plan)
-        files = self.closer.teacher.files
-        assert files.model_class is not None
-        self.reference = self.closer.of(files.model_class.from_pretrained(files.folder).eval())
 
     def _planned(self, name: str, **options: Any) -> Path:
         path = write_recipe(self.folder / name, 0, 1, self.name, **options)
@@ -175,13 +170,8 @@ class Bed:
 
     def figures(self, model: Any) -> Figures:
         """All columns of the table for a model."""
-        drawn = self.judge.of(model)
-        guided, short = self.closer.of(model)
-        own = {
-            "guided_mse": mean_squared(guided, self.reference[0]),
-            "short_mse": mean_squared(short, self.reference[1]),
-        }
-        return {column: own[column] if column in own else getattr(drawn, column) for column in TITLES}
+        figures = self.judge.of(model)
+        return {column: getattr(figures, column) for column in TITLES}
 
     def by_length(self, unit_steps: int, how: str, seed: int) -> dict[int, float]:
         """Length of a span -> mean loss of its units over the last steps, all streams."""
