@@ -30,7 +30,6 @@ from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from ppcl_ds.console import track
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Distill
-from ppcl_ds.teacher.heldout import mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.spec import UnitPlan
