@@ -8,7 +8,7 @@ READY := .venv/ready
 FAMILIES := .venv/families
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-long test-slurm test-pretend test-families test-tools lint bench clean
+.PHONY: setup demo test test-long test-slurm test-pretend test-families test-tools lint docs bench clean
 
 setup: $(READY)  ## only the environment
 
@@ -47,12 +47,16 @@ lint: $(READY)  ## style, types, and that imports point one way
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/shellcheck --external-sources slurm/*
+	$(BIN)/hadolint Containerfile
+
+docs: .venv/docs  ## the documentation site, into site/, which opens without a network; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 bench: $(READY)  ## every measurement of docs/performance.md, about a quarter of an hour; leave the machine alone meanwhile
 	for program in data load consolidate schedule step finetune published evaluate; do $(BIN)/python -m benchmarks.$$program || exit 1; done
 
 clean:  ## forget the environment and every run
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
@@ -61,6 +65,10 @@ $(READY): pyproject.toml constraints.txt
 	@# torch by itself first, so that nothing that depends on it chooses another build.
 	$(PIP) torch $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX))
 	$(PIP) --editable ".[dev]"
+	@touch $@
+
+.venv/docs: $(READY)
+	$(PIP) --editable ".[docs]"
 	@touch $@
 
 $(FAMILIES): $(READY)

@@ -63,9 +63,9 @@ class Data(Section):
     shards: Path
     """Folder that `ppcl-data shard` (into `raw/`) and `ppcl-data encode` (into `encoded/`) write."""
     samples_per_shard: int = Field(default=1000, gt=0)
-    """A shard is full with so many samples,"""
+    """Most samples in a shard."""
     shard_size: Annotated[ByteSize, Field(gt=0)] = ByteSize(10**9)
-    """or at this size, such as `500MB`, whatever comes first."""
+    """Largest shard, such as `500MB`."""
     heldout: Share = 0.1
     """Share of samples kept out of training, chosen by a stable hash of their key."""
     longest_side: int = Field(default=0, ge=0)

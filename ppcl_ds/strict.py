@@ -32,7 +32,7 @@ class Section(BaseModel):
     In paths `~` and `$NAME` are what they are in a shell; relative ones are seen from where the command is run.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod
