@@ -44,6 +44,7 @@ class ModelFigures(BaseModel):
         latency_ms: milliseconds of one forward of one sample, the median over a second.
         accuracy: share of images that show what was asked; None where the recipe names no judge.
         frechet: Frechet distance of the images to real ones; None likewise.
+        images: that both are of; 0: not known, of an earlier release.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
         sample_mse: mean squared difference from the teacher's latents drawn from the same noise.
         by_noise: mean place on the ladder of noise (0 is pure noise) and the same difference there, for fifths of the
@@ -57,6 +58,7 @@ class ModelFigures(BaseModel):
     latency_ms: float
     accuracy: float | None = None
     frechet: float | None = None
+    images: int = 0
     velocity_mse: float
     sample_mse: float
     by_noise: Sequence[tuple[float, float]] = ()
@@ -110,6 +112,7 @@ class Bench:
             latency_ms=self.latency(model),
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
+            images=len(images),
             velocity_mse=mean_squared(velocities, self.teacher_velocities),
             by_noise=self._by_noise(velocities),
             sample_mse=mean_squared(latents, self.teacher_latents),

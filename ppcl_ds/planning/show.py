@@ -1,4 +1,4 @@
-"""A plan for people: its variants as a table, and where they lie on the front of error over size."""
+"""A plan for people: its variants as a table, and where they lie on the front of error over size, kept as data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
+from pydantic import BaseModel, ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -15,7 +15,6 @@ from rich.table import Table
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
-from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import ErrorModel
 from ppcl_ds.planning.programme import cheapest
@@ -53,6 +52,41 @@ class Line(NamedTuple):
     parameters: int
     left: float
     error: float | None
+
+
+class Outlook(BaseModel):
+    """What is expected of a plan: the content of `plan/outlook.json`, from which the run's page is made.
+
+    Attributes:
+        plan: for which this was said.
+        budget: what size is counted in.
+        title: what is expected.
+        points: the front of error over size; none: it has not been asked for (`ppcl plan --show`).
+        measured: sets of units whose error was measured.
+    """
+
+    plan: Plan
+    budget: str
+    title: str
+    lines: list[Line]
+    points: list[Point] = []
+    measured: list[Point] = []
+
+
+_FILE = "outlook.json"
+
+
+def save_outlook(folder: Path, outlook: Outlook) -> None:
+    """Write it into `folder`."""
+    atomic_write(folder / _FILE, outlook.model_dump_json(indent=1))
+
+
+def read_outlook(folder: Path) -> Outlook | None:
+    """What was expected; None where there is no readable file."""
+    try:
+        return Outlook.model_validate_json((folder / _FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def lines_of(plan: Plan, teacher: Teacher, forecast: ErrorModel, budget: Budget) -> list[Line]:
@@ -96,47 +130,6 @@ def front(forecast: ErrorModel, budget: Budget) -> list[Point]:
             kept.append(point)
             best = point.error
     return kept[::-1]
-
-
-def draw(
-    folder: Path,
-    lines: Sequence[Line],
-    points: Sequence[Point],
-    measured: Sequence[Point],
-    forecast: ErrorModel,
-    budget: str,
-    teacher: str,
-) -> None:
-    """Write `pareto.png` and `report.html` into `folder`.
-
-    Args:
-        points: the front.
-        measured: sets of units whose error was measured.
-        budget: what size is counted in.
-    """
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
-    axis.plot([p.left for p in points], [p.error for p in points], ".-", color="0.6", label="least expected error")
-    if measured:
-        axis.plot([p.left for p in measured], [p.error for p in measured], "x", ms=5, label="measured sets of units")
-    for line in lines:
-        if line.error is not None:
-            axis.plot(line.left, line.error, "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
-    axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=forecast.title, yscale="log")
-    axis.legend(fontsize=8)
-    plot = as_png(figure)
-    atomic_write(folder / "pareto.png", plot)
-    page = render(
-        "ppcl_ds.planning",
-        "report.html.jinja",
-        lines=lines,
-        points=points,
-        measured=measured,
-        title=forecast.title,
-        teacher=teacher,
-        budget=budget,
-        plot=inline(plot),
-    )
-    atomic_write(folder / "report.html", page)
 
 
 def _words(units: Sequence[UnitPlan]) -> str:
