@@ -70,7 +70,7 @@ def probe(
     launch.on_ranks(loaded.topology.world)
     with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
-    renew(loaded, f"probe --part {part}" if part else "probe")
+    renew(loaded, f"probe --part {part}" if part else "probe", page=part is None)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -39,7 +40,12 @@ def write_page(recipe: Recipe) -> Path:
     if not recipe.run.is_dir():
         raise UserError(f"{recipe.run} is not there: nothing of this run has been done; begin with `ppcl probe RECIPE`")
     path = recipe.run / PAGE
-    atomic_write(path, render("ppcl_ds.report", "page.html.jinja", **_values(recipe)))
+    own = path.with_name(f".{PAGE}.{os.getpid()}")  # jobs of an array may make it at once
+    try:
+        atomic_write(own, render("ppcl_ds.report", "page.html.jinja", **_values(recipe)))
+        os.replace(own, path)
+    finally:
+        own.unlink(missing_ok=True)
     return path
 
 
@@ -84,7 +90,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
         "trained": training.trained(recipe, boards, colours),
         "plan": planned,
         "probe": probed,
-        "commands": record.commands,
+        "commands": list(record.commands),
         "folders": _folders(recipe),
         "colours": colours,
         "missing": _missing(recipe, boards, no_probe, no_plan, no_figures),

@@ -53,7 +53,7 @@ def section(run: Path, models: Sequence[str]) -> list[Prompt]:
             name: picture(pictures.files[name][number], name) for name in names if number < len(pictures.files[name])
         }
         used = [each for name, each in shown.items() if not name.endswith(UNDISTILLED)]
-        found.append(Prompt(text, used, [each for name, each in shown.items() if name.endswith(UNDISTILLED)]))
+        found.append(Prompt(text.strip(), used, [each for name, each in shown.items() if name.endswith(UNDISTILLED)]))
     return found
 
 

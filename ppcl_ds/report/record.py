@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,11 +16,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, open_run, written_recipe
 
-_FILE = "commands.json"
+_FILE = "commands.jsonl"
 _PACKAGES = ("ppcl-ds", "torch", "diffusers", "transformers", "deepspeed")
 _BEGAN = time.monotonic()
 """Of this process, as good as: the command line imports this module before anything that takes time."""
@@ -43,31 +44,41 @@ class Command(BaseModel):
     revision: str = ""
 
 
-class Record(BaseModel):
-    """The content of `commands.json`.
+class _Line(BaseModel):
+    """A line of `commands.jsonl`: a command, and the recipe that it read."""
+
+    command: Command
+    recipe: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is written down of a run.
 
     Attributes:
-        recipe: of the last one.
+        recipe: of the last command; empty: none is known.
     """
 
-    recipe: dict[str, Any] = {}
-    commands: list[Command] = []
+    commands: Sequence[Command] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_record(run: Path) -> Record:
-    """What is written down of a run; nothing where there is no readable file."""
-    try:
-        return Record.model_validate_json((run / _FILE).read_bytes())
-    except (OSError, ValidationError):
-        return Record()
+    """What is written down of a run; lines that cannot be read count for nothing."""
+    lines = []
+    with suppress(OSError):
+        for text in (run / _FILE).read_text(errors="replace").splitlines():
+            with suppress(ValidationError):
+                lines.append(_Line.model_validate_json(text))
+    return Record([line.command for line in lines], lines[-1].recipe) if lines else Record()
 
 
 def write_down(recipe: Recipe, name: str) -> None:
-    """Add this process's command to what is written down."""
-    record = read_record(recipe.run)
-    record.commands.append(this_command(name))
-    record.recipe = recipe.model_dump(mode="json")
-    atomic_write(recipe.run / _FILE, record.model_dump_json(indent=1))
+    """Add this process's command to what is written down. Several jobs may do so at once: a line is appended whole."""
+    line = _Line(command=this_command(name), recipe=recipe.model_dump(mode="json"))
+    recipe.run.mkdir(parents=True, exist_ok=True)
+    with (recipe.run / _FILE).open("a") as file:
+        file.write(line.model_dump_json() + "\n")
 
 
 def this_command(name: str) -> Command:

@@ -287,15 +287,19 @@ def test_a_command_renews_the_page_and_is_written_down(tmp_path: Path) -> None:
     assert f"torch {written.versions['torch']}" in row[-1]
     assert page.rows("cost")[1][0] == "probe"
     assert open_any(recipe.run) == recipe, "a run folder is enough from then on"
+    with (recipe.run / "commands.jsonl").open("a") as file:
+        file.write('{"command": ')  # a job that was killed as it wrote
+    assert open_any(recipe.run) == recipe
     moved = recipe.run.rename(tmp_path / "elsewhere")
     assert open_any(moved).run == moved
 
 
 def test_a_page_that_cannot_be_written_ends_no_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = make_run(tmp_path / "run", stage="probed")
-    (recipe.run / "report.html.partial").mkdir()
+    (recipe.run / "report.html" / "mine").mkdir(parents=True)
     renew(recipe, "probe")
     assert "report.html is not renewed" in capsys.readouterr().out
+    assert {path.name for path in recipe.run.iterdir()} == {"probe", "report.html", "commands.jsonl"}
 
 
 def test_the_command_takes_a_run_folder(tmp_path: Path) -> None:
