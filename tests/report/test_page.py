@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from html.parser import HTMLParser
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -265,13 +264,13 @@ HOSTILE = '<img src=x onerror="alert(1)">&\'"</script>'
 
 
 def test_names_stay_text(tmp_path: Path) -> None:
-    variants: Sequence[str] = (HOSTILE.replace("/", "|"), "a b")
-    recipe = make_run(tmp_path / "run", variants=variants, tag=HOSTILE, facts={"Teacher": HOSTILE})
+    tag = HOSTILE.replace("/", "|")
+    recipe = make_run(tmp_path / "run", variants=(tag, "a b"), tag=tag, facts={"Teacher": HOSTILE})
     page = read(recipe)
     assert all(image["src"].startswith("data:image/") for image in page.images if "src" in image)
-    assert variants[0] in page.said("plan")
-    assert f"late{HOSTILE}" in page.said("training")
-    assert HOSTILE in page.said("pictures")
+    assert tag in page.said("plan")
+    assert f"late{tag}" in page.said("training")
+    assert tag in page.said("pictures")
     assert HOSTILE in page.said("figures")
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def prompt_set(run: Path) -> SetFigures:
 
 def page(run: Path, blocks: int, pixels: int) -> Path:
     """A finished run with a prompt set, timed, under names that are no markup."""
-    figures = {"sets": [prompt_set(run)], "facts": {"Teacher": "a/long/path" * 9}}
+    figures: dict[str, Any] = {"sets": [prompt_set(run)], "facts": {"Teacher": "a/long/path" * 9}}
     recipe = make_run(run, blocks, variants=VARIANTS, tag="_<b>&" + "y" * 40, pixels=pixels, **figures)
     speed = [Speed(model="teacher", way="plain", size=64, batch=1, seconds=1.5).model_dump()]
     (run / "speed.json").write_text(json.dumps(speed))
