@@ -133,8 +133,13 @@ def sentence(report: ProbeReport, costs: Sequence[Cost]) -> str:
 
 
 def in_words(spans: Sequence[tuple[int, int]]) -> str:
-    """`4-6, 8-9 and 10-11`; spans that touch stay apart."""
-    each = [f"{u}-{v}" for u, v in spans]
+    """`4-6 and 8-11`: spans that touch are named as one."""
+    joined: list[tuple[int, int]] = []
+    for u, v in spans:
+        if joined and joined[-1][1] + 1 == u:
+            u = joined.pop()[0]
+        joined.append((u, v))
+    each = [f"{u}-{v}" for u, v in joined]
     return f"{', '.join(each[:-1])} and {each[-1]}" if len(each) > 1 else each[0]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.report.page import write_page
-from ppcl_ds.report.probe import cheapest
+from ppcl_ds.report.probe import cheapest, in_words
 from ppcl_ds.report.record import open_any, read_record
 from ppcl_ds.report.renew import renew
 from ppcl_ds.report.training import smoothed
@@ -205,7 +205,7 @@ def test_the_probe_says_what_is_cheap(tmp_path: Path) -> None:
     page, report = read(recipe), probe_of(60)
     alone = [report.error[u][u + 1] or 0.0 for u in range(59)]
     assert f"Block {alone.index(max(alone)) + 1} is the dearest: {max(alone):.3f} by itself" in page.said("probe")
-    assert "15 of the 60 blocks can go there" in page.said("probe")
+    assert "Blocks 36-56 are cheap: 15 of the 60 blocks can go there at a probed error of 0.186" in page.said("probe")
     bars = [given for section, given in page.rects if section == "probe" and given["class"].startswith("h")]
     heights = [float(given["height"].rstrip("%")) for given in bars[:59]]
     assert [height / heights[0] for height in heights] == pytest.approx(
@@ -234,6 +234,12 @@ def test_the_cheapest_spans_are_those_of_a_search_through_all() -> None:
     for cost in found:
         assert sum(report.error[u][v] or 0 for u, v in cost.spans) == pytest.approx(cost.error)
         assert sum(v - u for u, v in cost.spans) == cost.gone
+
+
+def test_spans_that_touch_are_named_as_one() -> None:
+    assert in_words([(4, 6), (8, 9), (10, 11)]) == "4-6 and 8-11"
+    assert in_words([(0, 1)]) == "0-1"
+    assert in_words([(0, 1), (3, 4), (6, 8)]) == "0-1, 3-4 and 6-8"
 
 
 def test_smoothing_keeps_ends_and_means() -> None:
