@@ -1,4 +1,4 @@
-"""`report.html`: one page for a whole run, made anew from what lies in its folder after every command."""
+"""`report.html`: one page for a whole run, made anew from what lies in its folder."""
 
 from __future__ import annotations
 
