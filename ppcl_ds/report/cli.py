@@ -22,6 +22,8 @@ def report(
     run does not have yet is left out, with the command that makes it.
     """
     recipe = open_any(source)
+    print(f"reading {recipe.run}", flush=True)  # what the page is made with takes seconds to import
+    from ppcl_ds.report.page import write_page
     from ppcl_ds.report.page import write_page
 
     print(f"wrote {write_page(recipe)}")

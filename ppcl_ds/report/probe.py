@@ -174,8 +174,7 @@ def _heat(title: str, matrix: Matrix, report: ProbeReport | None, log: bool) -> 
     rows = by_length(matrix)[1:] or [[None] * len(matrix)]
     values = [value for row in rows for value in row if value is not None]
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
-    places = [value for value in values if value > 0]
-    least = min(places, default=1.0)
+    least = min((value for value in values if value > 0), default=1.0)
     flip = not log and report is not None
 
     def colour(value: float | None) -> int | None:
@@ -188,9 +187,8 @@ def _heat(title: str, matrix: Matrix, report: ProbeReport | None, log: bool) -> 
 
     drawn = [[colour(value) for value in row] for row in rows[::-1]]
     spans = report.spans if report else []
-    marked = (
-        {(len(rows) - (v - u), u): (u, v) in report.unstable for u, v in spans if v - u <= len(rows)} if report else {}
-    )
+    places = {(len(rows) - (v - u), u): report is not None and (u, v) in report.unstable for u, v in spans}
+    marked = {(top, u): dashed for (top, u), dashed in places.items() if top >= 0 and drawn[top][u] is not None}
     names = [str(length) for length in range(len(rows) + 1, 1, -1)]
     ends = (high, low) if flip else (least if log else low, high)
     return Heat(title, heat(drawn, names, marked, title, "blocks in the span"), *map(number, ends))
