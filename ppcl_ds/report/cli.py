@@ -24,6 +24,5 @@ def report(
     recipe = open_any(source)
     print(f"reading {recipe.run}", flush=True)  # what the page is made with takes seconds to import
     from ppcl_ds.report.page import write_page
-    from ppcl_ds.report.page import write_page
 
     print(f"wrote {write_page(recipe)}")
