@@ -17,6 +17,8 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.export.cli import app as export_app
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.report.cli import app as report_app
+from ppcl_ds.report.renew import renew
 from ppcl_ds.shipped import shipped
 from ppcl_ds.start.cli import app as start_app
 from ppcl_ds.teacher.cli import app as teacher_app
@@ -36,6 +38,7 @@ app.add_typer(start_app)
 app.add_typer(export_app)
 app.add_typer(cluster_app)
 app.add_typer(teacher_app)
+app.add_typer(report_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 _EVALUATE_LESS = "lower evaluate.batch_size, or measure on the CPU with CUDA_VISIBLE_DEVICES="
@@ -53,7 +56,7 @@ def probe(
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
-    probe/report.json, report.html and plots into the run folder. Needs encoded shards and the teacher.
+    probe/report.json and plots into the run folder, whose page it renews. Needs encoded shards and the teacher.
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe)
@@ -62,10 +65,12 @@ def probe(
     teacher = check(loaded, part, merge)
     if merge:
         merge_parts(loaded, teacher)
+        renew(loaded, "probe --merge")
         return
     launch.on_ranks(loaded.topology.world)
     with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
+    renew(loaded, f"probe --part {part}" if part else "probe", page=part is None)
 
 
 @app.command()
@@ -79,7 +84,10 @@ def plan(
         bool, typer.Option("--check", help="Say what is wrong with the plan file, choose nothing.")
     ] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Print the plan file's variants and draw error over size, choose nothing.")
+        bool,
+        typer.Option(
+            "--show", help="Print the plan file's variants, have the page show error over size, choose nothing."
+        ),
     ] = False,
 ) -> None:
     """Choose the units of every variant and write plan.yaml.
@@ -106,16 +114,19 @@ def plan(
         replan = Replan(loaded, from_run)
         if (swaps := replan.measured) is not None:
             replan.write(swaps)
+            renew(loaded, "plan")
             return
         launch.on_ranks(loaded.topology.world)
         with memory.told("plan", "lower evaluate.batch_size"):
             replan.measure()
     elif check:
         run.check(loaded)
+        return
     elif show:
         run.show(loaded)
     else:
         run.plan(loaded)
+    renew(loaded, "plan")
 
 
 @app.command()
@@ -190,6 +201,7 @@ def distill(
 
     with memory.told("distill", memory.training_lower("distill", loaded.distill, loaded.teacher)):
         distill(loaded, teacher, checked, until, partial(warn_if_too_small, loaded, teacher))
+    renew(loaded, "distill")
 
 
 @app.command()
@@ -227,6 +239,7 @@ def finetune(
 
     with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
         finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
+    renew(loaded, f"finetune {variant}")
 
 
 @app.command()
@@ -245,7 +258,8 @@ def evaluate(
 ) -> None:
     """Teacher, variants and undistilled variants side by side, on the same noise.
 
-    Writes samples.png, report.json and report.html into the run folder, and the figures into the models' cards.
+    Writes samples.png, samples/, report.json and report.html into the run folder, and the figures into the models'
+    cards.
 
     Prompt sets (evaluate.sets) are drawn first, by teacher and variants, on all GPUs of this machine or all processes
     that torchrun or Slurm have started, and laid out in evaluate/ as their benchmarks' scorers read them. Stopped, it
@@ -258,6 +272,7 @@ def evaluate(
         raise UserError("--read-scores and --speed: give one of them at a time")
     if read_scores:
         take_scores(loaded, read_scores)
+        renew(loaded, "evaluate --read-scores")
         return
     checked = check(loaded)
     if speed:
@@ -266,11 +281,13 @@ def evaluate(
         if launch.is_first_rank():
             with memory.told("evaluate", _EVALUATE_LESS):
                 measure_speed(loaded, checked.teacher, checked.drawn)
+        renew(loaded, "evaluate --speed")
         return
     if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
         launch.on_ranks(gpus)
     with memory.told("evaluate", _EVALUATE_LESS):
         evaluate(checked)
+    renew(loaded, "evaluate")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ppcl_ds import launch, memory
+from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.compared import SetFigures, compare
@@ -25,7 +26,7 @@ from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.evaluate.layouts import Laid, read_set
 from ppcl_ds.evaluate.official import read_scores
 from ppcl_ds.evaluate.painter import fits
-from ppcl_ds.evaluate.report import Curves, Figures, draw_samples, read_report, show_sets, write_report
+from ppcl_ds.evaluate.report import Figures, draw_samples, read_report, save_pictures, show_sets
 from ppcl_ds.evaluate.scores import Scorer, open_scorer
 from ppcl_ds.export.card import write_card
 from ppcl_ds.export.load import load_model
@@ -38,7 +39,6 @@ from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
 from ppcl_ds.units.plan import UNDISTILLED, Plan, finetuned, load_plan
 from ppcl_ds.units.variant import assembled
-from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,13 @@ def evaluate(checked: Checked) -> None:
     margins = {score.score: score.margin for score in recipe.evaluate.scores}
     sets = compare(drawn, _scorers(recipe, device), margins) if drawn else []
     draw_samples(images, bench.captions, recipe.run / "samples.png")
+    save_pictures(images, bench.captions, recipe.run)
     with suppress(UserError):  # none yet, or another release's
         sets = _with_official(sets, read_report(recipe.run / "report.json").sets)
     _write(recipe, Figures(models=rows, sets=sets, facts=_facts(recipe, teacher, device, whole)))
     _show(rows)
     show_sets(sets)
-    print(f"wrote samples.png, report.json and report.html into {recipe.run}")
+    print(f"wrote samples.png, samples/ and report.json into {recipe.run}")
 
 
 def _with_official(sets: Sequence[SetFigures], before: Sequence[SetFigures]) -> list[SetFigures]:
@@ -130,7 +131,7 @@ def _drawn_as(figures: SetFigures) -> str:
 
 
 def take_scores(recipe: Recipe, given: Sequence[str]) -> None:
-    """Take official scorers' result files, `SET/MODEL=FILE` each, into report, page and cards.
+    """Take official scorers' result files, `SET/MODEL=FILE` each, into report and cards.
 
     Raises:
         UserError: one cannot be read, or what it is of has not been evaluated; nothing is written then.
@@ -148,15 +149,12 @@ def take_scores(recipe: Recipe, given: Sequence[str]) -> None:
         sets[name] = sets[name].model_copy(update={"official": official})
         print(f"{name}, {model}: " + ", ".join(f"{score} {value:.4g}" for score, value in scores.items()))
     _write(recipe, figures.model_copy(update={"sets": [sets[each.name] for each in figures.sets]}))
-    print(f"wrote report.json and report.html into {recipe.run}")
+    print(f"wrote report.json into {recipe.run}")
 
 
 def _write(recipe: Recipe, figures: Figures) -> None:
-    """Report, page and cards."""
-    scalars = read_scalars(recipe.distillation.board) if recipe.distillation.board.exists() else {}
-    prefix = "heldout/velocity_mse/"
-    heldout = {name.removeprefix(prefix): curve for name, curve in scalars.items() if name.startswith(prefix)}
-    write_report(recipe.run, figures, Curves(unit_losses(scalars), heldout))
+    """Report and cards."""
+    atomic_write(recipe.run / "report.json", figures.model_dump_json(indent=1) + "\n")
     for row in figures.models:
         rows = [each.model_dump() for each in figures.models]
         write_card(recipe.pruned(row.name).parent, rows, [each.model_dump() for each in figures.sets])
@@ -191,6 +189,7 @@ def _undistilled(teacher: Teacher, plan: Plan, variant: str, dtype: torch.dtype)
 
 def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) -> dict[str, str]:
     settings = recipe.evaluate
+    threads = torch.get_num_threads()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.processor() or 'CPU'}"
     return {
         "Teacher": f"{teacher.class_name} from {teacher.files.folder}",
@@ -198,7 +197,7 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) 
         f"seed {recipe.seed}; few-step: {settings.few_steps} steps",
         "Distillation": f"{recipe.distill.steps} steps of "
         f"{recipe.distill.micro_batch * recipe.distill.micro_batches_per_step} samples",
-        "Latency": f"one forward of one sample on {name}, {torch.get_num_threads()} CPU threads, "
+        "Latency": f"one forward of one sample on {name}, {threads} CPU thread{'s' if threads > 1 else ''}, "
         f"{recipe.teacher.precision}" + ("" if whole else ", weights on their way from CPU memory counted in"),
     }
 

@@ -41,6 +41,7 @@ class ModelFigures(BaseModel):
         latency_ms: milliseconds of one forward of one sample, the median over a second.
         accuracy: share of images that show what was asked; None where the recipe names no judge.
         frechet: Frechet distance of the images to real ones; None likewise.
+        images: that both are of; 0: not known, of an earlier release.
         velocity_mse: mean squared difference from the teacher's velocity on held-out data.
         guided_mse: the same of velocities with the recipe's guidance; None where it is not known how that is done.
         branch_mse: the same of what the velocities with and without the prompt differ by; None where guidance does not
@@ -60,6 +61,7 @@ class ModelFigures(BaseModel):
     latency_ms: float
     accuracy: float | None = None
     frechet: float | None = None
+    images: int = 0
     velocity_mse: float
     guided_mse: float | None = None
     branch_mse: float | None = None
@@ -146,6 +148,7 @@ class Bench:
             latency_ms=self.latency(model),
             accuracy=scores.get("accuracy"),
             frechet=scores.get("frechet"),
+            images=len(images),
             velocity_mse=mean_squared(velocities, self.teacher_velocities),
             guided_mse=means.get("velocity"),
             branch_mse=means.get("branches"),

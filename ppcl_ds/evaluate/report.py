@@ -1,36 +1,30 @@
-"""The report of an evaluation: samples.png, report.json and one self-contained report.html."""
+"""What an evaluation leaves: report.json, samples.png, and the first pictures of every model one by one."""
 
 from __future__ import annotations
 
-import base64
-import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ppcl_ds.atomic import atomic_write
+from ppcl_ds.atomic import atomic_folder, atomic_write
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.evaluate.compared import SetFigures
 from ppcl_ds.evaluate.figures import ModelFigures
-from ppcl_ds.evaluate.speed import gains, read_speed
-from ppcl_ds.pages import as_png, inline, render
-from ppcl_ds.units.plan import UNDISTILLED
+from ppcl_ds.pages import as_png
 
 _COLUMNS = 16
 """Images of each model in samples.png."""
-_SIDE = 384
-"""Pixels of an image on the page, at most."""
-_SMALL = 160
-"""Smaller images are enlarged to about this, by a whole number, so that they can be seen."""
+_FOLDER, _CAPTIONS = "samples", "captions.json"
 
 
 class Figures(BaseModel):
@@ -39,19 +33,6 @@ class Figures(BaseModel):
     models: Sequence[ModelFigures]
     sets: Sequence[SetFigures] = ()
     facts: Mapping[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Curves:
-    """What TensorBoard has of the training.
-
-    Attributes:
-        losses: unit -> (step, loss).
-        heldout: variant -> (step, velocity error on held-out data).
-    """
-
-    losses: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
-    heldout: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
 
 def draw_samples(images: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
@@ -77,6 +58,44 @@ def draw_samples(images: Mapping[str, Tensor], captions: Sequence[str], path: Pa
     atomic_write(path, as_png(figure))
 
 
+def save_pictures(images: Mapping[str, Tensor], captions: Sequence[str], run: Path) -> None:
+    """Write the pictures of `samples.png` one by one, as large as they are: `samples/MODEL/00.png`, and their prompts.
+
+    Args:
+        images: name -> (N, C, H, W) in [-1, 1].
+        captions: N prompts.
+    """
+    with atomic_folder(run / _FOLDER) as folder:
+        for name, drawn in images.items():
+            (folder / name).mkdir()
+            for number, image in enumerate(drawn[:_COLUMNS]):
+                pixels = (image.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 0).squeeze(-1)
+                Image.fromarray(pixels.numpy()).save(folder / name / f"{number:02d}.png")
+        (folder / _CAPTIONS).write_text(json.dumps(list(captions[:_COLUMNS]), ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of every model, the same noise and prompt at each place.
+
+    Attributes:
+        files: model -> paths.
+    """
+
+    captions: Sequence[str]
+    files: Mapping[str, Sequence[Path]]
+
+
+def read_pictures(run: Path) -> Pictures:
+    """What `save_pictures` wrote; nothing where there is none."""
+    folder = run / _FOLDER
+    try:
+        captions = TypeAdapter(list[str]).validate_json((folder / _CAPTIONS).read_bytes())
+    except (OSError, ValidationError):
+        return Pictures((), {})
+    return Pictures(captions, {each.name: sorted(each.glob("*.png")) for each in folder.iterdir() if each.is_dir()})
+
+
 def read_report(path: Path) -> Figures:
     """What `report.json` says.
 
@@ -87,28 +106,6 @@ def read_report(path: Path) -> Figures:
         return Figures.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as fault:
         raise UserError(f"{path} cannot be read ({brief(fault)}); run `ppcl evaluate RECIPE` first") from None
-
-
-def write_report(folder: Path, figures: Figures, curves: Curves) -> None:
-    """Write `report.json` and `report.html` beside `samples.png`."""
-    atomic_write(folder / "report.json", figures.model_dump_json(indent=1) + "\n")
-    heatmap = folder / "probe" / "heatmap.png"
-    page = render(
-        "ppcl_ds.evaluate",
-        "report.html.jinja",
-        models=figures.models,
-        sets=figures.sets,
-        image=lambda name: _shown(folder / name),
-        facts=figures.facts,
-        speed=(speed := read_speed(folder)),
-        gains=gains(speed),
-        samples=inline((folder / "samples.png").read_bytes()),
-        front=inline(_plot_front(figures.models)),
-        noise=inline(_plot_noise(figures.models)) if any(m.curves for m in figures.models) else None,
-        heatmap=inline(heatmap.read_bytes()) if heatmap.exists() else None,
-        curves=inline(_plot_curves(curves)) if curves.losses else None,
-    )
-    atomic_write(folder / "report.html", page)
 
 
 def show_sets(sets: Sequence[SetFigures]) -> None:
@@ -124,72 +121,3 @@ def show_sets(sets: Sequence[SetFigures]) -> None:
                 cells.append(f"{cell} {difference.verdict}" if difference else cell)
             table.add_row(escape(model), *cells)
         Console().print(table)
-
-
-def _shown(path: Path) -> str:
-    """An image as the page holds it in itself: as small as it can be and still be seen."""
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
-    if (factor := _SMALL // max(image.size)) > 1:
-        image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    image.thumbnail((_SIDE, _SIDE))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Numbers of the points of which no other has both less of the one and less of the other, from left to right."""
-    front: list[int] = []
-    for number in sorted(range(len(points)), key=lambda number: points[number]):
-        if not front or points[number][1] < points[front[-1]][1]:
-            front.append(number)
-    return front
-
-
-def _plot_front(models: Sequence[ModelFigures]) -> bytes:
-    """Error over size and over latency; the line joins models that none beats in both."""
-    shown = [model for model in models if not model.name.endswith(UNDISTILLED)]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    for axis, (label, sizes) in zip(
-        axes,
-        {
-            "parameters, millions": [model.params / 1e6 for model in shown],
-            "ms a forward": [model.latency_ms for model in shown],
-        }.items(),
-        strict=True,
-    ):
-        points = [(size, model.sample_mse) for size, model in zip(sizes, shown, strict=True)]
-        axis.scatter(*zip(*points, strict=True), color="tab:blue")
-        axis.plot(*zip(*(points[number] for number in pareto(points)), strict=True), color="tab:orange", zorder=0)
-        for model, point in zip(shown, points, strict=True):
-            axis.annotate(model.name, point, textcoords="offset points", xytext=(4, 4), fontsize=8)
-        axis.set(xlabel=label, ylabel="sample MSE to the teacher")
-        axis.margins(0.15)
-    return as_png(figure)
-
-
-def _plot_noise(models: Sequence[ModelFigures]) -> bytes:
-    titles = list(dict.fromkeys(title for model in models for title in model.curves))
-    figure, axes = plt.subplots(
-        1, len(titles), figsize=(1 + 5 * len(titles), 3.6), constrained_layout=True, squeeze=False
-    )
-    for axis, title in zip(axes[0], titles, strict=True):
-        for model in models[1:]:  # the first is the teacher
-            if title in model.curves:
-                axis.plot(*zip(*model.curves[title], strict=True), marker="o", label=model.name)
-        axis.set(xlabel="place on the ladder of noise: 0 is pure noise", ylabel=f"{title} to the teacher", yscale="log")
-    axes[0][0].legend(fontsize=7)
-    return as_png(figure)
-
-
-def _plot_curves(curves: Curves) -> bytes:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
-    titles = ("Loss of each unit (sum over streams)", "Velocity error of each variant on held-out data")
-    for axis, lines, title in zip(axes, (curves.losses, curves.heldout), titles, strict=True):
-        for name, points in lines.items():
-            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 10 else None)
-        axis.set(title=title, xlabel="step", yscale="log")
-        if lines:
-            axis.legend(fontsize=7, ncols=2)
-    return as_png(figure)

@@ -105,6 +105,11 @@ class Forecast:
         return self.models[self.aims[0]].units
 
     @property
+    def titles(self) -> dict[str, str]:
+        """What every measure is called."""
+        return {measure: TITLES[measure] for measure in self.models}
+
+    @property
     def title(self) -> str:
         """What the objective is called."""
         names = [TITLES[aim] for aim in self.aims]

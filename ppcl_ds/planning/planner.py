@@ -8,7 +8,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
 from ppcl_ds.planning.error_model import Forecast, fitted, probed, unknown
-from ppcl_ds.planning.show import Point, draw, front, lines_of, print_outlook, print_table
+from ppcl_ds.planning.show import Outlook, Point, front, lines_of, print_outlook, print_table, save_outlook
 from ppcl_ds.planning.swaps import Swaps, load_swaps
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe
@@ -55,7 +55,10 @@ def write(
         UserError: the earlier one has been edited.
     """
     earlier = replace_plan(recipe.plan_file, plan)
-    print_table(lines_of(plan, teacher, forecast, budget, swaps), teacher.anatomy, forecast)
+    lines = lines_of(plan, teacher, forecast, budget, swaps)
+    print_table(lines, teacher.anatomy, forecast)
+    outlook = Outlook(plan=plan, budget=budget.title, title=forecast.title, measures=forecast.titles, lines=lines)
+    save_outlook(recipe.swaps_file.parent, outlook)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
     if earlier:
         print(f"the earlier one is {earlier}")
@@ -79,7 +82,7 @@ def check(recipe: Recipe) -> None:
 
 
 def show(recipe: Recipe) -> None:
-    """Print the variants of the plan file, draw them on the front of error over size.
+    """Print the variants of the plan file, and keep where they lie on the front of error over size.
 
     What is expected comes from the measured library where the plan's units are all in it, else from the probe.
     """
@@ -96,10 +99,16 @@ def show(recipe: Recipe) -> None:
     print_table(lines, teacher.anatomy, forecast)
     if swaps is not None:
         print_outlook(plan, forecast, swaps, recipe.plan.unit_steps, recipe.distill.steps)
-    folder = recipe.swaps_file.parent
-    measured = _measured(swaps, budget) if swaps else []
-    draw(folder, lines, front(forecast, budget), measured, forecast, budget.title, plan.teacher)
-    print(f"wrote pareto.png and report.html into {folder}")
+    outlook = Outlook(
+        plan=plan,
+        budget=budget.title,
+        title=forecast.title,
+        measures=forecast.titles,
+        lines=lines,
+        points=front(forecast, budget),
+        measured=_measured(swaps, budget) if swaps else [],
+    )
+    save_outlook(recipe.swaps_file.parent, outlook)
 
 
 def _measured(swaps: Swaps, budget: Budget) -> list[Point]:

@@ -1,4 +1,4 @@
-"""A plan for people: its variants as a table, and where they lie on the front of error over size."""
+"""A plan for people: its variants as a table, and where they lie on the front of error over size, kept as data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
+from pydantic import BaseModel, ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
@@ -15,13 +15,11 @@ from rich.table import Table
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
-from ppcl_ds.pages import as_png, inline, render
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import TITLES, Forecast
 from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.swaps import Errors, Swaps
 from ppcl_ds.teacher.anatomy import Anatomy
-from ppcl_ds.teacher.branches import LEVELS, level_name
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.kinds import parameters_saved
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -66,6 +64,43 @@ class Line(NamedTuple):
             return "not known"
         share = f" ({self.errors[measure] / self.removed[measure]:.1%})" if self.removed.get(measure) else ""
         return f"{self.errors[measure]:.4g}{share}"
+
+
+class Outlook(BaseModel):
+    """What is expected of a plan: the content of `plan/outlook.json`, from which the run's page is made.
+
+    Attributes:
+        plan: for which this was said.
+        budget: what size is counted in.
+        title: what is to be small.
+        measures: what is expected, and what it is called.
+        points: the front of error over size; none: it has not been asked for (`ppcl plan --show`).
+        measured: sets of units whose errors were measured.
+    """
+
+    plan: Plan
+    budget: str
+    title: str
+    measures: dict[str, str]
+    lines: list[Line]
+    points: list[Point] = []
+    measured: list[Point] = []
+
+
+_FILE = "outlook.json"
+
+
+def save_outlook(folder: Path, outlook: Outlook) -> None:
+    """Write it into `folder`."""
+    atomic_write(folder / _FILE, outlook.model_dump_json(indent=1))
+
+
+def read_outlook(folder: Path) -> Outlook | None:
+    """What was expected; None where there is no readable file."""
+    try:
+        return Outlook.model_validate_json((folder / _FILE).read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def lines_of(
@@ -149,68 +184,6 @@ def front(forecast: Forecast, budget: Budget) -> list[Point]:
             kept.append(point)
             best = value
     return kept[::-1]
-
-
-def draw(
-    folder: Path,
-    lines: Sequence[Line],
-    points: Sequence[Point],
-    measured: Sequence[Point],
-    forecast: Forecast,
-    budget: str,
-    teacher: str,
-) -> None:
-    """Write `pareto.png` and `report.html` into `folder`.
-
-    Args:
-        points: the front.
-        measured: sets of units whose errors were measured.
-        budget: what size is counted in.
-    """
-    count = len(forecast.models)
-    figure, axes = plt.subplots(1, count, figsize=(3 + 4.5 * count, 4.5), constrained_layout=True, squeeze=False)
-    for axis, measure in zip(axes[0], forecast.models, strict=True):
-        label = f"least {forecast.title}"
-        axis.plot([p.left for p in points], [p.errors[measure] for p in points], ".-", color="0.6", label=label)
-        if measured:
-            errors = [p.errors[measure] for p in measured]
-            axis.plot([p.left for p in measured], errors, "x", ms=5, label="measured sets of units")
-        for line in lines:
-            if line.errors is not None:
-                axis.plot(line.left, line.errors[measure], "o", ms=9, label=f"{line.name}: {line.blocks} blocks")
-        axis.set(xlabel=f"share of the teacher's block {budget}", ylabel=TITLES[measure], yscale="log")
-    axes[0][0].legend(fontsize=8)
-    plot = as_png(figure)
-    atomic_write(folder / "pareto.png", plot)
-    page = render(
-        "ppcl_ds.planning",
-        "report.html.jinja",
-        lines=lines,
-        points=points,
-        measured=measured,
-        title=forecast.title,
-        measures={measure: TITLES[measure] for measure in forecast.models},
-        noise=inline(_plot_noise(lines)) if any(line.by_noise for line in lines) else None,
-        teacher=teacher,
-        budget=budget,
-        plot=inline(plot),
-    )
-    atomic_write(folder / "report.html", page)
-
-
-def _plot_noise(lines: Sequence[Line]) -> bytes:
-    """Measured errors of the variants by noise level."""
-    measures = list(dict.fromkeys(measure for line in lines for measure in line.by_noise))
-    figure, axes = plt.subplots(1, len(measures), figsize=(5.5 * len(measures), 3.6), squeeze=False)
-    for axis, measure in zip(axes[0], measures, strict=True):
-        for line in lines:
-            if measure in line.by_noise:
-                levels = [float(level_name(level)) for level in range(LEVELS)]
-                axis.plot(levels, line.by_noise[measure], marker="o", label=line.name)
-        axis.set(xlabel="quantile of training's noise levels: 1 is the noisiest", ylabel=TITLES[measure], yscale="log")
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    return as_png(figure)
 
 
 def _words(units: Sequence[UnitPlan]) -> str:

@@ -1,4 +1,4 @@
-"""A probe report for people: heatmaps as PNG files and in TensorBoard, and one page that explains them."""
+"""A probe report for people: its figures as PNG files and in TensorBoard, span length over block."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from ppcl_ds.atomic import atomic_folder, atomic_write
-from ppcl_ds.pages import as_png, inline, render
+from ppcl_ds.pages import as_png
 from ppcl_ds.probing.report import MEAN, Matrix, ProbeReport
 
 
@@ -65,7 +65,7 @@ PLOTS = (
 
 
 def save_report(report: ProbeReport, folder: Path) -> None:
-    """Write `report.json`, `heatmap.png`, a PNG a figure, `tensorboard/` and `report.html` into `folder`."""
+    """Write `report.json`, `heatmap.png`, a PNG a figure and `tensorboard/` into `folder`."""
     plots = {"heatmap": draw_overview(report)}
     plots |= {p.name: _draw(report, p) for p in PLOTS if p.name in report.figures.get(MEAN, {})}
     for name, png in plots.items():
@@ -73,38 +73,7 @@ def save_report(report: ProbeReport, folder: Path) -> None:
     with atomic_folder(folder / "tensorboard") as partial, SummaryWriter(str(partial)) as board:
         for name, png in plots.items():
             board.add_image(f"probe/{name}", np.array(Image.open(io.BytesIO(png)).convert("RGB")), dataformats="HWC")
-    page = render(
-        "ppcl_ds.probing",
-        "report.html.jinja",
-        report=report,
-        shown=[(p, inline(plots[p.name])) for p in PLOTS if p.name in plots],
-        overview=inline(plots["heatmap"]),
-        difference=_difference(report),
-        best=_best(report),
-    )
-    atomic_write(folder / "report.html", page)
     atomic_write(folder / "report.json", report.model_dump_json(indent=1))
-
-
-def _difference(report: ProbeReport) -> float | None:
-    """The most that the rule's CKA and its unbiased estimate lie apart."""
-    mean = report.figures.get(MEAN, {})
-    if "cka_unbiased" not in mean:
-        return None
-    apart = np.abs(_array(report.cka) - _array(mean["cka_unbiased"].value))
-    return float(np.nanmax(apart)) if np.isfinite(apart).any() else None
-
-
-def _best(report: ProbeReport) -> list[tuple[int, int, float, float | None]]:
-    """The ten spans of least error: u, v, error, spread."""
-    spread = report.figures[MEAN]["error"].spread if MEAN in report.figures else report.error
-    rows = [
-        (u, v, error, spread[u][v])
-        for u, row in enumerate(report.error)
-        for v, error in enumerate(row)
-        if error is not None
-    ]
-    return sorted(rows, key=lambda row: row[2])[:10]
 
 
 def draw_overview(report: ProbeReport) -> bytes:
@@ -141,12 +110,22 @@ def _panels(report: ProbeReport, plot: Plot) -> Iterator[tuple[str, Matrix]]:
     yield "spread of the average between the halves", report.figures[MEAN][plot.name].spread
 
 
+def by_length(matrix: Matrix) -> Matrix:
+    """The same with a row a length, `[length - 1][first block]`, down to the longest span that was measured."""
+    blocks = len(matrix)
+    rows = [[matrix[u][u + n] if u + n < blocks else None for u in range(blocks)] for n in range(blocks)]
+    known = [n for n, row in enumerate(rows) if any(value is not None for value in row)]
+    return rows[: max(known, default=0) + 1]
+
+
 def _heatmap(axis: Axes, matrix: Matrix, name: str, title: str) -> None:
-    values = _array(matrix)
+    values = _array(by_length(matrix))
     if name == "error":
         values = np.log10(np.where(values > 0, values, np.nan))
-    image = axis.imshow(values, cmap="magma" if name == "error" else "viridis")
-    axis.set(title=title, xlabel="last block of the span", ylabel="first block u")
+    edges = (-0.5, len(matrix) - 0.5, 0.5, len(values) + 0.5)
+    cmap = "viridis_r" if name == "error" else "viridis"
+    image = axis.imshow(values, cmap=cmap, origin="lower", aspect="auto", extent=edges)
+    axis.set(title=title, xlabel="first block of the span", ylabel="blocks in the span")
     axis.title.set_fontsize(9)
     axis.figure.colorbar(image, ax=axis, shrink=0.8)
 
@@ -154,8 +133,8 @@ def _heatmap(axis: Axes, matrix: Matrix, name: str, title: str) -> None:
 def _outline(axis: Axes, report: ProbeReport) -> None:
     for u, v in report.spans:
         style = "--" if (u, v) in report.unstable else "-"
-        corner, side = (u - 0.5, u - 0.5), v - u + 1
-        axis.add_patch(plt.Rectangle(corner, side, side, fill=False, edgecolor="red", linestyle=style))
+        corner = (u - 0.5, v - u + 0.5)
+        axis.add_patch(plt.Rectangle(corner, 1, 1, fill=False, edgecolor="red", linestyle=style))
 
 
 def _array(matrix: Matrix) -> np.ndarray:

@@ -102,7 +102,7 @@ def _report(recipe: Recipe, teacher: Teacher, measured: Measured, unused: list[s
     report = make_report(measured, teacher.class_name, unused, runs)
     save_report(report, recipe.probe_folder)
     spans = f"{len(report.spans)} spans of the paper's rule, {len(report.unstable)} of them unstable"
-    print(f"wrote {recipe.probe_folder}/report.html: {spans}")
+    print(f"wrote {recipe.probe_folder}/report.json: {spans}")
 
 
 @dataclass

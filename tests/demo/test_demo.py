@@ -55,13 +55,13 @@ def test_the_demo_leaves_everything_it_promises(short: tuple[Path, str]) -> None
     variants = {f"{variant}{ending}" for variant in ("large", "medium", "small") for ending in ("", "-undistilled")}
     assert set(models) == {"teacher", "medium-finetuned"} | variants
     keys = {"name", "params", "block_params_ratio", "latency_ms", "accuracy", "frechet", "velocity_mse", "sample_mse"}
-    keys |= {"guided_mse", "branch_mse", "short_mse"}
+    keys |= {"images", "by_noise", "guided_mse", "branch_mse", "short_mse", "guided_by_noise", "branch_by_noise"}
     for name, row in models.items():
         weights = row.pop("weights")
         assert (weights is None) == (name == "teacher" or name.endswith("-undistilled")), (
             "of folders that were measured"
         )
-        assert row.keys() == keys | {"by_noise", "guided_by_noise", "branch_by_noise"}
+        assert row.keys() == keys
         assert None not in row.values()
     for variant, share in (("large", 0.33), ("medium", 0.5), ("small", 0.75)):
         assert models[variant]["block_params_ratio"] == pytest.approx(1 - share, abs=0.05)
@@ -89,9 +89,11 @@ def test_tensorboard_has_what_a_run_is_watched_by(short: tuple[Path, str]) -> No
 
 def test_the_report_page_needs_no_other_file(short: tuple[Path, str]) -> None:
     page = (short[0].parent / "run" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5  # samples, losses, errors, errors by noise, the Pareto front
+    # Eight prompts by the teacher and seven variants, of which three were not trained; and samples.png.
+    assert page.count('src="data:image/png;base64,') == 8 * 8 + 1
     assert "src=" not in page.replace('src="data:', "")
-    assert "medium-undistilled" in page
+    assert all(command in page for command in ("<td>probe", "<td>distill", "<td>finetune medium", "<td>evaluate"))
+    assert "Not there yet" not in page
 
 
 def test_a_second_demo_repeats_nothing(short: tuple[Path, str]) -> None:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from ppcl_ds.evaluate.compared import SetFigures
 from ppcl_ds.evaluate.evaluate import _with_official
-from ppcl_ds.evaluate.report import pareto
 from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.report.page import pareto
 from tests.conftest import command
 from tests.export.trained import pretend_trained
 
@@ -60,7 +60,8 @@ class Page(HTMLParser):
         self.words.append(data.strip())
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.sources += [str(value) for name, value in attributes if name in ("src", "href")]
+        addresses = [str(value) for name, value in attributes if name in ("src", "href")]
+        self.sources += [each for each in addresses if not each.startswith(("#", "pruned/"))]
 
 
 def test_report_page_and_cards_say_the_same(evaluated: Path) -> None:
@@ -87,9 +88,10 @@ def test_report_page_and_cards_say_the_same(evaluated: Path) -> None:
     page = Page((run / "report.html").read_text())
     assert page.sources
     assert all(source.startswith("data:") for source in page.sources)
-    assert sum(source.startswith("data:image/jpeg") for source in page.sources) == 2 * 2 * len(PROMPTS)
+    pairs, held_out, before = 2 * 2 * len(PROMPTS), 2 * 3, 2 * 2
+    assert sum(source.startswith("data:image/") for source in page.sources) == pairs + held_out + before + 1
     assert f"{own['values']['small']:.4g}" in page.words
-    assert "no worse by 1e+03" in page.words
+    assert "no worse by 1,000" in page.words
     assert not re.search(
         r"https?://(?!www\.w3\.org)", (run / "report.html").read_text().replace("https://arxiv.org", "")
     )

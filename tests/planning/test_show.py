@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.planning.budget import budget_of
 from ppcl_ds.planning.error_model import probed
 from ppcl_ds.planning.planner import show
-from ppcl_ds.planning.show import front
+from ppcl_ds.planning.show import front, read_outlook
 from ppcl_ds.probing.report import ProbeReport
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.teacher.teacher import open_teacher
@@ -62,11 +61,15 @@ def test_the_table_says_what_is_left_and_what_it_is_expected_to_cost(
     assert "image ffn[5]" in lines["wide"]
     assert "not known" in lines["wide"], "no probe says what a feed-forward costs"
     assert f"{6 * block:,} (+0%)" in lines["whole"]
-    page = (recipe.run / "plan" / "report.html").read_text()
-    assert all(variant in page for variant in ("small [a]", "wide", "whole"))
-    with Image.open(recipe.run / "plan" / "pareto.png") as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 500
+    outlook = read_outlook(recipe.run / "plan")
+    assert outlook is not None
+    assert outlook.plan == PLAN
+    assert [(line.name, line.blocks, line.error) for line in outlook.lines] == [
+        ("small [a]", 3, pytest.approx(0.36)),
+        ("wide", 5, None),
+        ("whole", 6, 0),
+    ]
+    assert len(outlook.points) == 5
 
 
 def test_the_front_holds_sets_that_no_smaller_one_beats(probed_run: tuple[Path, Recipe]) -> None:

@@ -45,7 +45,6 @@ def test_parts_and_ranges_on_two_ranks_give_the_report_of_a_single_run(new_run: 
     assert whole.tokens["image"] == 5 * 6 * 16
     assert whole == ranged
     equal(whole, merged)
-    assert (path.parent / "probe" / "report.html").exists()
     printed = command("probe", path, "--part", "4/3", code=2)
     assert printed.startswith("error: --part 4/3")
 

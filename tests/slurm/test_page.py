@@ -1,4 +1,4 @@
-"""The report page in a real browser, which `make test-slurm` installs: no error, all images, full tables."""
+"""The page of a run in a real browser, which `make test-slurm` installs: all images, full tables, no error."""
 
 from __future__ import annotations
 
@@ -6,29 +6,39 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ppcl_ds.evaluate.compared import ScoreFigures, SetFigures, Worst
-from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.evaluate.paired import interval, paired
-from ppcl_ds.evaluate.report import Curves, Figures, draw_samples, write_report
 from ppcl_ds.evaluate.speed import Speed
+from ppcl_ds.report.page import write_page
+from ppcl_ds.report.record import write_down
+from tests.report.runs import make_run
 
 pytestmark = pytest.mark.slurm
 
 LOOK = """
 <script>
+// Numbers of one row of blocks, or of one axis, that are written over each other.
+const overlapping = () => [...document.querySelectorAll("svg.plot")].filter(plot => {
+  const texts = [...plot.querySelectorAll("text.tick")];
+  const boxes = texts.map(text => text.getBoundingClientRect()).filter(box => box.width);
+  const beside = (a, b) => a.right <= b.left || b.right <= a.left;
+  const above = (a, b) => a.bottom - 2 <= b.top || b.bottom - 2 <= a.top;
+  return boxes.some((a, n) => boxes.some((b, m) => n < m && !beside(a, b) && !above(a, b)));
+}).map(plot => plot.getAttribute("aria-label"));
 addEventListener("load", () => {
   const images = [...document.images], wide = document.documentElement;
   const found = {
     images: images.length,
     loaded: images.filter(image => image.complete && image.naturalWidth > 0).length,
-    empty: [...document.querySelectorAll("td")].filter(cell => !cell.textContent.trim()).length,
-    rows: document.querySelectorAll("tr").length,
+    empty: [...document.querySelectorAll("tr:not(:last-child) td")].filter(cell => !cell.textContent.trim()).length,
+    stage: !document.querySelector(".stage").hidden,
+    over: overlapping(),
     beside: wide.scrollWidth - wide.clientWidth,
     fetched: performance.getEntriesByType("resource").filter(each => !each.name.startsWith("data:")).length,
   };
@@ -37,25 +47,13 @@ addEventListener("load", () => {
 </script>
 """
 PROMPTS = [f"a very_long_word_{'x' * 60} and <b>markup</b> & more, number {number}" for number in range(20)]
+VARIANTS = ("large", "small")
 
 
-def page(run: Path) -> Path:
-    """The report of a teacher and two variants on one prompt set."""
-    random = np.random.default_rng(0)
-    names = ("teacher", "large", "small", "small-undistilled")
-    models = [
-        ModelFigures(
-            name=name,
-            params=10**10 // (number + 1),
-            block_params_ratio=1 / (number + 1),
-            latency_ms=300 / (number + 1),
-            velocity_mse=0.01 * number,
-            sample_mse=0.02 * number,
-            by_noise=[(place / 5, 0.01 * number * (1 + place)) for place in range(5)],
-        )
-        for number, name in enumerate(names)
-    ]
-    each = {name: list(random.normal(30 - number, 3, len(PROMPTS))) for number, name in enumerate(names[:3])}
+def prompt_set(run: Path) -> SetFigures:
+    """Scores, differences and worst pairs of a teacher and two variants."""
+    random, names = np.random.default_rng(0), ("teacher", *VARIANTS)
+    each = {name: list(random.normal(30 - number, 3, len(PROMPTS))) for number, name in enumerate(names)}
     clip = ScoreFigures(
         score="clip",
         kind="alone",
@@ -72,7 +70,7 @@ def page(run: Path) -> Path:
             Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
         shown = {name: f"evaluate/{name}/{number}.png" for name in ("teacher", "small")}
         worst.append(Worst(prompt=prompt, variant="small", by="clip", value=-1.0 / (1 + number), images=shown))
-    one = SetFigures(
+    return SetFigures(
         name="mine",
         layout="folder",
         prompts=len(PROMPTS),
@@ -83,17 +81,22 @@ def page(run: Path) -> Path:
         worst=worst,
         official={"teacher": {"overall": 87.0, "colors": 90.0}, "small": {"overall": 85.5, "colors": 91.0}},
     )
+
+
+def page(run: Path, blocks: int, pixels: int) -> Path:
+    """A finished run with a prompt set, timed, under names that are no markup."""
+    figures: dict[str, Any] = {"sets": [prompt_set(run)], "facts": {"Teacher": "a/long/path" * 9}}
+    recipe = make_run(run, blocks, variants=VARIANTS, tag="_<b>&" + "y" * 40, pixels=pixels, **figures)
     speed = [Speed(model="teacher", way="plain", size=64, batch=1, seconds=1.5).model_dump()]
     (run / "speed.json").write_text(json.dumps(speed))
-    draw_samples({name: torch.zeros(4, 3, 8, 8) for name in names}, PROMPTS[:4], run / "samples.png")
-    losses = {"blocks_00_01": [(1, 1.0), (2, 0.5)]}
-    write_report(run, Figures(models=models, sets=[one], facts={"Teacher": "a/long/path" * 9}), Curves(losses, losses))
-    return run / "report.html"
+    write_down(recipe, "evaluate")
+    return write_page(recipe)
 
 
+@pytest.mark.parametrize(("blocks", "pixels"), [(12, 8), (60, 128), (100, 8)])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_is_whole_in_a_browser(tmp_path: Path, width: int) -> None:
-    path = page(tmp_path)
+def test_the_page_is_whole_in_a_browser(tmp_path: Path, width: int, blocks: int, pixels: int) -> None:
+    path = page(tmp_path, blocks, pixels)
     path.write_text(path.read_text() + LOOK)
     browser = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
     done = subprocess.run(
@@ -107,5 +110,13 @@ def test_the_page_is_whole_in_a_browser(tmp_path: Path, width: int) -> None:
     title = re.search(r"<title>(\{.*?\})</title>", done.stdout)
     assert title, done.stdout[:1000]
     found = json.loads(title[1])
-    assert found.pop("rows") == 5 + 4 + 3 + 2
-    assert found == {"images": 2 * 16 + 4, "loaded": 2 * 16 + 4, "empty": 0, "beside": 0, "fetched": 0}
+    images = 2 * 16 + 4 * 5 + 1 + 2  # pairs; prompts by models; samples.png; the stage, which the script fills
+    assert found == {
+        "images": images,
+        "loaded": images,
+        "empty": 0,
+        "beside": 0,
+        "fetched": 0,
+        "stage": True,
+        "over": [],
+    }
