@@ -145,7 +145,8 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
         return Chooser(section, swaps, budget, max(steps, swaps.trained)).sets(0.0)
     plans = []
     for charge, smallest_first in product(_CHARGES, (True, False)):
-        sets, size = {}, len(swaps.units)
+        sets: Sets = {}
+        size = len(swaps.units)
         for _ in range(_SWEEPS):
             each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
             sets = Chooser(section, swaps, budget, each).sets(charge, sets, smallest_first)

@@ -95,7 +95,8 @@ def trained(recipe: Recipe, boards: Mapping[TrainingFolder, Scalars], colours: M
 
 
 def _distilled(folder: TrainingFolder, scalars: Scalars, colours: Mapping[str, int]) -> Trained:
-    heldout, shown = [], {}
+    heldout: list[Markup] = []
+    shown: dict[str, int] = {}
     for figure, title in _HELDOUT.items():
         before = f"heldout/{figure}/"  # what follows a variant's name is a noise level
         looks = {name.removeprefix(before): points for name, points in scalars.items() if name.startswith(before)}

@@ -43,7 +43,8 @@ def test_noise_is_drawn_towards_units_of_the_same_length() -> None:
     few = [(step, loss * factor) for (step, loss), factor in zip(curve(0.5)[-3:], (1.0, 1.3, 1.3), strict=True)]
     curves = {"0-1": curve(0.5), "2-3": few, "4-7": curve(0.1)}
     found = exponents(units, curves)
-    alone = -np.polyfit(*np.log(np.array(few)).T, 1)[0]
+    steps, losses = np.log(np.array(few)).T
+    alone = -np.polyfit(steps, losses, 1)[0]
     assert abs(found[1] - 0.5) < abs(alone - 0.5)
     assert exponents([*units, unit(0, 3)], curves)[3] == pytest.approx(found[2]), "no curve: that of its length"
 

@@ -64,10 +64,10 @@ def test_the_table_says_what_is_left_and_what_it_is_expected_to_cost(
     outlook = read_outlook(recipe.run / "plan")
     assert outlook is not None
     assert outlook.plan == PLAN
-    assert [(line.name, line.blocks, line.error) for line in outlook.lines] == [
-        ("small [a]", 3, pytest.approx(0.36)),
+    assert [(line.name, line.blocks, line.errors) for line in outlook.lines] == [
+        ("small [a]", 3, {"error": pytest.approx(0.36)}),
         ("wide", 5, None),
-        ("whole", 6, 0),
+        ("whole", 6, {"error": 0}),
     ]
     assert len(outlook.points) == 5
 

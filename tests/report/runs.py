@@ -86,11 +86,12 @@ def plan_of(blocks: int, variants: Sequence[str] = ("large", "small"), tag: str 
 
 def outlook_of(plan: Plan) -> Outlook:
     lines = [
-        Line(name, len(plan.places(name)), "units", 10**6, len(plan.places(name)) / plan.blocks, 0.05 * (place + 1))
-        for place, name in enumerate(plan.variants)
+        Line(name, len(kept), "units", 10**6, len(kept) / plan.blocks, {"error": 0.05 * (place + 1)}, {}, {})
+        for place, (name, kept) in enumerate((name, plan.places(name)) for name in plan.variants)
     ]
-    points = [Point(1 - 0.1 * step, 0.01 * 2**step, f"set {step}") for step in range(6)]
-    return Outlook(plan=plan, budget="parameters", title="probed error", lines=lines, points=points)
+    points = [Point(1 - 0.1 * step, {"error": 0.01 * 2**step}, f"set {step}") for step in range(6)]
+    measures = {"error": "probed error"}
+    return Outlook(plan=plan, budget="parameters", title="probed error", measures=measures, lines=lines, points=points)
 
 
 def write_curves(recipe: Recipe, plan: Plan, variant: str) -> None:
