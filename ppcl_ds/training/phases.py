@@ -286,6 +286,7 @@ class Account(ABC):
         way = {
             "gradients and parameters on their way": share * (4 + self.teacher.element)
         }  # may take twice that, pinned
+        copies = {"copies for a checkpoint": share * 4 * (1 + moments)}
         return Phase(
             "gradient reduction",
             moved=most(
@@ -293,5 +294,5 @@ class Account(ABC):
                 for rank in ranks
             ),
             resident={"optimizer": 0} if offload else kept,
-            host=kept | way if offload else {},
+            host=(kept | way if offload else {}) | copies,
         )

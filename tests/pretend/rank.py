@@ -321,7 +321,7 @@ def _save_what_is_written(run: Run, trainer: Any) -> None:
     saver.write_tensors = write_tensors
     # The ranks of a case do not wait for each other here, and the first one clears the folder.
     trainer.saver.folder /= f"rank-{run.case.rank}"
-    problem = run.watched("save", lambda: trainer.saver.save(STEPS))
+    problem = run.watched("save", lambda: trainer.saver.begin(STEPS)) or trainer.saver.end()[1]
     assert not problem, problem
     run.notes["written"] = written
 
