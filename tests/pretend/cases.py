@@ -86,12 +86,13 @@ class Case:
         units_at_most: of a plan of depth units; 0: as many as there are spans.
         uses: of each reading of the teacher; of more than one, two readings are kept.
         ring_offload: whether these lie in CPU memory.
-        mistake: a device mix-up that is put in on purpose, see `rank.py`.
+        mistake: a device mix-up, or something slow, that is put in on purpose, see `rank.py`.
         then: what else is done after the steps: `look`, `save`.
         drawing_steps: of the sampler, for images.
         gib: memory of the accelerator.
         at_once: blocks whose sums probing has in memory; 0: as many as there is room for.
         whole: whether every rank has the whole teacher.
+        steps: of a training, of which the last one is seen; by the second all is settled.
         zero: changes to `zero_optimization` of the teacher's DeepSpeed file.
     """
 
@@ -123,11 +124,17 @@ class Case:
     at_once: int = 2
     whole: bool = False
     then: tuple[str, ...] = ()
+    steps: int = 3
     zero: tuple[tuple[str, int], ...] = ()
 
     @property
     def world(self) -> int:
         return self.stages * self.replicas
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The first ranks of the first and of the last stage."""
+        return tuple(sorted({0, self.world - self.replicas}))
 
     def written(self) -> str:
         return json.dumps(asdict(self))
@@ -169,6 +176,7 @@ class Case:
             "micro_batches_per_step": self.rounds * self.world,
             "activation_checkpointing": self.checkpointing,
             "optimizer": {"offload": self.offload},
+            "sample_every": 100 if "look" in self.then else 0,
         }
         written = folder / "teacher.json"
         return Recipe.model_validate(
