@@ -83,12 +83,12 @@ def as_it_was() -> list[Row]:
     place = "training/delivery.py:sent"
     waits = [observe(replace(narrow, mistake=how), (0,))[0].waits().get(place, 0) for how in ("", "pageable")]
     measuring = replace(narrow, what="swaps", blocks=4, plan="width", stages=1, replicas=2)
-    ahead = [observe(replace(measuring, mistake=how), (0,))[0].ahead("errors") for how in ("", "forgetful")]
+    late = [1 - observe(replace(measuring, mistake=how), (0,))[0].ahead("errors") for how in ("", "forgetful")]
     made = [rank.groups for rank in observe(replace(narrow, blocks=4, replicas=2))]
     moved = [moved_bytes(how) / 2**20 for how in (_summed_at_once, _summed_by_a_copy)]
     return [
         row("waits for copies of a micro-batch: pinned / pageable", *waits, "a step", "sent before it is needed"),
-        row("gathered ahead in `plan --from-run`: / order forgotten", *ahead, "share", "of each forward but the first"),
+        row("gathered late in `plan --from-run`: / order forgotten", *late, "share", "of each forward but the first"),
         row("a gradient into its float32 sum / by a copy", *moved, "bytes", "a parameter, read and written"),
         row(
             "splits of NCCL's group for nothing: / gloo groups made by all",

@@ -23,12 +23,12 @@ WAN = replace(QWEN, family="wan", size=624, frames=81, micro_batch=1, units_at_m
 ALONE = replace(QWEN, stages=1, replicas=1, offload=True, micro_batch=1)
 CASES = {
     "qwen, 8": replace(QWEN, then=("look",)),
-    "qwen, 8, fine-tuned": replace(QWEN, what="finetune", then=("look",)),
-    "qwen, 8, whole": replace(QWEN, stages=1, replicas=8, whole=True, units_at_most=5),
+    "qwen, 8, fine-tuned": replace(QWEN, what="finetune"),
+    "qwen, 8, whole": replace(QWEN, whole=True),
     "qwen, 1": replace(ALONE, units_at_most=10),
     "qwen, 1, teacher in CPU memory": replace(ALONE, units_at_most=8, teacher_offload=True),
     "qwen, 2": replace(ALONE, stages=2),
-    "qwen, 32": replace(QWEN, stages=8, replicas=4),
+    "qwen, 32": replace(QWEN, replicas=8),
     "flux, 8": replace(FLUX, then=("look",)),
     "flux, 1": replace(ALONE, family="flux"),
     "flux, 2": replace(FLUX, stages=2, replicas=1, offload=True),
