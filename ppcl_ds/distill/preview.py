@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.sharded import Loaded, forget_order
-from ppcl_ds.teacher.teacher import Teacher, forward
+from ppcl_ds.teacher.teacher import forward
 from ppcl_ds.training.preview import Means, Preview, Turn
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.plugging import borrow, plugged
@@ -21,14 +20,12 @@ from ppcl_ds.units.unit import Unit
 
 
 def look(
-    recipe: Recipe,
+    preview: Preview,
     plan: Plan,
-    teacher: Teacher,
     sharded: Loaded,
     units: Mapping[str, Unit],
     owner: Mapping[str, int],
     group: dist.ProcessGroup,
-    device: torch.device,
     draws: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Errors and images of every variant on held-out data, the same noise for all. Collective over all ranks.
@@ -44,14 +41,14 @@ def look(
         `heldout/velocity_mse/VARIANT`, `guided_mse`, `branch_mse` and `short_mse` likewise -> error, the middle two
         also by noise level, `heldout/guided_mse/VARIANT/0.9`; and on rank 0, model -> images (N, C, H, W) in [-1, 1].
     """
-    preview, turn, means = Preview(recipe, teacher, device), Turn.of_rank(), Means()
+    teacher, turn, means = preview.teacher, Turn.of_rank(), Means()
     batches, pieces = list(preview.noisy(sharded, turn)), preview.pieces(sharded, turn)
     images: dict[str, Tensor | None] = {}
     reference: list[Tensor] = []
     true: list[dict[str, Tensor]] = []
     for name in ["teacher", *plan.variants]:
         wanted = () if name == "teacher" else plan.units_of(name)
-        own = borrow(wanted, units, owner, group, teacher, DTYPES[recipe.teacher.precision], device)
+        own = borrow(wanted, units, owner, group, teacher, DTYPES[preview.recipe.teacher.precision], preview.device)
         inside = nullcontext() if name == "teacher" else plugged(sharded.module, teacher.anatomy, plan, name, own)
         with inside, torch.no_grad():
             velocities = [teacher.answer(sharded, batch) for _, batch in batches]

@@ -150,4 +150,4 @@ class Trainer(Training):
     def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         owner = {name: stage for stage, names in enumerate(self.library.stage_units) for name in names}
         units = {layer.name: layer.unit for layer in self.library.layers}
-        return look(self.recipe, self.plan, self.teacher, self.sharded, units, owner, self.group, self.device, draws)
+        return look(self.preview(), self.plan, self.sharded, units, owner, self.group, draws)

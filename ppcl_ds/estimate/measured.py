@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
+import torch
+
+from ppcl_ds.data.batch import Size
 from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.activations import block_activations, unit_activations
+from ppcl_ds.estimate.activations import LiveBytes, block_activations, unit_activations
 from ppcl_ds.estimate.inputs import Inputs
 from ppcl_ds.finetune.phases import FineTuning
 from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.teacher.anatomy import Anatomy, Streams, block_shapes
 from ppcl_ds.teacher.files import empty_model
+from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.flops import work_of
 from ppcl_ds.training.meta_forward import MetaForward, meta_forward
 from ppcl_ds.training.phases import LayerCosts, TeacherCosts
@@ -71,7 +76,7 @@ def distilling(inputs: Inputs, forward: MetaForward) -> Distilling:
         teacher = replace(teacher, forwards=settings.trajectories.forwards)
     else:
         teacher = teacher_costs(inputs, forward, taps_of(plan, anatomy).last)
-    return Distilling(teacher, tuple(layers), settings)
+    return Distilling(teacher, tuple(layers), settings, tuple(plan.variants.values()))
 
 
 def fine_tuning(inputs: Inputs, forward: MetaForward) -> FineTuning:
@@ -151,7 +156,22 @@ def teacher_costs(inputs: Inputs, forward: MetaForward, last: int) -> TeacherCos
         flops=forward.flops_until[last] / inputs.training.micro_batch,
         activations=max(activations.values()),
         sharding=inputs.sharding,
+        decoder=decoder_bytes(teacher, inputs.size) if inputs.training.sample_every else 0,
     )
+
+
+def decoder_bytes(teacher: Teacher, size: Size) -> int:
+    """Bytes of the VAE in bfloat16, and the most that it takes beside that to decode one image.
+
+    Of a VAE that cannot be run on the meta device, those of its weights alone.
+    """
+    vae = copy.deepcopy(teacher.call.pipe.vae).to(device="meta", dtype=torch.bfloat16)
+    live = LiveBytes()
+    with suppress(Exception), torch.no_grad():  # whatever a VAE says to the meta device
+        latents = torch.empty(1, *teacher.call.to_vae(size).shape, dtype=torch.bfloat16, device="meta")
+        with live:
+            vae.decode(latents)
+    return sum(tensor.nbytes for tensor in (*vae.parameters(), *vae.buffers())) + live.peak
 
 
 class Meter:

@@ -75,6 +75,7 @@ class FineTuning(Account):
                 waits=others / (count * passes[stage] + others),
             ),
             self.update(cluster, ranks, trained, self.trained_rest, moments=3 if settings.ema else 2),
+            *self.looks(cluster),
         ]
 
 

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 
 from ppcl_ds.finetune.pipeline import VariantEngine
-from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.noising import place_quantiles
 from ppcl_ds.teacher.sharded import Loaded
-from ppcl_ds.teacher.teacher import Teacher, forward
+from ppcl_ds.teacher.teacher import forward
 from ppcl_ds.training.preview import Means, Preview, Turn
 
 
 def look(
-    recipe: Recipe,
+    preview: Preview,
     quantiles: Sequence[float],
-    teacher: Teacher,
     sharded: Loaded,
     engine: VariantEngine,
-    device: torch.device,
     draws: bool,
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Held-out losses and images; the same samples and noise every time. Collective over all ranks.
@@ -39,12 +36,11 @@ def look(
         `heldout/branch_mse`, both also by noise level (`heldout/guided_mse/0.9`), and `heldout/short_mse`; and on rank
         0, `teacher` and `variant` -> images (N, C, H, W) in [-1, 1].
     """
-    preview, means = Preview(recipe, teacher, device), Means()
-    grid = engine.grid
+    teacher, grid, means = preview.teacher, engine.grid, Means()
     turn = Turn(grid.get_data_parallel_rank(), grid.get_data_parallel_world_size(), speaks=engine.stage_id == 0)
     places: dict[str, Tensor | None] = {"trajectories": None}
     if preview.has_images:
-        found = place_quantiles(recipe.noise, quantiles)
+        found = place_quantiles(preview.recipe.noise, quantiles)
         places = {f"{quantile:g}": place for quantile, place in zip(quantiles, found, strict=True)}
     images: dict[str, Tensor | None] = {}
     with torch.no_grad():

@@ -147,4 +147,4 @@ class FineTuner(Training):
 
     def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Losses by noise level and images, the variant beside the teacher."""
-        return look(self.recipe, self.tuning.quantiles, self.teacher, self.sharded, self.engine, self.device, draws)
+        return look(self.preview(), self.tuning.quantiles, self.sharded, self.engine, draws)

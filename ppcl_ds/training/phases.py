@@ -96,6 +96,7 @@ class TeacherCosts:
         flops: of one sample's forward.
         activations: most bytes that a block's forward takes, outputs included.
         forwards: for each micro-batch.
+        decoder: bytes of the VAE, and of decoding one image.
     """
 
     parameters: tuple[tuple[int, int], ...]
@@ -107,6 +108,7 @@ class TeacherCosts:
     activations: int
     sharding: Sharding
     forwards: int = 1
+    decoder: int = 0
 
     def resident(self, cluster: Cluster) -> Parts:
         """The partition over all ranks; the one inside the node, if any; and what every rank has whole. Or all."""
@@ -269,6 +271,17 @@ class Account(ABC):
             | held,
         )
 
+    def looks(self, cluster: Cluster, borrowed: int = 0) -> list[Phase]:
+        """A look at held-out data, if there are any: the teacher with nothing recorded, and what draws and decodes.
+
+        Args:
+            borrowed: bytes of units of other stages.
+        """
+        if not self.settings.sample_every:
+            return []
+        teacher = {"gathered block": self.teacher.gathered(cluster), "activations": self.teacher.activations}
+        return [Phase("look", transient=teacher | {"borrowed units": borrowed, "VAE": self.teacher.decoder})]
+
     def update(self, cluster: Cluster, ranks: range, trained: int, shared: int = 0, moments: int = 2) -> Phase:
         """The end of a step: gradients are averaged over the replicas in float32 (reduce-scatter and all-gather), each
         replica steps its share, and the new parameters are gathered. A float32 master and its moments are divided over
@@ -286,6 +299,7 @@ class Account(ABC):
         way = {
             "gradients and parameters on their way": share * (4 + self.teacher.element)
         }  # may take twice that, pinned
+        copies = {"copies for a checkpoint": share * 4 * (1 + moments)}
         return Phase(
             "gradient reduction",
             moved=most(
@@ -293,5 +307,5 @@ class Account(ABC):
                 for rank in ranks
             ),
             resident={"optimizer": 0} if offload else kept,
-            host=kept | way if offload else {},
+            host=(kept | way if offload else {}) | copies,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from ppcl_ds import launch, launcher
@@ -29,6 +30,9 @@ from ppcl_ds.training.delivery import send
 
 _IMAGES = 8
 """Held-out samples, and images of each model; one, where captions cannot be read together."""
+
+_SIDE = 512
+"""Most pixels of an image's longer side; larger ones are sent and shown smaller."""
 
 _STEPS = 10
 """Most sampling steps of an image: enough to see what has gone wrong. `ppcl evaluate` takes the recipe's."""
@@ -57,14 +61,25 @@ class Turn:
 class Preview:
     """What every model is looked at with; every rank makes one.
 
+    Args:
+        together: most images that are drawn at once; a micro-batch, so that drawing takes no more memory than training.
+        group: all ranks, over gloo.
+
     Attributes:
         samples: the first held-out ones as they are stored.
         noiser: adds noise to them.
     """
 
-    def __init__(self, recipe: Recipe, teacher: Teacher, device: torch.device) -> None:
-        together = read_texts(recipe.data).joining.padded
-        self.count = _IMAGES if together else 1
+    def __init__(
+        self,
+        recipe: Recipe,
+        teacher: Teacher,
+        device: torch.device,
+        together: int,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.together, self.group = together, group
+        self.count = _IMAGES if read_texts(recipe.data).joining.padded else 1
         stream = NoisyStream(
             recipe, teacher.call, "heldout", self.count, captions=not has_images(recipe.data, "heldout")
         )
@@ -101,7 +116,8 @@ class Preview:
     def draw(self, answer: Callable[[Arguments], Tensor], turn: Turn) -> Tensor | None:
         """Images (N, C, H, W) in [-1, 1] on rank 0's CPU, None on others; all ranks must call this together.
 
-        Each draws and decodes its own. None everywhere for a pipeline of two transformers: only one of them is here.
+        Each draws and decodes its own, and sends them to rank 0, in 8 bits and no larger than they are shown. None
+        everywhere for a pipeline of two transformers: only one of them is here.
 
         Args:
             answer: what a model puts out for arguments on the device.
@@ -116,12 +132,12 @@ class Preview:
         call, component = self.teacher.call, self.teacher.component
         drawn = []
         for counts, drawing in Drawing.shared(
-            self.recipe, call, self.noiser, self.samples, _IMAGES, turn.number, turn.of, steps=steps
+            self.recipe, call, self.noiser, self.samples, self.together, turn.number, turn.of, steps=steps
         ):
             images = drawing.draw({component: asked}, self.decoder if counts and turn.speaks else None)[1]
-            drawn += [] if images is None else [images]
-        everybodys = [images for each in launch.all_gather(drawn) for images in each]
-        return torch.cat(everybodys) if dist.get_rank() == 0 else None
+            drawn += [] if images is None else [shown(images)]
+        everybodys = on_first_rank(drawn, self.group)
+        return None if everybodys is None else everybodys.float() / 127.5 - 1
 
     def pieces(self, sharded: Any, turn: Turn) -> list[Piece]:
         """This rank's share of what else models are compared on; nothing, and a line, where that cannot be had.
@@ -153,6 +169,37 @@ class Preview:
     def decoder(self) -> Decoder:
         """From latents to images; it takes memory from when this rank first draws."""
         return Decoder(self.teacher.path, self.device)
+
+
+def shown(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) in [-1, 1] as they are shown, uint8."""
+    shrink = min(1.0, _SIDE / max(images.shape[2:]))
+    small = images if shrink == 1 else F.interpolate(images, scale_factor=shrink, mode="area")
+    return (small.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+
+
+def on_first_rank(own: Sequence[Tensor], group: dist.ProcessGroup | None) -> Tensor | None:
+    """Everybody's images (N, C, H, W), uint8, on rank 0 in the order of ranks; None on others. All ranks must call it.
+
+    Who has none sends its shape alone.
+
+    Args:
+        group: all ranks, over gloo.
+    """
+    mine = torch.cat(list(own)) if own else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+    shape, first = torch.tensor(mine.shape), dist.get_rank() == 0
+    shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
+    dist.gather(shape, shapes if first else None, group=group)
+    if not first:
+        if len(mine):
+            dist.send(mine, 0, group=group)
+        return None
+    parts = [mine] if len(mine) else []
+    for rank, other in enumerate(shapes[1:], start=1):
+        if other[0]:
+            parts.append(torch.empty(other.tolist(), dtype=torch.uint8))
+            dist.recv(parts[-1], rank, group=group)
+    return torch.cat(parts)
 
 
 class Means:

@@ -1,8 +1,9 @@
-"""Writing and loading a run's checkpoints: all ranks at once, each its own share."""
+"""Writing and loading a run's checkpoints: all ranks at once, each its own share, while the training goes on."""
 
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,50 @@ from torch import Tensor
 
 from ppcl_ds import launch
 from ppcl_ds.atomic import atomic_write, fsync
+from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import checkpoint_tag
 from ppcl_ds.training.checkpoint import POOL, Checkpoint, Contents, Piece, SavedUnit, newest_checkpoint
 from ppcl_ds.training.engine import StudentsEngine
-from ppcl_ds.training.tensor_file import write_tensors
+from ppcl_ds.training.tensor_file import Copied, copied, write_tensors
+
+_LOOK = 0.2
+"""Seconds between looks at how far everybody's file is, where it is waited for."""
+
+
+class _Writer(threading.Thread):
+    """Writes this rank's file of a checkpoint from copies, beside the training.
+
+    Attributes:
+        problem: why there is no file; empty: it is on the disk, once the thread has ended.
+        fault: what ended the thread, if it is none of the disk's.
+        pieces: how many are on the disk.
+    """
+
+    def __init__(self, tensors: dict[str, Copied], path: Path, contents: Contents) -> None:
+        super().__init__(daemon=True)
+        self.tensors, self.path, self.contents = tensors, path, contents
+        self.problem = ""
+        self.fault: Exception | None = None
+        self.pieces = 0
+        accelerator: Any = get_accelerator()
+        self.copied = accelerator.Event() if accelerator.Event is not None else None
+        if self.copied is not None:
+            self.copied.record(accelerator.current_stream())
+
+    def run(self) -> None:
+        try:
+            if self.copied is not None:
+                self.copied.synchronize()
+            write_tensors(self.tensors, self.path, self._grows)
+            fsync(self.path)
+        except (OSError, SafetensorError) as fault:
+            self.problem = _words(self.path.parents[1], fault)
+        except Exception as fault:  # it must not pass for a whole file
+            self.fault = fault
+        self.tensors = {}
+
+    def _grows(self) -> None:
+        self.pieces += 1
 
 
 class Saver:
@@ -28,10 +69,12 @@ class Saver:
         folder: of all checkpoints.
         keep: so many of the newest stay.
         alive: called while it gets on.
+        group: all ranks, over gloo: whether all have written is asked after each step, and no accelerator waited for.
         made: what this rank's next samples after a step are made from: name -> float32 tensor.
 
     Attributes:
         pools: what all ranks had of that, once a checkpoint has been loaded.
+        writer: of the checkpoint that is being written.
     """
 
     def __init__(
@@ -40,37 +83,97 @@ class Saver:
         keep: int,
         engine: StudentsEngine,
         alive: Callable[[], None],
+        group: dist.ProcessGroup | None = None,
         made: Callable[[int], dict[str, Tensor]] = lambda step: {},
     ) -> None:
         self.made = made
         self.pools: dict[str, Tensor] = {}
-        self.folder, self.keep, self.engine, self.alive = folder, keep, engine, alive
+        self.folder, self.keep, self.engine, self.alive, self.group = folder, keep, engine, alive, group
+        self.writer: _Writer | None = None
         self.file = f"rank-{dist.get_rank():05d}.safetensors"
 
-    def save(self, step: int) -> str:
-        """Write a checkpoint.
+    def save(self, step: int, last: bool) -> None:
+        """Begin a checkpoint, which is written while the training goes on; the last one is waited for.
+
+        Raises:
+            UserError: the last one cannot be written; older ones are there.
+        """
+        if self.writer is not None:
+            self._say(*self.end())
+        problem = self.begin(step)
+        if last and not problem:
+            _, problem = self.end()
+        if problem and last:
+            raise UserError(f"{problem}; make room and run the same command: it goes on from the last checkpoint")
+        self._say(step, problem)
+
+    def go_on(self) -> None:
+        """Make a checkpoint of what is being written, if all of it is on the disk; to be called after each step."""
+        if self.writer is not None and self._everybodys()[0] == dist.get_world_size():
+            self._say(*self.end())
+
+    def _say(self, step: int, problem: str) -> None:
+        if problem and dist.get_rank() == 0:
+            print(f"warning: no checkpoint of step {step}: {problem}; training goes on", flush=True)
+
+    def begin(self, step: int) -> str:
+        """Copy what a checkpoint holds, and have it written; the one before must have been ended.
 
         It is filled under another name, and gets its own once every rank's file is on the disk; `latest` names it last.
 
         Returns:
-            Empty; or why there is none (the disk is full), the same on every rank. Older ones are untouched then.
+            Empty; or why there will be none (its folder cannot be made), the same on every rank.
         """
-        tag = checkpoint_tag(step)
-        partial = self.folder / f"{tag}.partial"
+        assert self.writer is None
+        partial = self.folder / f"{checkpoint_tag(step)}.partial"
         if dist.get_rank() == 0:
             for left in self.folder.glob("*.partial"):  # by a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         dist.barrier()
-        problem = launch.first_problem(self._attempt(partial.mkdir, parents=True, exist_ok=True))
-        problem = problem or launch.first_problem(self._attempt(self._write_own, partial, step))
-        units = self._units_of_all()
+        if problem := launch.first_problem(self._attempt(partial.mkdir, parents=True, exist_ok=True)):
+            return problem
+        contents = Contents(step=step, units=self._units_of_all())
+        self.writer = _Writer(self._own(step), partial / self.file, contents)
+        self.writer.start()
+        return ""
+
+    def end(self) -> tuple[int, str]:
+        """Wait until everybody's file is on the disk, and make a checkpoint of them.
+
+        Returns:
+            Its step; and empty, or why there is none (the disk is full), the same on every rank. Older ones are
+            untouched then.
+        """
+        assert self.writer is not None
+        before = 0
+        while True:
+            ended, pieces = self._everybodys()
+            if ended == dist.get_world_size():
+                break
+            if pieces > before:  # a rank that is done says so, too, while it waits for the others
+                self.alive()
+            before = pieces
+            self.writer.join(_LOOK)
+        writer, self.writer = self.writer, None
+        if writer.fault is not None:
+            raise writer.fault
+        partial, step = writer.path.parent, writer.contents.step
+        problem = launch.first_problem(writer.problem)
         if dist.get_rank() == 0 and not problem:
-            problem = self._attempt(self._publish, partial, Contents(step=step, units=units))
+            problem = self._attempt(self._publish, partial, writer.contents)
         problem = launch.first_problem(problem)
         self.alive()
         if dist.get_rank() == 0:
             self._forget(partial if problem else None, step)
-        return problem
+        return step, problem
+
+    def _everybodys(self) -> tuple[int, int]:
+        """How many ranks are done with their file, and how many pieces all have written."""
+        assert self.writer is not None
+        own = torch.tensor([not self.writer.is_alive(), self.writer.pieces])
+        dist.all_reduce(own, group=self.group)
+        ended, pieces = own.tolist()
+        return ended, pieces
 
     def _forget(self, failed: Path | None, step: int) -> None:
         """Delete what is no checkpoint, and the oldest ones."""
@@ -88,7 +191,7 @@ class Saver:
             write(*arguments, **options)
             self.alive()
         except (OSError, SafetensorError) as fault:
-            return f"rank {dist.get_rank()} cannot write into {self.folder}: {fault}"
+            return _words(self.folder, fault)
         return ""
 
     def _shares(self) -> Iterator[tuple[str, Tensor, int, int]]:
@@ -103,7 +206,8 @@ class Saver:
         copies = self.engine.module.copies
         return (share for share in self._shares() if share[0] not in copies)
 
-    def _write_own(self, folder: Path, step: int) -> None:
+    def _own(self, step: int) -> dict[str, Copied]:
+        """Copies of what this rank's file holds."""
         optimizer = self.engine.optimizer
         tensors = {"random": torch.get_rng_state()}
         tensors |= {f"{POOL}{name}": tensor for name, tensor in self.made(step).items()}
@@ -113,9 +217,7 @@ class Saver:
             tensors[f"{name}/master"] = master.data[: stop - start]
             for what, state in optimizer.state.get(master, {}).items():
                 tensors[f"{name}/{what}"] = state[: stop - start] if state.dim() else state
-        path = folder / self.file
-        write_tensors(tensors, path, self.alive)
-        fsync(path)
+        return {name: copied(tensor) for name, tensor in tensors.items()}
 
     def _units_of_all(self) -> dict[str, SavedUnit]:
         """Every part with the pieces that all ranks hold."""
@@ -175,3 +277,7 @@ class Saver:
                 torch.set_rng_state(state)
             if accelerator is not None and torch.cuda.is_available():
                 get_accelerator().set_rng_state(accelerator)
+
+
+def _words(folder: Path, fault: Exception) -> str:
+    return f"rank {dist.get_rank()} cannot write into {folder}: {fault}"

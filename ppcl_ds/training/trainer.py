@@ -30,6 +30,7 @@ from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.exchange import Exchange
 from ppcl_ds.training.log import Log
 from ppcl_ds.training.pictures import Pictures
+from ppcl_ds.training.preview import Preview
 from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import UnitBatch
@@ -83,7 +84,14 @@ class Training(ABC):
         self.watchdog = Watchdog(settings.timeout, folder.path / "flight_recorder")
         self.preemption = Preemption(recipe.run, folder.path)
         self.timer = Timer(self.watchdog.on_phase)
-        self.saver = Saver(folder.checkpoints, settings.keep_checkpoints, self.engine, self.watchdog.alive, self._pools)
+        self.saver = Saver(
+            folder.checkpoints,
+            settings.keep_checkpoints,
+            self.engine,
+            self.watchdog.alive,
+            self.preemption.group,
+            self._pools,
+        )
         # A phase may hold many forwards; each is a sign of life.
         self.sharded.module.register_forward_pre_hook(lambda *_: self.watchdog.alive())
         launch.set_timeout(settings.timeout)
@@ -179,6 +187,10 @@ class Training(ABC):
     def flops(self, samples: int) -> float:
         """FLOPs of an optimizer step of so many samples, over all ranks."""
 
+    def preview(self) -> Preview:
+        """What models are looked at with."""
+        return Preview(self.recipe, self.teacher, self.device, self.settings.micro_batch, self.preemption.group)
+
     @abstractmethod
     def look(self, draws: bool) -> tuple[dict[str, float], dict[str, Tensor]]:
         """Figures of held-out data, and images if asked for, see `TensorBoard.images`; collective over all ranks."""
@@ -260,8 +272,12 @@ class Training(ABC):
                     advance(1, note, log.newest.get("run/samples_per_second"))
                     stops = step < last and self.preemption.requested(step)
                     if stops or due(step, settings.checkpoint_every):
-                        self._save(step, stops or step == last)
+                        with self.timer.phase("checkpoint"):
+                            self.saver.save(step, stops or step == last)
                         log.board.images(step, self._keep_pictures(step))
+                    if self.saver.writer is not None:
+                        with self.timer.phase("checkpoint"):
+                            self.saver.go_on()
                     if stops:
                         break
                     if due(step, settings.sample_every):
@@ -314,11 +330,3 @@ class Training(ABC):
             return {}
         with self.timer.phase("checkpoint"):
             return Pictures(self.recipe, self.teacher.call).keep(step, self.data)
-
-    def _save(self, step: int, last: bool) -> None:
-        with self.timer.phase("checkpoint"):
-            problem = self.saver.save(step)
-        if problem and last:
-            raise UserError(f"{problem}; make room and run the same command: it goes on from the last checkpoint")
-        if problem and dist.get_rank() == 0:
-            print(f"warning: no checkpoint of step {step}: {problem}; training goes on", flush=True)

@@ -10,10 +10,12 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 
 from ppcl_ds.distill.phases import Distilling, held, message
+from ppcl_ds.estimate.activations import LiveBytes
 from ppcl_ds.estimate.inputs import read_inputs
-from ppcl_ds.estimate.measured import distilling, run_once
+from ppcl_ds.estimate.measured import decoder_bytes, distilling, run_once
 from ppcl_ds.estimate.numbers import Memory, add_up
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher import files
@@ -138,11 +140,42 @@ def test_what_is_replayed_is_counted_where_it_lies(account: Distilling, offload:
     own, ring = message([account.layers[0]]), memory(ringed, EIGHT)
     count = 3 * (held([account.layers[0]]) + own)  # one round of two stages
     assert ring.resident.get("replay", 0) == (0 if offload else count)
-    assert ring.host == ({"replay": count} if offload else {})
+    assert ring.host.get("replay", 0) == (count if offload else 0)
     assert ring.phases["unit training"]["batches"] == (2 * own if offload else 0)
     shared, each = (account.phases(EIGHT)[0][0] for account in (ringed, replace(account, settings=plain)))
     assert shared.flops == each.flops / 4
     assert shared.moved == each.moved.times(1 / 4)
+
+
+def test_a_checkpoint_is_a_copy_of_masters_and_moments(account: Distilling) -> None:
+    share = math.ceil(account.layers[0].parameters / 4)
+    assert memory(account, EIGHT).host == {"copies for a checkpoint": 12 * share}
+
+
+def test_a_look_borrows_the_units_of_other_stages(account: Distilling) -> None:
+    """Of the variant that has most of them; where nobody looks, nothing."""
+    assert "look" not in memory(account, TWO_STAGES).phases
+    settings = account.settings.model_copy(update={"sample_every": 10})
+    looking = replace(account, settings=settings, variants=(("a",), ("a", "b")))
+    teacher = memory(account, TWO_STAGES).phases["teacher forward"]
+    for stage, other in enumerate(reversed(account.layers)):
+        look = memory(looking, TWO_STAGES, stage).phases["look"]
+        assert look["borrowed units"] == 2 * other.parameters
+        assert look["activations"] == teacher["activations"]
+        assert look["gathered block"] == teacher["gathered block"]
+    assert memory(looking, ALONE).phases["look"]["borrowed units"] == 0
+
+
+def test_a_look_loads_the_vae(unprepared: Unprepared) -> None:
+    """As much as the VAE itself has when it decodes an image here, in float32 twice as much."""
+    recipe = load_recipe(unprepared("flux", distill={"sample_every": 10}))
+    inputs = read_inputs(recipe, 1, 2)
+    vae = diffusers.AutoencoderKL.from_pretrained(recipe.teacher.path / "vae")
+    latents = torch.zeros(1, *inputs.teacher.call.to_vae(inputs.size).shape)
+    with LiveBytes("cpu") as live, torch.no_grad():
+        vae.decode(latents)
+    expected = sum(parameter.nbytes for parameter in vae.parameters()) + live.peak
+    assert decoder_bytes(inputs.teacher, inputs.size) == pytest.approx(expected / 2, rel=0.1)
 
 
 def test_replicas_average_gradients_and_gather_new_parameters(account: Distilling) -> None:

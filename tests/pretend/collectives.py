@@ -103,6 +103,8 @@ class _Collectives:
 
     def all_reduce(self, tensor: Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
         assert tensor.is_contiguous()
+        if not tensor.is_meta and op in (None, dist.ReduceOp.SUM):
+            tensor.mul_(dist.get_world_size(group))
         return self._note("all_reduce", group, tensor.nbytes, async_op)
 
     def all_gather_into_tensor(
@@ -133,6 +135,11 @@ class _Collectives:
         assert (output.dtype, output.device.type) == (input.dtype, input.device.type) == (input.dtype, "meta")
         assert (sum(output_split_sizes), sum(input_split_sizes)) == (output.numel(), input.numel())
         return self._note("all_to_all", group, (list(input_split_sizes), list(output_split_sizes)), async_op)
+
+    def gather(self, tensor: Tensor, gather_list: list[Tensor] | None, dst: int = 0, group: Any = None) -> None:
+        for each in gather_list or ():
+            each.copy_(tensor)
+        self._note("gather", group, tensor.nbytes)
 
     def send(self, tensor: Tensor, dst: int, group: Any = None, tag: int = 0, group_dst: Any = None) -> None:
         assert tensor.is_contiguous()

@@ -13,7 +13,7 @@ from typing import Any
 
 from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.estimate.measured import account_of, run_once
-from ppcl_ds.estimate.numbers import add_up
+from ppcl_ds.estimate.numbers import Memory, add_up
 from tests.pretend.cases import Case
 from tests.pretend.replay import Call, Group
 from tests.ranks import Done, run
@@ -74,8 +74,8 @@ def observe(case: Case, ranks: tuple[int, ...] | None = None) -> Sequence[Observ
         return [Observed(json.loads((folder / f"seen-{rank}.json").read_text())) for rank in ranks]
 
 
-def estimated_peaks(case: Case) -> list[int]:
-    """For each stage, the peak in bytes that `ppcl estimate` gives."""
+def estimated(case: Case) -> list[Memory]:
+    """For each stage, the memory that `ppcl estimate` gives."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "run"
         recipe = case.write(folder)
@@ -84,4 +84,18 @@ def estimated_peaks(case: Case) -> list[int]:
         inputs = read_inputs(recipe, case.world // per_node, per_node, variant)
         forward = run_once(inputs)
         account = account_of(inputs, forward)
-        return [add_up(stage).peak for stage in account.phases(inputs.cluster)]
+        return [add_up(stage) for stage in account.phases(inputs.cluster)]
+
+
+def peaks(memory: Memory) -> dict[str, int]:
+    """`step` and `look` -> the peak that an estimate gives for it, without a VAE, as none is loaded here."""
+    kept, phases = sum(memory.resident.values()), dict(memory.phases)
+    found = {}
+    if look := phases.pop("look", None):
+        found["look"] = kept + sum(size for part, size in look.items() if part != "VAE")
+    return found | {"step": kept + max(sum(parts.values()) for parts in phases.values())}
+
+
+def estimated_peaks(case: Case) -> list[int]:
+    """For each stage, that of a step."""
+    return [peaks(memory)["step"] for memory in estimated(case)]

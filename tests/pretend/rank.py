@@ -24,9 +24,6 @@ from tests.pretend.cases import Case
 from tests.pretend.collectives import Program, join
 from tests.pretend.device import Device, Seen, pretend
 
-STEPS = 3
-"""Steps of a training; the last one, by which everything is settled, is the one that is seen."""
-
 
 class Run:
     """A case under way.
@@ -81,7 +78,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Three steps of the product's trainer, and what comes after them."""
+    """A few steps of the product's trainer, and what comes after them."""
     from ppcl_ds.training import trainer as module
 
     module.Watchdog = _NoWatchdog  # type: ignore[misc, assignment]
@@ -91,7 +88,7 @@ def train(run: Run) -> None:
     trainer.prepare(0)
     run.note("prepared")
     batches = trainer.batches(0)
-    for _ in range(STEPS - 1):
+    for _ in range(run.case.steps - 1):
         trainer.step(batches)
     MISTAKES[run.case.mistake](trainer)
     run.watched("step", lambda: trainer.step(batches))
@@ -211,6 +208,7 @@ def swaps(run: Run) -> None:
     bench = measure.SwapBench(run.recipe, run.teacher, run.plan, Trained(), torch.device("meta"))  # type: ignore[arg-type]
     files.ModelFiles.tensor = on_device  # type: ignore[method-assign]
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # units move there and back
+    MISTAKES[run.case.mistake](bench)
     run.watched("products", bench.products)
     names = tuple(unit.name for unit in run.plan.units)
     run.watched("errors", lambda: bench.errors([names[:1], names[1:]]))
@@ -321,7 +319,7 @@ def _save_what_is_written(run: Run, trainer: Any) -> None:
     saver.write_tensors = write_tensors
     # The ranks of a case do not wait for each other here, and the first one clears the folder.
     trainer.saver.folder /= f"rank-{run.case.rank}"
-    problem = run.watched("save", lambda: trainer.saver.save(STEPS))
+    problem = run.watched("save", lambda: trainer.saver.begin(run.case.steps)) or trainer.saver.end()[1]
     assert not problem, problem
     run.notes["written"] = written
 
@@ -356,12 +354,44 @@ def _norms_on_the_cpu(trainer: Any) -> None:
     torch.linalg.vector_norm = mistaken
 
 
+class _Pageable:
+    """A tensor in memory from which every copy is waited for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def to(self, device: torch.device, non_blocking: bool) -> Tensor:
+        return self.tensor.to(device)
+
+
+def _copies_that_wait(trainer: Any) -> None:
+    from ppcl_ds.training import delivery
+
+    delivery.get_accelerator = lambda: SimpleNamespace(pin_memory=_Pageable)
+
+
+def _order_forgotten(bench: Any) -> None:
+    """After each forward, which is what nobody fetches ahead by then."""
+    from ppcl_ds.teacher.sharded import forget_order
+
+    stock = bench._velocity
+
+    def velocity(*arguments: Any) -> Tensor:
+        found = stock(*arguments)
+        forget_order(bench.sharded)
+        return found
+
+    bench._velocity = velocity
+
+
 MISTAKES: dict[str, Callable[[Any], None]] = {
     "": lambda trainer: None,
     "text": partial(_argument_on_the_cpu, "encoder_hidden_states"),
     "exchange": _exchange_on_the_cpu,
     "timestep": partial(_argument_on_the_cpu, "timestep"),
     "norms": _norms_on_the_cpu,
+    "pageable": _copies_that_wait,
+    "forgetful": _order_forgotten,
 }
 
 PROGRAMS: dict[str, Callable[[Run], None]] = {

@@ -1,6 +1,6 @@
 """What runs on an accelerator, checked without one: see `device.py` for what is pretended and `cases.py` for how large.
 
-The tests marked `pretend` are the same at the published sizes, all blocks: `pytest -m pretend`.
+`test_published.py` takes the published sizes, all blocks.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.pretend.cases import Case
-from tests.pretend.observe import estimated_peaks, observe, run_rank
+from tests.pretend.observe import estimated, estimated_peaks, observe, peaks, run_rank
 from tests.pretend.replay import make_groups, replay
 
 NARROW = Case(heads=2, blocks=4, size=16, tokens=(12,), rounds=1)
-FULL = pytest.mark.pretend
-QWEN = Case(blocks=0, stages=4, replicas=2, rounds=1)
-FLUX = replace(QWEN, family="flux")
 
 
 @pytest.mark.parametrize(
@@ -37,10 +34,6 @@ FLUX = replace(QWEN, family="flux")
         replace(NARROW, what="swaps", whole=True, plan="width", stages=1, replicas=2),
         replace(NARROW, what="finetune", whole=True, boundary=1.0, then=("look", "save")),
         replace(NARROW, what="probe", teacher_offload=True),
-        pytest.param(replace(QWEN, then=("look",)), marks=FULL),
-        pytest.param(replace(QWEN, plan="published"), marks=FULL),
-        pytest.param(replace(FLUX, then=("look",)), marks=FULL),
-        pytest.param(replace(QWEN, what="finetune", then=("look",)), marks=FULL),
     ],
     ids=lambda case: f"{case.what}-{case.family}-{case.plan}-{case.blocks}" + "-whole" * case.whole,
 )
@@ -49,16 +42,16 @@ def test_no_operation_mixes_devices(case: Case) -> None:
     for rank in observe(case, (0, case.world - 1)):
         if "save" in case.then:
             assert rank.notes["written"]
+            assert rank.waits("save").keys() <= {"training/saver.py:run"}, "the writing thread alone"
 
 
 @pytest.mark.parametrize(
     ("mistake", "place"),
     [("text", "teacher.py"), ("exchange", "exchange.py"), ("timestep", "teacher.py"), ("norms", "optimizer.py")],
 )
-@pytest.mark.parametrize("size", [replace(NARROW, blocks=8), pytest.param(QWEN, marks=FULL)], ids=["small", "full"])
-def test_a_tensor_on_the_wrong_device_is_caught(size: Case, mistake: str, place: str) -> None:
+def test_a_tensor_on_the_wrong_device_is_caught(mistake: str, place: str) -> None:
     with tempfile.TemporaryDirectory() as name:
-        case = replace(size, mistake=mistake)
+        case = replace(NARROW, blocks=8, mistake=mistake)
         case.write(Path(name) / "run")
         done = run_rank(case, Path(name) / "run")
     assert done.returncode == 1
@@ -69,22 +62,13 @@ def test_a_tensor_on_the_wrong_device_is_caught(size: Case, mistake: str, place:
 STEP = Case(blocks=6)
 """At the published width; its captions are equally long, so nothing is padded."""
 PADDED = replace(NARROW, tokens=(12, 9), micro_batch=4)
-SIZES = [STEP, pytest.param(QWEN, marks=FULL), pytest.param(FLUX, marks=FULL)]
 
 
-@pytest.mark.parametrize(
-    ("case", "expected"),
-    [
-        (replace(NARROW, blocks=8), {"training/optimizer.py:step": 1}),
-        (PADDED, {"training/optimizer.py:step": 1}),
-        pytest.param(QWEN, {"training/optimizer.py:step": 1}, marks=FULL),
-    ],
-    ids=["small", "padded", "full"],
-)
-def test_the_host_waits_for_the_device_once_a_step(case: Case, expected: dict[str, int]) -> None:
+@pytest.mark.parametrize("case", [replace(NARROW, blocks=8), PADDED], ids=["small", "padded"])
+def test_the_host_waits_for_the_device_once_a_step(case: Case) -> None:
     """For the norms, by which the step is clipped; losses, copies and logs wait for nothing."""
     for rank in observe(case, (0,)):
-        assert rank.waits() == expected
+        assert rank.waits() == {"training/optimizer.py:step": 1}
         assert set(rank.notes["step"]["copies"]) == {"training/delivery.py:sent"}
 
 
@@ -115,17 +99,15 @@ def test_the_pipeline_waits_for_what_it_is_told_alone() -> None:
     }
 
 
-@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
-def test_the_teacher_is_gathered_ahead(case: Case) -> None:
+def test_the_teacher_is_gathered_ahead() -> None:
     """At least 95 % of the bytes are asked for before the block that needs them."""
-    for rank in observe(case, (0, case.world - 1)):
+    for rank in observe(STEP, (0, 1)):
         assert rank.ahead() >= 0.95
 
 
-@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
-def test_a_teacher_held_whole_is_never_gathered(case: Case) -> None:
+def test_a_teacher_held_whole_is_never_gathered() -> None:
     """Nor does a forward ask anything of the other ranks; it is looked at and drawn by, too."""
-    case = replace(case, whole=True, then=("look",))
+    case = replace(STEP, whole=True, then=("look",))
     for rank in observe(case, (0, case.world - 1)):
         for during in ("step", "look"):
             assert not rank.notes[during]["gathered"].keys() & {"ahead", "late"}
@@ -176,9 +158,8 @@ def test_measuring_units_gathers_ahead() -> None:
     assert rank.ahead("errors") >= 0.95
 
 
-@pytest.mark.parametrize("case", SIZES, ids=["small", "qwen", "flux"])
-def test_attention_has_no_mask_where_nothing_is_padded(case: Case) -> None:
-    [rank] = observe(case, (0,))
+def test_attention_has_no_mask_where_nothing_is_padded() -> None:
+    rank, _ = observe(STEP, (0, 1))
     assert set(rank.notes["step"]["attention"]) == {"flash"}
 
 
@@ -194,28 +175,18 @@ def test_attention_has_a_mask_where_captions_differ_in_length() -> None:
         replace(STEP, uses=2),
         replace(STEP, uses=2, ring_offload=True),
         replace(STEP, whole=True),
-        pytest.param(replace(QWEN, whole=True), marks=FULL),
         replace(STEP, teacher_offload=True),
         replace(STEP, teacher_offload=True, stages=1),
         replace(STEP, offload=True),
-        pytest.param(QWEN, marks=FULL),
-        pytest.param(FLUX, marks=FULL),
-        pytest.param(replace(QWEN, replicas=8), marks=FULL),
-        pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
     ids=[
         "small",
         "replay",
         "replay-offload",
         "whole",
-        "qwen-whole",
         "teacher-offload",
         "alone",
         "offload",
-        "qwen-8",
-        "flux-8",
-        "qwen-32",
-        "finetune-8",
     ],
 )
 def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
@@ -223,6 +194,13 @@ def test_peak_memory_is_that_of_the_estimate(case: Case) -> None:
     ranks = tuple(range(0, case.world, case.replicas))
     for rank, expected in zip(observe(case, ranks), estimated_peaks(case), strict=True):
         assert rank.notes["step"]["peak"] == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("case", [replace(STEP, then=("look",)), replace(STEP, whole=True, then=("look",))])
+def test_a_look_takes_what_the_estimate_says(case: Case) -> None:
+    """Units of the other stage are borrowed; within 5 %, but for the VAE."""
+    for rank, memory in zip(observe(case, (0, 1)), estimated(case), strict=True):
+        assert rank.notes["look"]["peak"] == pytest.approx(peaks(memory)["look"], rel=0.05)
 
 
 @pytest.mark.parametrize("gib", [12.0, 24.0])
@@ -244,10 +222,8 @@ ORDERED = replace(NARROW, stages=2, replicas=2, ranks_per_node=2, zero=(("stage3
     [
         ORDERED,
         replace(ORDERED, what="finetune"),
-        pytest.param(replace(QWEN, ranks_per_node=4), marks=FULL),
-        pytest.param(replace(QWEN, what="finetune"), marks=FULL),
     ],
-    ids=["distill", "finetune", "distill-full", "finetune-full"],
+    ids=["distill", "finetune"],
 )
 def test_all_ranks_come_to_their_end_if_every_collective_blocks(case: Case) -> None:
     """They call the same ones, in orders that fit together, and agree on every size."""

@@ -108,6 +108,22 @@ def test_pictures_in_the_making_and_the_ring_go_on_as_if_no_rank_had_been_killed
     expect_same(path, other)
 
 
+def test_the_training_goes_on_while_a_checkpoint_is_written(new_run: Callable[..., Path], uninterrupted: Path) -> None:
+    """Rank 1's first file is not begun before it has trained on; nothing of that is in it."""
+    path = new(new_run)
+    done = run_dying(path, "1:held:1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    expect_same(path, uninterrupted)
+
+
+def test_a_checkpoint_may_take_longer_than_the_time_out(new_run: Callable[..., Path]) -> None:
+    """Its bytes grow, on one rank; the others wait for it at the end."""
+    path = new(new_run, steps=2, timeout=4)
+    done = run_dying(path, "1:slow:1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert newest_checkpoint(load_recipe(path).distillation.checkpoints).contents.step == 2
+
+
 @pytest.mark.launcher
 def test_a_full_disk_costs_checkpoints_but_no_work(new_run: Callable[..., Path], uninterrupted: Path) -> None:
     """On a disk that somebody fills after the first checkpoint; then on another one."""

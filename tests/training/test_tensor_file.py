@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppcl_ds.training import tensor_file
-from ppcl_ds.training.tensor_file import write_tensors
+from ppcl_ds.training.tensor_file import copied, write_tensors
 
 
 def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
@@ -20,8 +20,12 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
         "bf16": torch.randn(3, 5).bfloat16().t(),
         "random": torch.get_rng_state(),
     }
-    write_tensors(tensors, tmp_path / "ours", lambda: None)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "theirs")
+    copies = {name: copied(tensor) for name, tensor in tensors.items()}
+    expected = {name: tensor.clone() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.zero_()  # training goes on
+    write_tensors(copies, tmp_path / "ours", lambda: None)
+    save_file({name: tensor.contiguous() for name, tensor in expected.items()}, tmp_path / "theirs")
     ours, theirs = load_file(tmp_path / "ours"), load_file(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -32,7 +36,8 @@ def test_the_library_reads_what_was_written(tmp_path: Path) -> None:
 def test_there_is_a_sign_of_life_for_every_piece_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_file, "_PIECE", 4096)
     path, sizes = tmp_path / "file", []
-    write_tensors({"a": torch.zeros(5000), "b": torch.zeros(1)}, path, lambda: sizes.append(path.stat().st_size))
+    tensors = {"a": copied(torch.zeros(5000)), "b": copied(torch.zeros(1))}
+    write_tensors(tensors, path, lambda: sizes.append(path.stat().st_size))
     assert sizes == sorted(set(sizes))
     assert len(sizes) == 1 + 5 + 1
     assert sizes[-1] == path.stat().st_size
