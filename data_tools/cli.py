@@ -12,21 +12,18 @@ import typer
 
 from ppcl_ds import console
 from ppcl_ds.errors import UserError
+from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
 
 if TYPE_CHECKING:
     from data_tools.summary import Summary
 
-app = typer.Typer(
-    help="Prepare text-image pairs: `shard`, then `encode`; both read the `data` section of a recipe. "
+app = program(
+    "Prepare text-image pairs: `shard`, then `encode`; both read the `data` section of a recipe. "
     "`index`, `verify` and `inspect` look after shards, whoever wrote them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # reflows the docstrings
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML recipe, such as recipes/digits.yaml.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of shards, or one with raw/ and encoded/.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; each works on a shard. 0: one for each core, at most 4.")]
 Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the summary as JSON; `-`: to stdout.")]
@@ -40,6 +37,7 @@ def shard(
     ] = False,
     workers: Workers = 0,
     json: Json = "",
+    changes: Changes = None,
 ) -> None:
     """Pack images and captions into tar shards.
 
@@ -50,7 +48,7 @@ def shard(
     """
     from data_tools.shard import shard as write_shards
 
-    _tell(json, lambda: write_shards(load_recipe(recipe).data, _processes(workers), update))
+    _tell(json, lambda: write_shards(load_recipe(recipe, changes or ()).data, _processes(workers), update))
 
 
 @app.command()
@@ -60,6 +58,7 @@ def encode(
     part: Annotated[str, typer.Option(metavar="I/N", help="Encode every n-th shard, such as 2/8.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with encoders of its own.")] = 1,
     json: Json = "",
+    changes: Changes = None,
 ) -> None:
     """Encode the shards once, so that training never runs an image or text encoder.
 
@@ -70,7 +69,7 @@ def encode(
     """
     from data_tools.encode import encode as write_encoded
 
-    _tell(json, lambda: write_encoded(load_recipe(recipe), keep_images, workers, part))
+    _tell(json, lambda: write_encoded(load_recipe(recipe, changes or ()), keep_images, workers, part))
 
 
 @app.command()

@@ -16,20 +16,18 @@ from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS
 from ppcl_ds.export.cli import app as export_app
+from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.shipped import shipped
 from ppcl_ds.start.cli import app as start_app
 from ppcl_ds.teacher.cli import app as teacher_app
 
-app = typer.Typer(
-    help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
+app = program(
+    "Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
     "[bold]encode[/], then [bold]ppcl probe[/], [bold]plan[/], [bold]distill[/], [bold]finetune[/], "
     "[bold]consolidate[/] and [bold]evaluate[/]. Every step reads the same recipe and writes into its run folder. "
-    "[bold]ppcl demo[/] walks it all on real handwritten digits in a few minutes.",
-    no_args_is_help=True,
+    "[bold]ppcl demo[/] walks it all on real handwritten digits in ten to fifteen minutes.",
     rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 app.add_typer(start_app)
@@ -39,16 +37,16 @@ app.add_typer(teacher_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
 _EVALUATE_LESS = "lower evaluate.batch_size, or measure on the CPU with CUDA_VISIBLE_DEVICES="
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
 
 @app.command()
 def probe(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     part: Annotated[
         str | None, typer.Option(metavar="I/N", help="Read only the I-th of N parts of the samples, and keep its sums.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the sums of all parts and report.")] = False,
+    changes: Changes = None,
 ) -> None:
     """Find what the teacher could do without.
 
@@ -56,7 +54,7 @@ def probe(
     probe/report.json, report.html and plots into the run folder. Needs encoded shards and the teacher.
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.probing.probe import check, merge_parts, probe
 
     teacher = check(loaded, part, merge)
@@ -70,7 +68,7 @@ def probe(
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     from_run: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Choose among the units that this run has trained, by what they cost."),
@@ -81,6 +79,7 @@ def plan(
     show: Annotated[
         bool, typer.Option("--show", help="Print the plan file's variants and draw error over size, choose nothing.")
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """Choose the units of every variant and write plan.yaml.
 
@@ -95,7 +94,7 @@ def plan(
     With plan.width in the recipe, the library also holds width units, and every block may then stay, be narrowed, lose
     its text stream or feed-forward to linears, or go with a span, whatever does least harm for the budget.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     if sum((from_run is not None, check, show)) > 1:
         raise UserError("--from-run, --check and --show: give one of them at a time")
     from ppcl_ds.planning import planner as run
@@ -120,7 +119,7 @@ def plan(
 
 @app.command()
 def estimate(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="Accelerators of a node.", show_default="topology.stages x topology.replicas")
@@ -137,6 +136,7 @@ def estimate(
         str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
+    changes: Changes = None,
 ) -> None:
     """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
 
@@ -144,7 +144,7 @@ def estimate(
     A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.estimate.estimate import estimate
 
     fits = estimate(
@@ -163,20 +163,21 @@ def estimate(
 
 @app.command()
 def distill(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, plan, topology and shards, print the estimate, stop there.")
     ] = False,
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
+    changes: Changes = None,
 ) -> None:
     """Train all units of the plan at once against the frozen teacher.
 
     Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.distill.distill import check, distill
 
     teacher, checked = check(loaded)
@@ -194,7 +195,7 @@ def distill(
 
 @app.command()
 def finetune(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     variant: Annotated[str, typer.Option(metavar="NAME", help="Variant of the plan to fine-tune.")],
     from_run: Annotated[
         Path | None,
@@ -206,13 +207,14 @@ def finetune(
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
+    changes: Changes = None,
 ) -> None:
     """Train one variant end to end, its blocks over the pipeline stages, against the teacher's velocity, data, or both.
 
     Starts processes, streams shards and goes on from its newest checkpoint as `ppcl distill` does, in
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.finetune.finetune import check, finetune, newer_units
 
     checked = check(loaded, variant, from_run)
@@ -231,7 +233,7 @@ def finetune(
 
 @app.command()
 def evaluate(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     read_scores: Annotated[
         list[str] | None,
         typer.Option(
@@ -242,6 +244,7 @@ def evaluate(
     speed: Annotated[
         bool, typer.Option("--speed", help="Only time teacher and variants end to end, and write speed.json.")
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """Teacher, variants and undistilled variants side by side, on the same noise.
 
@@ -251,7 +254,7 @@ def evaluate(
     that torchrun or Slurm have started, and laid out in evaluate/ as their benchmarks' scorers read them. Stopped, it
     goes on where it was.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
 
     if read_scores and speed:
@@ -307,16 +310,17 @@ def sample(
 
 @app.command()
 def demo(
-    recipe: RecipeFile = DEMO_RECIPE,
+    recipe: RecipePath = DEMO_RECIPE,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.demo.demo import demo
 
-    demo(recipe, loaded, fresh)
+    demo(recipe, loaded, fresh, changes or ())
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ppcl_ds.options import Changes
 from ppcl_ds.recipe import load_recipe
 
 app = typer.Typer()
@@ -24,6 +25,7 @@ def submit(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, write the scripts, print sbatch's lines; queue nothing.")
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """Queue the whole road as Slurm jobs: encode, probe, merge, plan, distill, finetune, consolidate, evaluate.
 
@@ -31,10 +33,10 @@ def submit(
     wrong is refused before anything is queued. Recipe, plan and scripts as used, logs, versions and job numbers lie in
     RUN/slurm/. A file RUN/STOP ends the run after its next step; this command removes it.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     from ppcl_ds.cluster.submit import submit
 
-    submit(recipe, loaded, start, dry_run)
+    submit(recipe, loaded, start, dry_run, changes or ())
 
 
 @app.command()

@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from ppcl_ds.export import SHARD_SIZE
+from ppcl_ds.options import Changes, group
 from ppcl_ds.recipe import open_run
 
 app = typer.Typer()
-lora_app = typer.Typer(help="LoRAs of the teacher, for its variants.", no_args_is_help=True)
+lora_app = group("LoRAs of the teacher, for its variants.")
 app.add_typer(lora_app, name="lora")
 
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")]
@@ -65,6 +66,7 @@ def consolidate(
             "Needs the whole model in memory.",
         ),
     ] = None,
+    changes: Changes = None,
 ) -> None:
     """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
 
@@ -72,7 +74,7 @@ def consolidate(
     folder. A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed. Weights are
     streamed, a file at a time; a folder appears whole or not at all.
     """
-    recipe = open_run(source)
+    recipe = open_run(source, changes or ())
     from ppcl_ds.export.consolidate import Form, consolidate
 
     form = Form.checked(dtype, max_shard_size, single_file, gguf, quantize)

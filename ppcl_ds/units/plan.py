@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.atomic import atomic_write
-from ppcl_ds.errors import UserError, brief
+from ppcl_ds.errors import UserError, brief, worded
 from ppcl_ds.teacher.surgery import shorten
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthKind
@@ -172,7 +172,7 @@ def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     except yaml.YAMLError as fault:
         return None, [f"not valid YAML: {brief(fault)}"]
     except ValidationError as fault:
-        return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
+        return None, [worded(each) for each in fault.errors()]
     if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
         own = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
         return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {own}"]
