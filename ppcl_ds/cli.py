@@ -11,10 +11,10 @@ from typing import Annotated
 
 import typer
 
-from ppcl_ds import console, launch, memory
+from ppcl_ds import console, early, launch, memory
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
 from ppcl_ds.export.cli import app as export_app
 from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
@@ -55,13 +55,18 @@ def probe(
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
     loaded = load_recipe(recipe, changes or ())
+    if part and merge:
+        raise UserError("--part and --merge: give one of them; parts are merged when all of them are there")
+    early.check_there(loaded.teacher.path, "teacher")
+    if not merge:
+        launch.on_ranks(loaded.topology.world)
+    early.say("probe: checks recipe, shards and teacher")
     from ppcl_ds.probing.probe import check, merge_parts, probe
 
     teacher = check(loaded, part, merge)
     if merge:
         merge_parts(loaded, teacher)
         return
-    launch.on_ranks(loaded.topology.world)
     with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
 
@@ -97,6 +102,11 @@ def plan(
     loaded = load_recipe(recipe, changes or ())
     if sum((from_run is not None, check, show)) > 1:
         raise UserError("--from-run, --check and --show: give one of them at a time")
+    early.check_there(loaded.teacher.path, "teacher")
+    if check and early.PlanMemory(loaded).known:
+        print(f"{loaded.plan_file} is in order, as when it was last written or checked")
+        return
+    early.say("plan: opens the teacher")
     from ppcl_ds.planning import planner as run
 
     if from_run is not None:
@@ -145,6 +155,11 @@ def estimate(
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe, changes or ())
+    accelerator_called(accelerator)
+    early.check_there(loaded.teacher.path, "teacher")
+    if variant and loaded.plan_file.exists():
+        early.check_variants(loaded.plan_file, [variant])
+    early.say("estimate: reads the teacher's configuration")
     from ppcl_ds.estimate.estimate import estimate
 
     fits = estimate(
@@ -178,6 +193,14 @@ def distill(
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe, changes or ())
+    early.check_there(loaded.teacher.path, "teacher")
+    early.check_variants(loaded.plan_file, ())
+    if not dry_run:
+        steps = loaded.distill.steps
+        if early.is_finished(loaded, loaded.distillation, steps, f"ppcl consolidate {recipe}"):
+            return
+        launch.on_ranks(loaded.topology.world)
+    early.say("distill: checks recipe, plan, shards and teacher")
     from ppcl_ds.distill.distill import check, distill
 
     teacher, checked = check(loaded)
@@ -186,7 +209,6 @@ def distill(
 
         print_estimate(loaded, teacher)
         return
-    launch.on_ranks(loaded.topology.world)
     from ppcl_ds.estimate.card import warn_if_too_small
 
     with memory.told("distill", memory.training_lower("distill", loaded.distill, loaded.teacher)):
@@ -215,6 +237,15 @@ def finetune(
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
     loaded = load_recipe(recipe, changes or ())
+    steps = loaded.tuning.steps
+    early.check_there(loaded.teacher.path, "teacher")
+    early.check_variants(loaded.plan_file, [variant])
+    if not dry_run:
+        following = f"ppcl consolidate {recipe}"
+        if early.is_finished(loaded, loaded.finetuning(variant), steps, following):
+            return
+        launch.on_ranks(loaded.topology.world)
+    early.say("finetune: checks recipe, plan, shards, units and teacher")
     from ppcl_ds.finetune.finetune import check, finetune, newer_units
 
     checked = check(loaded, variant, from_run)
@@ -224,7 +255,6 @@ def finetune(
         print(newer_units(checked.folder), end="")
         print_estimate(loaded, checked.teacher, variant)
         return
-    launch.on_ranks(loaded.topology.world)
     from ppcl_ds.estimate.card import warn_if_too_small
 
     with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
@@ -255,10 +285,12 @@ def evaluate(
     goes on where it was.
     """
     loaded = load_recipe(recipe, changes or ())
-    from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
-
     if read_scores and speed:
         raise UserError("--read-scores and --speed: give one of them at a time")
+    early.check_there(loaded.teacher.path, "teacher")
+    early.say("evaluate: looks at teacher, variants and held-out data")
+    from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
+
     if read_scores:
         take_scores(loaded, read_scores)
         return
@@ -303,6 +335,8 @@ def sample(
 
     It is drawn with as diffusers does. A GPU is used if there is one.
     """
+    early.check_there(model, "model")
+    early.say(f"sample: loads {model}")
     from ppcl_ds.evaluate.sample import sample
 
     sample(model, prompt, out, seed=seed, steps=steps, guidance=guidance, size=size)
@@ -318,6 +352,7 @@ def demo(
 ) -> None:
     """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
     loaded = load_recipe(recipe, changes or ())
+    early.say("demo: looks at what is done")
     from ppcl_ds.demo.demo import demo
 
     demo(recipe, loaded, fresh, changes or ())

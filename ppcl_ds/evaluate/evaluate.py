@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl_ds import launch, memory
 from ppcl_ds.console import track
+from ppcl_ds.early import UNDISTILLED, finetuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.compared import SetFigures, compare
 from ppcl_ds.evaluate.drawing import Images, draw_sets
@@ -36,7 +37,7 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.encoding import Decoder
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.units.plan import UNDISTILLED, Plan, finetuned, load_plan
+from ppcl_ds.units.plan import Plan, load_plan
 from ppcl_ds.units.variant import assembled
 from ppcl_ds.watch.tensorboard import read_scalars, unit_losses
 

@@ -18,12 +18,12 @@ from rich.table import Table
 from torch import Tensor
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.early import UNDISTILLED
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.evaluate.compared import SetFigures
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.evaluate.speed import gains, read_speed
 from ppcl_ds.pages import as_png, inline, render
-from ppcl_ds.units.plan import UNDISTILLED
 
 _COLUMNS = 16
 """Images of each model in samples.png."""

@@ -16,6 +16,7 @@ import torch
 from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
+from ppcl_ds.early import finetuned, untuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import SHARD_SIZE, quantise
 from ppcl_ds.export.card import (
@@ -51,7 +52,7 @@ from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
-from ppcl_ds.units.plan import Plan, UnitPlan, conflict, finetuned, load_plan, untuned
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.units.variant import Layout, layout
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Console
 
+from ppcl_ds.early import PlanMemory
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
@@ -51,6 +52,7 @@ def write(recipe: Recipe, plan: Plan, teacher: Teacher, forecast: ErrorModel, bu
         UserError: the earlier one has been edited.
     """
     earlier = replace_plan(recipe.plan_file, plan)
+    PlanMemory(recipe).remember()
     print_table(lines_of(plan, teacher, forecast, budget), teacher.anatomy, forecast)
     print(f"wrote {recipe.plan_file}: {len(plan.units)} units for {len(plan.variants)} variants")
     if earlier:
@@ -63,12 +65,14 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: something is.
     """
-    _, problems = check_plan(recipe.plan_file, open_teacher(recipe))
+    memory = PlanMemory(recipe)
+    _, problems = check_plan(recipe.plan_file, open_teacher(recipe, weights=False))
     console = Console(stderr=True, highlight=False)
     for problem in problems[:-1]:
         console.print(f"error: plan {recipe.plan_file}: {problem}", markup=False, soft_wrap=True)
     if problems:
         raise UserError(f"plan {recipe.plan_file}: {problems[-1]}")
+    memory.remember()
     print(f"{recipe.plan_file} is in order")
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 from rich.box import SIMPLE
 from rich.console import Console
@@ -114,6 +113,8 @@ def draw(
         measured: sets of units whose error was measured.
         budget: what size is counted in.
     """
+    import matplotlib.pyplot as plt  # which takes a second, and few plans are drawn
+
     figure, axis = plt.subplots(figsize=(7.5, 4.5), constrained_layout=True)
     axis.plot([p.left for p in points], [p.error for p in points], ".-", color="0.6", label="least expected error")
     if measured:

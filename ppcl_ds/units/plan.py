@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.early import FINETUNED, UNDISTILLED
 from ppcl_ds.errors import UserError, brief, worded
 from ppcl_ds.teacher.surgery import shorten
 from ppcl_ds.teacher.teacher import Teacher
@@ -30,20 +31,6 @@ _HEADER = """\
 # first) or ffn (a linear for the feed-forward of one block; keep: 0.25 keeps a quarter of its hidden channels).
 # Edit freely: units of one variant must not replace the same thing twice, nor leave a block list; variants share units.
 """
-
-
-UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
-"""Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
-
-
-def finetuned(variant: str) -> str:
-    """What a variant is called after fine-tuning."""
-    return variant + FINETUNED
-
-
-def untuned(name: str) -> str:
-    """The plan's variant, whether it has been fine-tuned or not."""
-    return name.removesuffix(FINETUNED)
 
 
 class Plan(BaseModel):
