@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppcl_ds import console
+from ppcl_ds import console, early
 from ppcl_ds.errors import UserError
 from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
@@ -46,9 +46,11 @@ def shard(
     Interrupted, it goes on at the shard where it stopped. Run again, it does nothing, unless the recipe has changed,
     but says whether the source has.
     """
+    loaded = load_recipe(recipe, changes or ())
+    early.begin(loaded, "shard", "looks at the source")
     from data_tools.shard import shard as write_shards
 
-    _tell(json, lambda: write_shards(load_recipe(recipe, changes or ()).data, _processes(workers), update))
+    _tell(json, lambda: write_shards(loaded.data, _processes(workers), update))
 
 
 @app.command()
@@ -67,9 +69,11 @@ def encode(
     its tasks; whichever is the last writes the index. Interrupted, it goes on at the shard where it stopped; run
     again, it encodes only what has changed.
     """
+    loaded = load_recipe(recipe, changes or ())
+    early.begin(loaded, "encode", "opens the pipeline")
     from data_tools.encode import encode as write_encoded
 
-    _tell(json, lambda: write_encoded(load_recipe(recipe, changes or ()), keep_images, workers, part))
+    _tell(json, lambda: write_encoded(loaded, keep_images, workers, part))
 
 
 @app.command()
@@ -84,6 +88,7 @@ def index(
     Where every sample lies, its latents' shape, how long each shard is, its checksum, and what is damaged in it. Brace
     patterns (`train-{000000..000123}.tar`), `http(s)://` and `pipe:` addresses are understood.
     """
+    early.say("index: reads the shards")
     from data_tools.index import index as write_index
 
     _tell(json, lambda: write_index(shards, out, _processes(workers)))
@@ -101,6 +106,7 @@ def verify(
     Decodes every image, caption and tensor, compares all with the index, and lists each problem. With `--repair`,
     copies that hold the good samples only, and their index, go to another folder; the originals stay as they are.
     """
+    early.say("verify: reads the shards")
     from data_tools.verify import verify as look
 
     _tell(json, lambda: look(folder, repair, _processes(workers)))
@@ -115,6 +121,7 @@ def inspect(
     json: Json = "",
 ) -> None:
     """Show what is in the shards: sizes, captions, latents, what is lacking, and a contact sheet."""
+    early.say("inspect: reads the shards")
     from data_tools.inspect import inspect as look
 
     _tell(json, lambda: look(folder, sheet, samples, _processes(workers)))

@@ -60,7 +60,7 @@ def probe(
     early.check_there(loaded.teacher.path, "teacher")
     if not merge:
         launch.on_ranks(loaded.topology.world)
-    early.say("probe: checks recipe, shards and teacher")
+    early.begin(loaded, "merge" if merge else "probe", "checks recipe, shards and teacher")
     from ppcl_ds.probing.probe import check, merge_parts, probe
 
     teacher = check(loaded, part, merge)
@@ -106,7 +106,10 @@ def plan(
     if check and early.PlanMemory(loaded).known:
         print(f"{loaded.plan_file} is in order, as when it was last written or checked")
         return
-    early.say("plan: opens the teacher")
+    if check or show:
+        early.say("plan: opens the teacher")
+    else:
+        early.begin(loaded, "plan", "opens the teacher")
     from ppcl_ds.planning import planner as run
 
     if from_run is not None:
@@ -288,7 +291,7 @@ def evaluate(
     if read_scores and speed:
         raise UserError("--read-scores and --speed: give one of them at a time")
     early.check_there(loaded.teacher.path, "teacher")
-    early.say("evaluate: looks at teacher, variants and held-out data")
+    early.begin(loaded, "evaluate", "looks at teacher, variants and held-out data")
     from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
 
     if read_scores:

@@ -41,6 +41,13 @@ def say(what: str) -> None:
         print(f"{what} ...", file=sys.stderr, flush=True)
 
 
+def begin(recipe: Recipe, step: str, what: str) -> None:
+    """Say what a step of the road is about to do, and keep its report in the run folder, or where its job has it."""
+    say(f"{step}: {what}")
+    if reporting.own.path is None:
+        reporting.keep_in(reporting.of_step(recipe.run, step)).update()
+
+
 def check_choice(option: str, value: str | None, known: Collection[str]) -> None:
     """Refuse a word that an option does not know.
 
@@ -106,7 +113,7 @@ def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: s
         print(f"{folder.command}: {steps} of {steps} steps are done, in {folder.checkpoints / checkpoint_tag(steps)}")
         print(f"next: {following}")
         reporting.keep_in(folder.progress)
-        known = reporting.read_report(folder.progress).model_dump(include={"what", "samples_per_second"})
+        known = reporting.read_report(folder.progress).model_dump(include={"what", "loss", "samples_per_second"})
         reporting.own.update(**known, state="done", step=steps, total=steps)
     return True
 

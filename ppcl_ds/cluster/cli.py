@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ppcl_ds.errors import UserError
 from ppcl_ds.options import Changes
 from ppcl_ds.recipe import load_recipe
 
@@ -40,11 +41,22 @@ def submit(
 
 
 @app.command()
-def status(run: RunFolder) -> None:
-    """Say how a run's jobs are: state, step, samples a second, time left, and the first error of what has failed."""
+def status(
+    run: Annotated[Path, typer.Argument(metavar="RECIPE_OR_RUN", help="A recipe, or a run folder.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Redraw it every two seconds, until Ctrl-C.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print it for programs instead.")] = False,
+    changes: Changes = None,
+) -> None:
+    """Say how far a run is: each step of the road, what runs, what failed and why, and the command that comes next.
+
+    Of a training: step, loss, samples a second, time left and the newest checkpoint. Of a run that was submitted to
+    Slurm, also how its jobs are. Reads files alone, so it can be asked on any machine that sees the run folder.
+    """
+    if watch and json:
+        raise UserError("--watch and --json: give one of them at a time")
     from ppcl_ds.cluster.status import status
 
-    status(run)
+    status(run, watch, json, changes or ())
 
 
 @app.command()

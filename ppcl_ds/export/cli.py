@@ -89,7 +89,7 @@ def consolidate(
         early.check_choice(option, value, known.split("|"))
     early.check_there(recipe.teacher.path, "teacher")
     early.check_variants(recipe.plan_file, variant or ())
-    early.say("consolidate: opens teacher and checkpoint")
+    early.begin(recipe, "consolidate", "opens teacher and checkpoint")
     from ppcl_ds.export.consolidate import Form, consolidate
 
     form = Form.checked(dtype, max_shard_size, single_file, gguf, quantize)

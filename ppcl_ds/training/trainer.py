@@ -252,7 +252,7 @@ class Training(ABC):
                     if due(step, settings.log_every):
                         note = log.write(step, self._measured(), self.timer.drain(), step - logged)
                         logged = step
-                    advance(1, note, log.newest.get("run/samples_per_second"))
+                    advance(1, note, log.newest.get("run/samples_per_second"), log.newest.get("run/loss"))
                     stops = step < last and self.preemption.requested(step)
                     if stops or due(step, settings.checkpoint_every):
                         self._save(step, stops or step == last)
