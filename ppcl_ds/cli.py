@@ -15,6 +15,7 @@ from ppcl_ds import console, early, launch, memory
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
+from ppcl_ds.evaluate.cli import app as evaluate_app
 from ppcl_ds.export.cli import app as export_app
 from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
@@ -32,11 +33,11 @@ app = program(
 
 app.add_typer(start_app)
 app.add_typer(export_app)
+app.add_typer(evaluate_app)
 app.add_typer(cluster_app)
 app.add_typer(teacher_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
-_EVALUATE_LESS = "lower evaluate.batch_size, or measure on the CPU with CUDA_VISIBLE_DEVICES="
 
 
 @app.command()
@@ -57,7 +58,7 @@ def probe(
     loaded = load_recipe(recipe, changes or ())
     if part and merge:
         raise UserError("--part and --merge: give one of them; parts are merged when all of them are there")
-    early.check_there(loaded.teacher.path, "teacher")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     if not merge:
         launch.on_ranks(loaded.topology.world)
     early.begin(loaded, "merge" if merge else "probe", "checks recipe, shards and teacher")
@@ -102,7 +103,7 @@ def plan(
     loaded = load_recipe(recipe, changes or ())
     if sum((from_run is not None, check, show)) > 1:
         raise UserError("--from-run, --check and --show: give one of them at a time")
-    early.check_there(loaded.teacher.path, "teacher")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     if check and early.PlanMemory(loaded).known:
         print(f"{loaded.plan_file} is in order, as when it was last written or checked")
         return
@@ -159,7 +160,7 @@ def estimate(
     """
     loaded = load_recipe(recipe, changes or ())
     accelerator_called(accelerator)
-    early.check_there(loaded.teacher.path, "teacher")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     if variant and loaded.plan_file.exists():
         early.check_variants(loaded.plan_file, [variant])
     early.say("estimate: reads the teacher's configuration")
@@ -196,7 +197,7 @@ def distill(
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe, changes or ())
-    early.check_there(loaded.teacher.path, "teacher")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     early.check_variants(loaded.plan_file, ())
     if not dry_run:
         steps = loaded.distill.steps
@@ -241,7 +242,7 @@ def finetune(
     """
     loaded = load_recipe(recipe, changes or ())
     steps = loaded.tuning.steps
-    early.check_there(loaded.teacher.path, "teacher")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     early.check_variants(loaded.plan_file, [variant])
     if not dry_run:
         following = f"ppcl consolidate {recipe}"
@@ -262,87 +263,6 @@ def finetune(
 
     with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
         finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
-
-
-@app.command()
-def evaluate(
-    recipe: RecipePath,
-    read_scores: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET/MODEL=FILE",
-            help="Only take a result file of the set's own scorer into report and cards; repeat for several.",
-        ),
-    ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Only time teacher and variants end to end, and write speed.json.")
-    ] = False,
-    changes: Changes = None,
-) -> None:
-    """Teacher, variants and undistilled variants side by side, on the same noise.
-
-    Writes samples.png, report.json and report.html into the run folder, and the figures into the models' cards.
-
-    Prompt sets (evaluate.sets) are drawn first, by teacher and variants, on all GPUs of this machine or all processes
-    that torchrun or Slurm have started, and laid out in evaluate/ as their benchmarks' scorers read them. Stopped, it
-    goes on where it was.
-    """
-    loaded = load_recipe(recipe, changes or ())
-    if read_scores and speed:
-        raise UserError("--read-scores and --speed: give one of them at a time")
-    early.check_there(loaded.teacher.path, "teacher")
-    early.begin(loaded, "evaluate", "looks at teacher, variants and held-out data")
-    from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
-
-    if read_scores:
-        take_scores(loaded, read_scores)
-        return
-    checked = check(loaded)
-    if speed:
-        from ppcl_ds.evaluate.speed import measure_speed
-
-        if launch.is_first_rank():
-            with memory.told("evaluate", _EVALUATE_LESS):
-                measure_speed(loaded, checked.teacher, checked.drawn)
-        return
-    if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
-        launch.on_ranks(gpus)
-    with memory.told("evaluate", _EVALUATE_LESS):
-        evaluate(checked)
-
-
-@app.command()
-def sample(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A diffusers pipeline folder, such as a variant's."),
-    ],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several images.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the images.")] = Path("samples.png"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same for every prompt.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the pipeline's own")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            help="Guidance scale; Qwen-Image pipelines use none unless told (4 is usual).",
-            show_default="the pipeline's own",
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Height and width in pixels.", show_default="the pipeline's own"),
-    ] = None,
-) -> None:
-    """Draw images with the teacher or with a variant, one column a prompt.
-
-    It is drawn with as diffusers does. A GPU is used if there is one.
-    """
-    early.check_there(model, "model")
-    early.say(f"sample: loads {model}")
-    from ppcl_ds.evaluate.sample import sample
-
-    sample(model, prompt, out, seed=seed, steps=steps, guidance=guidance, size=size)
 
 
 @app.command()

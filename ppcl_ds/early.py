@@ -146,8 +146,8 @@ class PlanMemory:
     def _digest(self) -> str:
         """Of everything that the check hangs on."""
         teacher = self.recipe.teacher
-        folders = (teacher.path / teacher.component, teacher.path)
-        files = (self.recipe.plan_file, next(filter(Path.is_dir, folders), teacher.path) / "config.json")
+        folders = (teacher.folder / teacher.component, teacher.folder)
+        files = (self.recipe.plan_file, next(filter(Path.is_dir, folders), teacher.folder) / "config.json")
         words = [json.dumps(teacher.model_dump(mode="json")), *(version(name) for name in ("ppcl-ds", "diffusers"))]
         parts = [*(file.read_bytes() for file in files), *(word.encode() for word in words)]
         return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()

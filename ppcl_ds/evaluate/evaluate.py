@@ -92,7 +92,7 @@ def evaluate(checked: Checked) -> None:
     if not whole:
         print("the teacher does not fit on one GPU: its layers stay in CPU memory, and figures take longer", flush=True)
     bench = Bench(recipe, teacher, device, whole)
-    decode = Decoder(recipe.teacher.path, device)
+    decode = Decoder(recipe.teacher.folder, device)
     rows: list[ModelFigures] = []
     images: dict[str, Tensor] = {}
     models = list(_models(recipe, teacher, plan))

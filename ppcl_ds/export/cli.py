@@ -87,7 +87,7 @@ def consolidate(
         ("--quantize", quantize, _QUANTISED),
     ):
         early.check_choice(option, value, known.split("|"))
-    early.check_there(recipe.teacher.path, "teacher")
+    _ = recipe.teacher.folder  # refused if it is not there, or fetched from the hub
     early.check_variants(recipe.plan_file, variant or ())
     early.begin(recipe, "consolidate", "opens teacher and checkpoint")
     from ppcl_ds.export.consolidate import Form, consolidate

@@ -152,7 +152,7 @@ class Export:
         self.recipe, self.form = recipe, form
         self.teacher = open_teacher(recipe)
         self.plan = load_plan(recipe.plan_file, self.teacher)
-        self.around = pipeline_files(recipe.teacher.path, recipe.teacher.component)
+        self.around = pipeline_files(recipe.teacher.folder, recipe.teacher.component)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -223,7 +223,7 @@ class Export:
             transformer = folder / facts.component
             write_model(model, transformer, form.max_shard_size)
             name_transformer(
-                folder, self.recipe.teacher.path, facts.component, facts.own_code or "diffusers", facts.model_class
+                folder, self.recipe.teacher.folder, facts.component, facts.own_code or "diffusers", facts.model_class
             )
             if single:
                 write_file(single, folder / str(facts.single_file), metadata)
@@ -239,7 +239,7 @@ class Export:
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
         places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
         tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
-        path, teacher = self.recipe.teacher.path, self.teacher
+        path, teacher = self.recipe.teacher.folder, self.teacher
         pipeline_code, pipeline = pipeline_class(path)
         saved = sum(parameters_saved(unit, teacher) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()
