@@ -197,8 +197,7 @@ def distill(
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
     loaded = load_recipe(recipe, changes or ())
-    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
-    early.check_variants(loaded.plan_file, ())
+    early.check_training(loaded, ())
     if not dry_run:
         steps = loaded.distill.steps
         if early.is_finished(loaded, loaded.distillation, steps, f"ppcl consolidate {recipe}"):
@@ -242,8 +241,7 @@ def finetune(
     """
     loaded = load_recipe(recipe, changes or ())
     steps = loaded.tuning.steps
-    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
-    early.check_variants(loaded.plan_file, [variant])
+    early.check_training(loaded, [variant])
     if not dry_run:
         following = f"ppcl consolidate {recipe}"
         if early.is_finished(loaded, loaded.finetuning(variant), steps, following):

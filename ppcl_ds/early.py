@@ -17,11 +17,12 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, missing
 from ppcl_ds.recipe import Recipe, TrainingFolder, checkpoint_tag
 from ppcl_ds.watch.lock import check_lock
+from ppcl_ds.watch.mirror import check_package
 
 UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
 """Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
 
-_UNREAD = ("run", "probe", "plan", "evaluate", "cluster", "demo")
+_UNREAD = ("run", "probe", "plan", "evaluate", "cluster", "wandb", "demo")
 """Sections of a recipe that no training reads."""
 
 
@@ -87,6 +88,20 @@ def check_variants(plan: Path, names: Collection[str]) -> None:
     known = variants_in(plan)
     if known is not None and (unknown := [name for name in names if untuned(name) not in known]):
         raise UserError(f"variant '{untuned(unknown[0])}' is not in the plan; it has: {', '.join(known)}")
+
+
+def check_training(recipe: Recipe, variants: Collection[str]) -> None:
+    """What is quickly told of a training: its teacher's folder, or that of the hub's id, its plan, its packages.
+
+    Args:
+        variants: that it is to train; none: the library.
+
+    Raises:
+        UserError: something is not there.
+    """
+    _ = recipe.teacher.folder
+    check_variants(recipe.plan_file, variants)
+    check_package(recipe)
 
 
 def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: str) -> bool:

@@ -27,6 +27,7 @@ from ppcl_ds.sections import (
     Section,
     Teacher,
     Topology,
+    Wandb,
 )
 
 
@@ -111,6 +112,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
     cluster: Cluster = Cluster()
+    wandb: Wandb | None = None
     demo: DemoTeacher | None = None
 
     @property

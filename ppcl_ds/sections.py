@@ -14,6 +14,7 @@ from ppcl_ds.prompt_sets import Drawn
 from ppcl_ds.sampling import Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
 from ppcl_ds.strict import Section, expanded
+from ppcl_ds.watching import Wandb as Wandb
 
 Precision = Literal["fp32", "bf16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part of a whole, 0 included, 1 excluded
@@ -50,7 +51,8 @@ class Data(Section):
     source: str | tuple[str, ...]
     """One or several of: a folder of images or clips, each with its captions in a `.txt` or `.json` of the same name; a
     table (`.jsonl`, `.csv`, `.parquet`) with a column for the image or its path and columns of captions; webdataset
-    shards; a folder of any of these; the id of a data set on the Hugging Face hub, `OWNER/NAME`. Names may have braces: `/data/train-{000000..000123}.tar`, `https://host/{00..99}.tar`,
+    shards; a folder of any of these; the id of a data set on the Hugging Face hub, `OWNER/NAME`. Names may have braces:
+    `/data/train-{000000..000123}.tar`, `https://host/{00..99}.tar`,
     `pipe:aws s3 cp s3://bucket/{00..99}.tar -`. See `docs/data.md`."""
     caption_columns: tuple[str, ...] = ()
     """Columns of a table, or keys of a `.json`, that are captions, the main one first. Default: `caption`, `text`,
@@ -112,8 +114,8 @@ class Teacher(Section):
     """The frozen model."""
 
     path: Path
-    """A diffusers pipeline folder, or the id of one on the Hugging Face hub, such as `Qwen/Qwen-Image`, which is fetched
-    into its cache. Its transformer is what is pruned; its VAE and text encoders encode the data."""
+    """A diffusers pipeline folder, or its id on the Hugging Face hub, such as `Qwen/Qwen-Image`, fetched into the cache.
+    Its transformer is what is pruned; its VAE and text encoders encode the data."""
     component: str = "transformer"
     """The transformer, where the pipeline has two (Wan 2.2: `transformer` or `transformer_2`)."""
     options: dict[str, Any] = Field(default_factory=dict)
