@@ -23,6 +23,10 @@ _SECONDS = 10.0
 Kind = Literal["model", "dataset"]
 
 
+class _UnansweredError(UserError):
+    """The hub could not be asked."""
+
+
 def is_id(path: str | Path) -> bool:
     """Whether this is no path of something here, but could be `OWNER/NAME` on the hub."""
     text = str(path)
@@ -67,7 +71,17 @@ def data_folder(name: str, suffixes: Collection[str]) -> Path:
     Raises:
         UserError: there is no such data set, or the hub cannot be reached and the cache does not have it.
     """
-    return _fetch(name, "dataset", lambda files: [file for file in files if file.lower().endswith(tuple(suffixes))])
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return _fetch(name, "dataset", lambda files: [file for file in files if file.lower().endswith(tuple(suffixes))])
+    except _UnansweredError as fault:
+        patterns = [f"*{suffix}" for each in suffixes for suffix in (each, each.upper())]
+        try:
+            return Path(snapshot_download(name, repo_type="dataset", local_files_only=True, allow_patterns=patterns))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            raise fault from None
 
 
 def _components(index: Path) -> list[str]:
@@ -106,7 +120,6 @@ def _is_whole(folder: Path) -> bool:
 def _fetch(name: str, kind: Kind, needed: Callable[[Collection[str]], list[str]]) -> Path:
     """Everything of a repository that is needed, in the cache; asked for once, and not again if nobody answers."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         found: Any = HfApi().repo_info(name, repo_type=kind, files_metadata=True, timeout=_SECONDS)
@@ -116,21 +129,12 @@ def _fetch(name: str, kind: Kind, needed: Callable[[Collection[str]], list[str]]
             raise UserError(f"{name}: the hub's {kind} has none of the files that are read here")
         gigabytes = sum(sizes[file] for file in wanted) / 1e9
         print(f"{name}: {gigabytes:.3g} GB of the Hugging Face hub, or its cache ...", file=sys.stderr, flush=True)
-        return Path(snapshot_download(name, repo_type=kind, revision=found.sha, allow_patterns=wanted))
+        return Path(snapshot_download(name, repo_type=kind, allow_patterns=wanted))
     except UserError:
         raise
     except Exception as fault:  # of requests or of httpx, by the release of the client
-        if kind == "dataset" and not _was_refused(fault):
-            try:
-                return Path(snapshot_download(name, repo_type=kind, local_files_only=True))
-            except (LocalEntryNotFoundError, OSError, ValueError):
-                pass
-        raise UserError(_why(name, kind, fault)) from None
-
-
-def _was_refused(fault: Exception) -> bool:
-    """Whether the hub has answered."""
-    return getattr(getattr(fault, "response", None), "status_code", 0) != 0
+        answered = getattr(fault, "response", None) is not None
+        raise (UserError if answered else _UnansweredError)(_why(name, kind, fault)) from None
 
 
 def _why(name: str, kind: Kind, fault: Exception) -> str:

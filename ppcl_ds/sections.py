@@ -114,7 +114,7 @@ class Teacher(Section):
     """The frozen model."""
 
     path: Path
-    """A diffusers pipeline folder, or its id on the Hugging Face hub, such as `Qwen/Qwen-Image`, fetched into the cache.
+    """A diffusers pipeline folder, or its id on the Hugging Face hub (`Qwen/Qwen-Image`), fetched into its cache.
     Its transformer is what is pruned; its VAE and text encoders encode the data."""
     component: str = "transformer"
     """The transformer, where the pipeline has two (Wan 2.2: `transformer` or `transformer_2`)."""
