@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ppcl_ds import early
+from ppcl_ds.cluster import slurm
 from ppcl_ds.errors import UserError
 from ppcl_ds.options import Changes
 from ppcl_ds.recipe import load_recipe
@@ -35,6 +37,8 @@ def submit(
     RUN/slurm/. A file RUN/STOP ends the run after its next step; this command removes it.
     """
     loaded = load_recipe(recipe, changes or ())
+    slurm.need_slurm()
+    early.say("submit: checks recipe, teacher, plan and shards")
     from ppcl_ds.cluster.submit import submit
 
     submit(recipe, loaded, start, dry_run, changes or ())

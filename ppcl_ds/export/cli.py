@@ -146,6 +146,8 @@ def push(
 
     The account is the one of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another hub.
     """
+    early.check_there(folder, "folder")
+    early.say(f"push: looks at {folder}")
     from ppcl_ds.export.push import push
 
     push(folder, repository, private)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ppcl_ds import early
 from ppcl_ds.options import Changes, RecipePath, group
 
 app = typer.Typer()
@@ -16,7 +17,9 @@ app.add_typer(recipe_app, name="recipe")
 
 @app.command()
 def init(
-    pipeline: Annotated[Path, typer.Argument(metavar="PIPELINE_FOLDER", help="The teacher: a diffusers pipeline.")],
+    pipeline: Annotated[
+        Path, typer.Argument(metavar="PIPELINE_FOLDER", help="The teacher: a diffusers pipeline, or its id on the hub.")
+    ],
     source: Annotated[
         str,
         typer.Argument(
@@ -38,6 +41,7 @@ def init(
     Looks at the pipeline's configurations, at the first images and clips of the source and at the GPUs of this machine,
     or of the one that the options describe. No weights are read, and no recipe is overwritten.
     """
+    early.say("init: looks at pipeline, source and GPUs")
     from ppcl_ds.start.init import init
 
     init(pipeline, source, out, gpus, gpu_memory)

@@ -14,6 +14,8 @@ import pytest
 
 from ppcl_ds import reporting
 from ppcl_ds.cluster.road import RunStatus, disk_bytes, gigabytes, look
+from ppcl_ds.cluster.status import status
+from ppcl_ds.cluster.submitted import Queued, write_chain
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
 from ppcl_ds.reporting import Report
 from ppcl_ds.watch.lock import FolderLock, holder
@@ -145,3 +147,44 @@ def test_it_is_a_table_or_json_of_a_recipe_or_a_run_folder(recipe: Recipe, path:
     write(recipe.distillation.recipe, recipe.model_dump_json())
     assert json.loads(ppcl("status", recipe.run, "--json"))["next"] == "ppcl distill RECIPE"
     assert "give one of them" in ppcl("status", path, "--watch", "--json", code=2)
+
+
+def test_it_is_drawn_anew_until_it_is_stopped(
+    recipe: Recipe, path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned(recipe)
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        if slept:
+            raise KeyboardInterrupt
+        slept.append(seconds)
+        reached(recipe, 2)
+
+    monkeypatch.setattr("ppcl_ds.cluster.status.time.sleep", sleep)
+    with pytest.raises(KeyboardInterrupt):
+        status(path, watch=True)
+    assert "step-000002" in capsys.readouterr().out  # which was not there at first
+
+
+def test_of_submitted_jobs_slurm_is_asked_where_it_is(
+    recipe: Recipe, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a stand-in of squeue: what it says of a job stands below the road, with the first error of its ranks."""
+    planned(recipe)
+    write_chain(recipe.run, [Queued(step="distill", job="7")])
+    report(recipe.distillation.progress, state="failed", step=1, total=4, job="7", fault="error: no space left")
+    monkeypatch.setenv("PATH", "/nowhere")
+    status(path)
+    assert "Slurm's commands tell, which are not on the PATH here" in capsys.readouterr().out
+    squeue = tmp_path / "squeue"
+    squeue.write_text("#!/bin/sh\necho '7|7|FAILED|0:00|None'\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    status(path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines.count("distill: error: no space left") == 2  # of the step, and of its job
+    assert any("FAILED" in line and "1 of 4" in line for line in lines)
+    status(path, as_json=True)
+    [job] = json.loads(capsys.readouterr().out)["jobs"]
+    assert (job["step"], job["state"], job["fault"]) == ("distill", "FAILED", "error: no space left")
