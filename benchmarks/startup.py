@@ -1,6 +1,6 @@
 """How long commands are silent, and how long they take that have little to do: before, at another revision, and now.
 
-    python -m benchmarks.startup [--before REVISION_OR_FOLDER] [--json FILE] [--quick]
+    python -m benchmarks.startup [--before REVISION_OR_FOLDER] [--run FOLDER] [--only TEXT] [--json FILE] [--quick]
 
 A tiny teacher is probed, planned and distilled first. Then both take turns, in fresh interpreters; what would go on for
 long is ended with its first line. The other revision is checked out into a temporary worktree.
@@ -24,7 +24,6 @@ import typer
 import yaml
 
 from benchmarks.table import JsonFile, Quick, Row, row, show
-from benchmarks.workload import Workload, prepare
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,7 +96,16 @@ def checked_out(revision: str) -> Iterator[Path]:
 
 
 def make_run(folder: Path) -> dict[str, str]:
-    """A tiny run that is distilled; what the letters in `CASES` stand for."""
+    """A tiny run that is distilled, unless it is there already; what the letters in `CASES` stand for."""
+    if not (folder / "R.yaml").exists():
+        _make(folder)
+    places = {name: str(folder / f"{name}.yaml") for name in "REM"}
+    return places | {"P": str(folder / "run" / "plan.yaml"), "L": str(folder / "lora.safetensors")}
+
+
+def _make(folder: Path) -> None:
+    from benchmarks.workload import Workload, prepare  # with torch, whose memory what is measured may need
+
     path = prepare(folder / "run", Workload(6, 128, side=8, micro_batch=2), {"small": [(1, 3)], "large": [(4, 5)]})
     said: dict[str, Any] = yaml.safe_load(path.read_text().replace("{run}", str(path.parent)))
     said["distill"]["steps"] = 2
@@ -117,31 +125,31 @@ def make_run(folder: Path) -> dict[str, str]:
         name, *options = command.split()
         words = [sys.executable, "-m", "ppcl_ds.cli", name, str(folder / "R.yaml"), *options]
         subprocess.run(words, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    places = {name: str(folder / f"{name}.yaml") for name in recipes}
-    return places | {"P": str(path.parent / "plan.yaml"), "L": str(lora)}
 
 
-def measure(before: str, repeats: int) -> list[Row]:
-    """Two rows a command: to the first output, and to the end; `other` is the other revision."""
-    rows = []
-    with tempfile.TemporaryDirectory() as folder, checked_out(before) as earlier:
-        places = make_run(Path(folder))
-        for case in CASES:
+def measure(before: str, folder: Path, only: str, repeats: int) -> Iterator[Row]:
+    """Rows of a command: to its first output, and to its end; `other` is the other revision."""
+    with checked_out(before) as earlier:
+        places = make_run(folder)
+        for case in (case for case in CASES if only in case.name):
             words = [places.get(word, word) for word in case.words.split()]
             pairs = [[timed(words, code, case.whole) for code in (ROOT, earlier)] for _ in range(repeats)]
             for number, what in enumerate(("first output", "whole") if case.whole else ("first output",)):
                 ours, other = (median(pair[side][number] for pair in pairs) for side in (0, 1))
-                rows.append(row(f"{case.name}: {what}", ours, other, "s", f"median of {repeats}"))
-    return rows
+                yield row(f"{case.name}: {what}", ours, other, "s", f"median of {repeats}")
 
 
 def main(
     before: Annotated[str, typer.Option(metavar="REVISION_OR_FOLDER", help="What it is compared with.")] = "HEAD",
+    run: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Where the tiny run is made, or is.")] = None,
+    only: Annotated[str, typer.Option(metavar="TEXT", help="Only commands whose name in the table has this.")] = "",
     json: JsonFile = None,
     quick: Quick = False,
 ) -> None:
     """Measure and print."""
-    show("Starting up", measure(before, 1 if quick else 3), json)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = list(measure(before, run or Path(folder), only, 1 if quick else 3))
+    show("Starting up", rows, json)
 
 
 if __name__ == "__main__":
