@@ -75,13 +75,13 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool, changes
     print(f"ppcl status {shlex.quote(str(recipe.run))} says how they are, ppcl cancel ends them")
 
 
-def _write(content: str, recipe: Recipe, folder: Path) -> None:
+def _write(said: str, recipe: Recipe, folder: Path) -> None:
     """Everything that the jobs will read, and what it will be good to know later."""
     sources = [file for pattern in _SCRIPTS for file in sorted(recipe.cluster.scripts.glob(pattern))]
     needed = [f"{name}.sbatch" for name in STEPS] + ["ranks.sh", "site.env"]
     if lost := [name for name in needed if name not in {file.name for file in sources}]:
         raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no {lost[0]}; copy the whole folder that ships")
-    files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": content.encode()}
+    files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": said.encode()}
     if recipe.plan_file.exists():
         files["plan.yaml"] = recipe.plan_file.read_bytes()
     files["environment.json"] = (json.dumps(_environment(recipe), indent=1) + "\n").encode()

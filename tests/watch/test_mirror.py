@@ -48,7 +48,7 @@ class StandIn:
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StandIn:
     made = StandIn()
-    monkeypatch.setitem(sys.modules, "wandb", made)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", made)
     return made
 
 
