@@ -10,23 +10,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppcl_ds import console
+from ppcl_ds import console, early
 from ppcl_ds.errors import UserError
+from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
 
 if TYPE_CHECKING:
     from data_tools.summary import Summary
 
-app = typer.Typer(
-    help="Prepare text-image pairs: `shard`, then `encode`; both read the `data` section of a recipe. "
+app = program(
+    "Prepare text-image pairs: `shard`, then `encode`; both read the `data` section of a recipe. "
     "`index`, `verify` and `inspect` look after shards, whoever wrote them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # reflows the docstrings
 )
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML recipe, such as recipes/digits.yaml.")]
 Folder = Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder of shards, or one with raw/ and encoded/.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes; each works on a shard. 0: one for each core, at most 4.")]
 Json = Annotated[str, typer.Option("--json", metavar="FILE", help="Write the summary as JSON; `-`: to stdout.")]
@@ -40,6 +37,7 @@ def shard(
     ] = False,
     workers: Workers = 0,
     json: Json = "",
+    changes: Changes = None,
 ) -> None:
     """Pack images and captions into tar shards.
 
@@ -48,9 +46,11 @@ def shard(
     Interrupted, it goes on at the shard where it stopped. Run again, it does nothing, unless the recipe has changed,
     but says whether the source has.
     """
+    loaded = load_recipe(recipe, changes or ())
+    early.begin(loaded, "shard", "looks at the source")
     from data_tools.shard import shard as write_shards
 
-    _tell(json, lambda: write_shards(load_recipe(recipe).data, _processes(workers), update))
+    _tell(json, lambda: write_shards(loaded.data, _processes(workers), update))
 
 
 @app.command()
@@ -60,6 +60,7 @@ def encode(
     part: Annotated[str, typer.Option(metavar="I/N", help="Encode every n-th shard, such as 2/8.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Processes, each with encoders of its own.")] = 1,
     json: Json = "",
+    changes: Changes = None,
 ) -> None:
     """Encode the shards once, so that training never runs an image or text encoder.
 
@@ -68,9 +69,11 @@ def encode(
     its tasks; whichever is the last writes the index. Interrupted, it goes on at the shard where it stopped; run
     again, it encodes only what has changed.
     """
+    loaded = load_recipe(recipe, changes or ())
+    early.begin(loaded, "encode", "opens the pipeline")
     from data_tools.encode import encode as write_encoded
 
-    _tell(json, lambda: write_encoded(load_recipe(recipe), keep_images, workers, part))
+    _tell(json, lambda: write_encoded(loaded, keep_images, workers, part))
 
 
 @app.command()
@@ -85,6 +88,7 @@ def index(
     Where every sample lies, its latents' shape, how long each shard is, its checksum, and what is damaged in it. Brace
     patterns (`train-{000000..000123}.tar`), `http(s)://` and `pipe:` addresses are understood.
     """
+    early.say("index: reads the shards")
     from data_tools.index import index as write_index
 
     _tell(json, lambda: write_index(shards, out, _processes(workers)))
@@ -102,6 +106,7 @@ def verify(
     Decodes every image, caption and tensor, compares all with the index, and lists each problem. With `--repair`,
     copies that hold the good samples only, and their index, go to another folder; the originals stay as they are.
     """
+    early.say("verify: reads the shards")
     from data_tools.verify import verify as look
 
     _tell(json, lambda: look(folder, repair, _processes(workers)))
@@ -116,6 +121,7 @@ def inspect(
     json: Json = "",
 ) -> None:
     """Show what is in the shards: sizes, captions, latents, what is lacking, and a contact sheet."""
+    early.say("inspect: reads the shards")
     from data_tools.inspect import inspect as look
 
     _tell(json, lambda: look(folder, sheet, samples, _processes(workers)))

@@ -296,7 +296,7 @@ def _encoder(teacher: str, device: str, images: bool) -> Encoder:
         images: whether images will be encoded, too.
     """
     settings = TeacherSection.model_validate_json(teacher)
-    return Encoder(settings.path, settings.component, settings.options, device, images)
+    return Encoder(settings.folder, settings.component, settings.options, device, images)
 
 
 def _has_images(member: Member) -> bool:

@@ -16,11 +16,15 @@ from data_tools.frames import frames_in, is_clip
 from data_tools.samples import SOURCE
 from ppcl_ds.data.index import IMAGE_SUFFIXES, SUFFIXES
 from ppcl_ds.errors import UserError, brief, missing, problem, shown
+from ppcl_ds.hub import data_folder, is_id
 from ppcl_ds.sections import Data
 
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """Tables of the folder that they lie in (Hugging Face's imagefolder). Other parquet files in a folder are read too."""
 
+
+_BESIDE = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".tar")
+"""Endings of captions, tables and shards, which are fetched of a data set beside its images and clips."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zX": "xz", b"BZh": "bzip2"}
 
@@ -61,6 +65,8 @@ def local_paths(source: str) -> list[Path]:
     """The files and folders that a local source names."""
     if Path(source).exists():
         return [Path(source)]
+    if is_id(source):
+        return [data_folder(source, (*SUFFIXES, *_BESIDE))]
     try:
         names = list(expand_urls(source))
     except ValueError as fault:

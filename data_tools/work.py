@@ -200,7 +200,7 @@ def worker_number() -> int:
 
 
 def _work(function: Callable[[JobT, Advance], ResultT], job: JobT) -> ResultT:
-    def report(count: int, note: str = "", rate: float | None = None) -> None:
+    def report(count: int, note: str = "", rate: float | None = None, loss: float | None = None) -> None:
         if _reports is not None:
             _reports.put(count)
 

@@ -11,11 +11,13 @@ from typing import Annotated
 
 import typer
 
-from ppcl_ds import console, launch, memory
+from ppcl_ds import console, early, launch, memory
 from ppcl_ds.cluster.cli import app as cluster_app
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import ACCELERATORS
+from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
+from ppcl_ds.evaluate.cli import app as evaluate_app
 from ppcl_ds.export.cli import app as export_app
+from ppcl_ds.options import Changes, Done, RecipePath, program
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.report.cli import app as report_app
 from ppcl_ds.report.renew import renew
@@ -23,59 +25,68 @@ from ppcl_ds.shipped import shipped
 from ppcl_ds.start.cli import app as start_app
 from ppcl_ds.teacher.cli import app as teacher_app
 
-app = typer.Typer(
-    help="Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
+
+def _renew(done: object, **_: object) -> None:
+    """Have the run's page show what a command has done."""
+    if isinstance(done, Done):
+        renew(done.recipe, done.command, done.shown)
+
+
+app = program(
+    "Shrink a diffusion transformer into a family of smaller ones. The road: [bold]ppcl-data shard[/] and "
     "[bold]encode[/], then [bold]ppcl probe[/], [bold]plan[/], [bold]distill[/], [bold]finetune[/], "
     "[bold]consolidate[/] and [bold]evaluate[/]. Every step reads the same recipe and writes into its run folder. "
-    "[bold]ppcl demo[/] walks it all on real handwritten digits in a few minutes.",
-    no_args_is_help=True,
+    "[bold]ppcl demo[/] walks it all on real handwritten digits in ten to fifteen minutes.",
     rich_markup_mode="rich",
-    pretty_exceptions_enable=False,
-    add_completion=False,
+    result_callback=_renew,
 )
 
 app.add_typer(start_app)
 app.add_typer(export_app)
+app.add_typer(evaluate_app)
 app.add_typer(cluster_app)
 app.add_typer(teacher_app)
 app.add_typer(report_app)
 
 DEMO_RECIPE = shipped("recipes/digits.yaml")
-_EVALUATE_LESS = "lower evaluate.batch_size, or measure on the CPU with CUDA_VISIBLE_DEVICES="
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 
 
 @app.command()
 def probe(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     part: Annotated[
         str | None, typer.Option(metavar="I/N", help="Read only the I-th of N parts of the samples, and keep its sums.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the sums of all parts and report.")] = False,
-) -> None:
+    changes: Changes = None,
+) -> Done | None:
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
     probe/report.json and plots into the run folder, whose page it renews. Needs encoded shards and the teacher.
     An array of jobs shares the work: each runs one --part, in any order and again if need be; then --merge.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
+    if part and merge:
+        raise UserError("--part and --merge: give one of them; parts are merged when all of them are there")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
+    if not merge:
+        launch.on_ranks(loaded.topology.world)
+    early.begin(loaded, "merge" if merge else "probe", "checks recipe, shards and teacher")
     from ppcl_ds.probing.probe import check, merge_parts, probe
 
     teacher = check(loaded, part, merge)
     if merge:
         merge_parts(loaded, teacher)
-        renew(loaded, "probe --merge")
-        return
-    launch.on_ranks(loaded.topology.world)
+        return Done(loaded, "probe --merge")
     with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
-    renew(loaded, f"probe --part {part}" if part else "probe", page=part is None)
+    return Done(loaded, f"probe --part {part}" if part else "probe", part is None)
 
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     from_run: Annotated[
         Path | None,
         typer.Option(metavar="RUN", help="Choose among the units that this run has trained, by what they cost."),
@@ -89,7 +100,8 @@ def plan(
             "--show", help="Print the plan file's variants, have the page show error over size, choose nothing."
         ),
     ] = False,
-) -> None:
+    changes: Changes = None,
+) -> Done | None:
     """Choose the units of every variant and write plan.yaml.
 
     Each variant gives up the share of the teacher's blocks that the recipe asks for (plan.budget), at the least error
@@ -103,9 +115,17 @@ def plan(
     With plan.width in the recipe, the library also holds width units, and every block may then stay, be narrowed, lose
     its text stream or feed-forward to linears, or go with a span, whatever does least harm for the budget.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     if sum((from_run is not None, check, show)) > 1:
         raise UserError("--from-run, --check and --show: give one of them at a time")
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
+    if check and early.PlanMemory(loaded).known:
+        print(f"{loaded.plan_file} is in order, as when it was last written or checked")
+        return None
+    if check or show:
+        early.say("plan: opens the teacher")
+    else:
+        early.begin(loaded, "plan", "opens the teacher")
     from ppcl_ds.planning import planner as run
 
     if from_run is not None:
@@ -114,24 +134,23 @@ def plan(
         replan = Replan(loaded, from_run)
         if (swaps := replan.measured) is not None:
             replan.write(swaps)
-            renew(loaded, "plan")
-            return
+            return Done(loaded, "plan")
         launch.on_ranks(loaded.topology.world)
         with memory.told("plan", "lower evaluate.batch_size"):
             replan.measure()
     elif check:
         run.check(loaded)
-        return
+        return None
     elif show:
         run.show(loaded)
     else:
         run.plan(loaded)
-    renew(loaded, "plan")
+    return Done(loaded, "plan")
 
 
 @app.command()
 def estimate(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.")] = 1,
     gpus_per_node: Annotated[
         int | None, typer.Option(help="Accelerators of a node.", show_default="topology.stages x topology.replicas")
@@ -148,6 +167,7 @@ def estimate(
         str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
     ] = None,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
+    changes: Changes = None,
 ) -> None:
     """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
 
@@ -155,7 +175,12 @@ def estimate(
     A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
+    accelerator_called(accelerator)
+    _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
+    if variant and loaded.plan_file.exists():
+        early.check_variants(loaded.plan_file, [variant])
+    early.say("estimate: reads the teacher's configuration")
     from ppcl_ds.estimate.estimate import estimate
 
     fits = estimate(
@@ -174,20 +199,28 @@ def estimate(
 
 @app.command()
 def distill(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check recipe, plan, topology and shards, print the estimate, stop there.")
     ] = False,
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
-) -> None:
+    changes: Changes = None,
+) -> Done | None:
     """Train all units of the plan at once against the frozen teacher.
 
     Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
     streams the shards, and goes on from the newest checkpoint if there is one. Watch it: tensorboard --logdir RUN.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
+    early.check_training(loaded, ())
+    if not dry_run:
+        steps = loaded.distill.steps
+        if early.is_finished(loaded, loaded.distillation, steps, f"ppcl consolidate {recipe}"):
+            return None
+        launch.on_ranks(loaded.topology.world)
+    early.say("distill: checks recipe, plan, shards and teacher")
     from ppcl_ds.distill.distill import check, distill
 
     teacher, checked = check(loaded)
@@ -195,18 +228,17 @@ def distill(
         from ppcl_ds.estimate.estimate import print_estimate
 
         print_estimate(loaded, teacher)
-        return
-    launch.on_ranks(loaded.topology.world)
+        return None
     from ppcl_ds.estimate.card import warn_if_too_small
 
     with memory.told("distill", memory.training_lower("distill", loaded.distill, loaded.teacher)):
         distill(loaded, teacher, checked, until, partial(warn_if_too_small, loaded, teacher))
-    renew(loaded, "distill")
+    return Done(loaded, "distill")
 
 
 @app.command()
 def finetune(
-    recipe: RecipeFile,
+    recipe: RecipePath,
     variant: Annotated[str, typer.Option(metavar="NAME", help="Variant of the plan to fine-tune.")],
     from_run: Annotated[
         Path | None,
@@ -218,13 +250,22 @@ def finetune(
     until: Annotated[
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
-) -> None:
+    changes: Changes = None,
+) -> Done | None:
     """Train one variant end to end, its blocks over the pipeline stages, against the teacher's velocity, data, or both.
 
     Starts processes, streams shards and goes on from its newest checkpoint as `ppcl distill` does, in
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
+    steps = loaded.tuning.steps
+    early.check_training(loaded, [variant])
+    if not dry_run:
+        following = f"ppcl consolidate {recipe}"
+        if early.is_finished(loaded, loaded.finetuning(variant), steps, following):
+            return None
+        launch.on_ranks(loaded.topology.world)
+    early.say("finetune: checks recipe, plan, shards, units and teacher")
     from ppcl_ds.finetune.finetune import check, finetune, newer_units
 
     checked = check(loaded, variant, from_run)
@@ -233,107 +274,28 @@ def finetune(
 
         print(newer_units(checked.folder), end="")
         print_estimate(loaded, checked.teacher, variant)
-        return
-    launch.on_ranks(loaded.topology.world)
+        return None
     from ppcl_ds.estimate.card import warn_if_too_small
 
     with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
         finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
-    renew(loaded, f"finetune {variant}")
-
-
-@app.command()
-def evaluate(
-    recipe: RecipeFile,
-    read_scores: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="SET/MODEL=FILE",
-            help="Only take a result file of the set's own scorer into report and cards; repeat for several.",
-        ),
-    ] = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Only time teacher and variants end to end, and write speed.json.")
-    ] = False,
-) -> None:
-    """Teacher, variants and undistilled variants side by side, on the same noise.
-
-    Writes samples.png, samples/, report.json and report.html into the run folder, and the figures into the models'
-    cards.
-
-    Prompt sets (evaluate.sets) are drawn first, by teacher and variants, on all GPUs of this machine or all processes
-    that torchrun or Slurm have started, and laid out in evaluate/ as their benchmarks' scorers read them. Stopped, it
-    goes on where it was.
-    """
-    loaded = load_recipe(recipe)
-    from ppcl_ds.evaluate.evaluate import check, evaluate, take_scores
-
-    if read_scores and speed:
-        raise UserError("--read-scores and --speed: give one of them at a time")
-    if read_scores:
-        take_scores(loaded, read_scores)
-        renew(loaded, "evaluate --read-scores")
-        return
-    checked = check(loaded)
-    if speed:
-        from ppcl_ds.evaluate.speed import measure_speed
-
-        if launch.is_first_rank():
-            with memory.told("evaluate", _EVALUATE_LESS):
-                measure_speed(loaded, checked.teacher, checked.drawn)
-        renew(loaded, "evaluate --speed")
-        return
-    if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
-        launch.on_ranks(gpus)
-    with memory.told("evaluate", _EVALUATE_LESS):
-        evaluate(checked)
-    renew(loaded, "evaluate")
-
-
-@app.command()
-def sample(
-    model: Annotated[
-        Path,
-        typer.Argument(metavar="MODEL", help="A diffusers pipeline folder, such as a variant's."),
-    ],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; repeat for several images.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.png", help="Where to write the images.")] = Path("samples.png"),
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise, which is the same for every prompt.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps.", show_default="the pipeline's own")] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option(
-            min=1.0,
-            help="Guidance scale; Qwen-Image pipelines use none unless told (4 is usual).",
-            show_default="the pipeline's own",
-        ),
-    ] = None,
-    size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Height and width in pixels.", show_default="the pipeline's own"),
-    ] = None,
-) -> None:
-    """Draw images with the teacher or with a variant, one column a prompt.
-
-    It is drawn with as diffusers does. A GPU is used if there is one.
-    """
-    from ppcl_ds.evaluate.sample import sample
-
-    sample(model, prompt, out, seed=seed, steps=steps, guidance=guidance, size=size)
+    return Done(loaded, f"finetune {variant}")
 
 
 @app.command()
 def demo(
-    recipe: RecipeFile = DEMO_RECIPE,
+    recipe: RecipePath = DEMO_RECIPE,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
+    changes: Changes = None,
 ) -> None:
     """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
+    early.say("demo: looks at what is done")
     from ppcl_ds.demo.demo import demo
 
-    demo(recipe, loaded, fresh)
+    demo(recipe, loaded, fresh, changes or ())
 
 
 def main() -> None:

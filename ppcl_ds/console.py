@@ -23,10 +23,10 @@ Item = TypeVar("Item")
 class Advance(Protocol):
     """Says that `count` more are done; a note that is not empty replaces the one shown.
 
-    `rate`: samples a second, where somebody has measured it.
+    `rate`: samples a second, where somebody has measured it; `loss`: the newest, of a training.
     """
 
-    def __call__(self, count: int, note: str = "", rate: float | None = None) -> None:
+    def __call__(self, count: int, note: str = "", rate: float | None = None, loss: float | None = None) -> None:
         """Advance."""
 
 
@@ -67,6 +67,8 @@ def run(app: typer.Typer) -> None:
         code = 1
     else:
         code = 0
+        if reporting.own.report.state == "running":
+            reporting.own.update(state="done", seconds_left=None)
     if launch.has_joined():
         launch.end(code)
     sys.exit(code)
@@ -98,7 +100,7 @@ def progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
         `advance(n, note)`: says that n more of `total` are done; a note that is not empty replaces the one shown.
     """
     if not launch.is_first_rank():  # of the processes of one launch, the first one speaks
-        yield lambda count, note="", rate=None: None
+        yield lambda count, note="", rate=None, loss=None: None
         return
     counter = _Counter(description, total, done)
     try:
@@ -135,12 +137,14 @@ class _Counter:
         self.began = self.written = time.monotonic()
         self.note = ""
         self.rate: float | None = None
+        self.loss: float | None = None
         self.show: Callable[[], object] | None = None
         self.write("running")
 
-    def advance(self, count: int, note: str = "", rate: float | None = None) -> None:
+    def advance(self, count: int, note: str = "", rate: float | None = None, loss: float | None = None) -> None:
         self.done += count
         self.note, self.rate = note or self.note, rate or self.rate
+        self.loss = self.loss if loss is None else loss
         if self.show:
             self.show()
         if time.monotonic() - self.written >= LOG_SECONDS and self.done < self.total:
@@ -168,6 +172,7 @@ class _Counter:
             what=self.description,
             step=self.done,
             total=self.total,
+            loss=self.loss,
             samples_per_second=self.rate,
             seconds_left=self.seconds_left,
         )

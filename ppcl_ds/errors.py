@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -42,9 +43,51 @@ def missing(path: Path) -> str:
 def brief(fault: BaseException) -> str:
     """What an exception says, on one line of bounded length; of a pydantic one, the first thing that is wrong."""
     if isinstance(fault, ValidationError):
-        first = fault.errors()[0]
-        return shown(": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"]))))
+        return worded(fault.errors()[0])
     return shown(" ".join(_cut(str(fault), _LONGEST).split())) or type(fault).__name__
+
+
+_SHOULD_BE = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite_number": "a finite number",
+    "string": "text",
+    "bool": "true or false",
+    "path": "a path",
+    "byte_size": "a size such as 500MB",
+    "tuple": "a list",
+    "dict": "keys and values",
+    "model": "a section of keys and values",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+    "too_long": "a list of at most {max_length}",
+}
+"""What a value should be by the beginning of pydantic's type of error; the longest that fits counts."""
+
+
+def worded(error: Any, where: str = "") -> str:
+    """One pydantic error as plain words: the key, what should stand there, what does.
+
+    Args:
+        where: what to say of the place, such as ` (line 3)`.
+    """
+    key = shown(".".join(str(part) for part in error["loc"]), 100)
+    kind = error["type"]
+    if kind == "missing":
+        return f"key '{key}' is missing{where}"
+    if kind == "extra_forbidden":
+        return f"unknown key '{key}'{where}"
+    fits = max((name for name in _SHOULD_BE if kind.startswith(name)), key=len, default="")
+    if not fits:
+        message = shown(error["msg"].removeprefix("Value error, "), 600)
+        return f"{key}: {message}{where}" if key else message
+    found = "nothing" if error["input"] is None else repr(error["input"])
+    quotes = "; put it in quotes" if fits == "string" and isinstance(error["input"], int | float) else ""
+    should = _SHOULD_BE[fits].format(**error.get("ctx", {}))
+    return f"{key or 'it'} must be {should}, not {shown(found, 80)}{quotes}{where}"
 
 
 def _cut(text: str, most: int) -> str:

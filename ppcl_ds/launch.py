@@ -34,6 +34,9 @@ FILLED = 0.75
 _ON_CPU = 32 * 2**30
 """Most bytes of a machine's memory that are filled on purpose."""
 
+_DRIVERS = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+"""One of these is there where torch finds a GPU: NVIDIA's, Jetson's, that of Windows below WSL, AMD's."""
+
 signalled: list[int] = []
 """Signals that asked this process to leave. Python drops an exception that is raised while it closes a generator or
 frees an object, and `SystemExit` with it; who can stop in order looks here, too."""
@@ -58,6 +61,7 @@ def is_first_rank() -> bool:
 def on_ranks(world: int) -> None:
     """Go on as one of `world` ranks: returns in a rank; else starts them on this machine and ends as they do."""
     if not is_rank():
+        print(f"starting {world} processes", flush=True)
         launcher.run_ranks(world, _environment(world))
 
 
@@ -162,6 +166,8 @@ def own_room(needed: int = 0) -> int:
 
 def gpus() -> int:
     """How many this process sees."""
+    if not any(map(os.path.exists, _DRIVERS)):
+        return 0
     import torch
 
     return torch.cuda.device_count()

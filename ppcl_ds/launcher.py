@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,11 +34,9 @@ def run_ranks(world: int, environment: Mapping[str, str]) -> NoReturn:
     Args:
         environment: of the ranks.
     """
-    import torch.distributed as dist
-
-    print(f"starting {world} processes", flush=True)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    listening = socket.create_server(("127.0.0.1", 0), backlog=4 * world)
     told: list[int] = []
+    kept: list[object] = []
     ranks: list[subprocess.Popen[bytes]] = []
 
     def pass_on(number: int, _: object) -> None:
@@ -54,7 +54,7 @@ def run_ranks(world: int, environment: Mapping[str, str]) -> NoReturn:
             "WORLD_SIZE": world,
             "LOCAL_WORLD_SIZE": world,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
+            "MASTER_PORT": listening.getsockname()[1],
             "TORCHELASTIC_USE_AGENT_STORE": True,  # what torch's rendezvous asks for where the launcher has the store
             SAID: said,
         }
@@ -64,10 +64,19 @@ def run_ranks(world: int, environment: Mapping[str, str]) -> NoReturn:
             ranks.append(subprocess.Popen(command, env={**environment, **own}, start_new_session=True))
             if told:  # while they were being started
                 ranks[-1].send_signal(told[0])
+        threading.Thread(target=_open_store, args=(listening, kept), daemon=True).start()
         code = _wait(ranks)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(128 + told[0] if told and code else code)  # the store's threads are not waited for
+
+
+def _open_store(listening: socket.socket, kept: list[object]) -> None:
+    """What the ranks meet at, made while they load; those that have come already wait in the socket's queue."""
+    import torch.distributed as dist
+
+    host, port = listening.getsockname()
+    kept.append(dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()))
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

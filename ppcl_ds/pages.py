@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import jinja2
-import matplotlib
 
-matplotlib.use("Agg")  # no display, wherever figures are drawn
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+os.environ["MPLBACKEND"] = "Agg"  # no display, wherever figures are drawn; matplotlib itself takes a second to import
 
 
 def render(package: str, template: str, **values: Any) -> str:
@@ -29,6 +30,8 @@ def render(package: str, template: str, **values: Any) -> str:
 
 def as_png(figure: Figure) -> bytes:
     """A figure as the bytes of a PNG; the figure is closed."""
+    import matplotlib.pyplot as plt
+
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     plt.close(figure)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ppcl_ds.errors import UserError, brief, missing
 from ppcl_ds.recipe_errors import explain
+from ppcl_ds.recipe_file import SET, RecipeFile, read_recipe_file
 from ppcl_ds.sections import (
     Cluster,
     Data,
@@ -26,8 +27,8 @@ from ppcl_ds.sections import (
     Section,
     Teacher,
     Topology,
+    Wandb,
 )
-from ppcl_ds.yaml_file import read_yaml
 
 
 def checkpoint_tag(step: int) -> str:
@@ -111,6 +112,7 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     deepspeed: DeepSpeedFiles = DeepSpeedFiles()
     cluster: Cluster = Cluster()
+    wandb: Wandb | None = None
     demo: DemoTeacher | None = None
 
     @property
@@ -234,34 +236,43 @@ def teacher_config(recipe: Recipe) -> dict[str, Any]:
     return config
 
 
-def load_recipe(path: Path) -> Recipe:
+def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
+
+    Args:
+        changes: `KEY=VALUE` each, which count more than what the file says; see `recipe_file`.
 
     Raises:
         UserError: the file is missing, is not YAML, or has a wrong key or value; the message names key and line.
     """
-    try:
-        raw, lines = read_yaml(path)
-    except UserError as fault:
-        raise UserError(f"recipe {fault}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"recipe {path}: expected keys and values, found {type(raw).__name__}")
+    return checked(path, read_recipe_file(path, changes))
+
+
+def checked(path: Path, file: RecipeFile) -> Recipe:
+    """The recipe that a file says.
+
+    Raises:
+        UserError: a wrong key or value; the message names key and line.
+    """
+    raw = file.raw
     try:
         return Recipe.model_validate(_with_texts(raw, lambda text: text.replace("{run}", str(raw.get("run", "")))))
     except ValidationError as fault:
-        whys = [explain(error, lines, Recipe, _GONE) for error in fault.errors()]
+        whys = [explain(error, file.lines, Recipe, _GONE) for error in fault.errors()]
         more = f"; and {len(whys) - _TOLD} more" if len(whys) > _TOLD else ""
         raise UserError(f"recipe {path}: {'; '.join(whys[:_TOLD])}{more}") from None
 
 
-def open_run(path: Path) -> Recipe:
+def open_run(path: Path, changes: Sequence[str] = ()) -> Recipe:
     """A recipe file, or the recipe that a run folder was trained with.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read; or a run folder's recipe is to be changed.
     """
     if not path.is_dir():
-        return load_recipe(path)
+        return load_recipe(path, changes)
+    if changes:
+        raise UserError(f"{SET} {changes[0]}: {path} is the folder of a run, which has its own recipe; give the file")
     written = [folder.recipe for folder in TrainingFolder.all_of(path)]
     trained = next(filter(Path.exists, written), written[0])
     try:

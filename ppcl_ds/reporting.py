@@ -1,13 +1,15 @@
 """How a command is doing, in a small file that others read: `ppcl status`, a person, a script.
 
-A training keeps `progress.json` in its folder. Another command that `ppcl submit` has queued keeps its file beside the
-log of its job. Rank 0 writes it; of the other ranks only the last words are kept, in torchrun's own error files.
+A training keeps `progress.json` in its folder. Another step of the road keeps `progress/STEP.json` in the run folder,
+or beside the log of its job, if `ppcl submit` has queued it. Rank 0 writes it; of the other ranks only the last words
+are kept, in torchrun's own error files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -28,20 +30,32 @@ class Report(BaseModel):
         state: `stopped` is on request; started again, it goes on. What was killed says `running` for ever; the file's
             age tells.
         what: is counted.
+        loss: the newest one that was logged; None of what has none.
         samples_per_second: None where nobody measures it.
         seconds_left: None where it cannot be told yet, or nothing is left.
         fault: what has ended it, in one line.
         job: Slurm's number of the job, or of the array that it is a task of; empty where there is none.
+        process: `PID on HOST` that keeps the report.
     """
 
     state: State = "running"
     what: str = ""
     step: int = 0
     total: int = 0
+    loss: float | None = None
     samples_per_second: float | None = None
     seconds_left: float | None = None
     fault: str = ""
     job: str = ""
+    process: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process that keeps the report may still be there; of another machine's nobody knows."""
+        number, _, host = self.process.partition(" on ")
+        if self.state != "running" or not number.isdecimal():
+            return False
+        return host != socket.gethostname() or Path("/proc", number).exists()
 
 
 class Reporter:
@@ -53,7 +67,8 @@ class Reporter:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path if launch.is_first_rank() else None
-        self.report = Report(job=os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", ""))
+        job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID", "")
+        self.report = Report(job=job, process=f"{os.getpid()} on {socket.gethostname()}")
 
     def update(self, **changes: Any) -> None:
         self.report = self.report.model_copy(update=changes)
@@ -79,6 +94,11 @@ def keep_in(path: Path | None) -> Reporter:
     global own
     own = Reporter(path)
     return own
+
+
+def of_step(run: Path, step: str) -> Path:
+    """The file of a step that is no training."""
+    return run / "progress" / f"{step}.json"
 
 
 def of_job() -> Path | None:

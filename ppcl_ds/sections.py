@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 
+from ppcl_ds.hub import pipeline_folder
 from ppcl_ds.jobs import Cluster as Cluster
 from ppcl_ds.plan_section import Objective as Objective
 from ppcl_ds.plan_section import Plan as Plan
@@ -16,6 +17,7 @@ from ppcl_ds.prompt_sets import Drawn
 from ppcl_ds.sampling import LevelWeights, Replay, Trajectories, Weights
 from ppcl_ds.shipped import shipped
 from ppcl_ds.strict import Section, expanded
+from ppcl_ds.watching import Wandb as Wandb
 
 Precision = Literal["fp32", "bf16"]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]  # a part of a whole, 0 included, 1 excluded
@@ -52,7 +54,8 @@ class Data(Section):
     source: str | tuple[str, ...]
     """One or several of: a folder of images or clips, each with its captions in a `.txt` or `.json` of the same name; a
     table (`.jsonl`, `.csv`, `.parquet`) with a column for the image or its path and columns of captions; webdataset
-    shards; a folder of any of these. Names may have braces: `/data/train-{000000..000123}.tar`, `https://host/{00..99}.tar`,
+    shards; a folder of any of these; the id of a data set on the Hugging Face hub, `OWNER/NAME`. Names may have braces:
+    `/data/train-{000000..000123}.tar`, `https://host/{00..99}.tar`,
     `pipe:aws s3 cp s3://bucket/{00..99}.tar -`. See `docs/data.md`."""
     caption_columns: tuple[str, ...] = ()
     """Columns of a table, or keys of a `.json`, that are captions, the main one first. Default: `caption`, `text`,
@@ -114,7 +117,8 @@ class Teacher(Section):
     """The frozen model."""
 
     path: Path
-    """A diffusers pipeline folder. Its transformer is what is pruned; its VAE and text encoders encode the data."""
+    """A diffusers pipeline folder, or its id on the Hugging Face hub (`Qwen/Qwen-Image`), fetched into its cache.
+    Its transformer is what is pruned; its VAE and text encoders encode the data."""
     component: str = "transformer"
     """The transformer, where the pipeline has two (Wan 2.2: `transformer` or `transformer_2`)."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -130,6 +134,11 @@ class Teacher(Section):
     """`cpu`: each process's part lies in pinned CPU memory, and blocks are copied to the accelerator ahead of their
     turn: for cards that the teacher does not fit on. A forward takes at least as long as the copies; large
     micro-batches hide them."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the pipeline lies on this machine, see `hub.pipeline_folder`."""
+        return pipeline_folder(self.path)
 
 
 class Noise(Section):

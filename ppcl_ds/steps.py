@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppcl_ds.early import finetuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.units.plan import finetuned
 
 STEPS = ("encode", "probe", "merge", "plan", "distill", "finetune", "consolidate", "evaluate")
 """Those that a cluster does: packing images into shards needs none."""

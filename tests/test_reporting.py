@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import typer
 from ppcl_ds import console, reporting
 from ppcl_ds.errors import UserError
 from ppcl_ds.reporting import Report, last_words, read_report
+
+HERE = f"{os.getpid()} on {socket.gethostname()}"
 
 
 @pytest.fixture
@@ -28,13 +32,15 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_it_says_how_far_a_command_is(path: Path) -> None:
     reporting.keep_in(reporting.of_job())
     with console.progress("draw", 4, done=1) as advance:
-        assert read_report(path) == Report(what="draw", step=1, total=4, job="7")
+        assert read_report(path) == Report(what="draw", step=1, total=4, job="7", process=HERE)
         advance(1, rate=2.5)
         found = read_report(path)
         assert (found.state, found.step, found.samples_per_second) == ("running", 2, 2.5)
         assert found.seconds_left is not None
         advance(2)
-    assert read_report(path) == Report(state="done", what="draw", step=4, total=4, samples_per_second=2.5, job="7")
+    assert read_report(path) == Report(
+        state="done", what="draw", step=4, total=4, samples_per_second=2.5, job="7", process=HERE
+    )
     with pytest.raises(SystemExit), console.progress("draw", 4) as advance:
         raise SystemExit(143)
     assert read_report(path).state == "stopped"

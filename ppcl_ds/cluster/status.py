@@ -1,23 +1,35 @@
-"""`ppcl status`: how the jobs of a run are, from Slurm's queue and from the reports that their commands keep."""
+"""`ppcl status`: how far a run is, and how its jobs are, from Slurm's queue and the reports that commands keep."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import shutil
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.submitted import Queued, folder_of, need_chain
-from ppcl_ds.recipe import TrainingFolder
+from ppcl_ds.cluster.road import look
+from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain
+from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe, TrainingFolder, load_recipe, open_run
+from ppcl_ds.recipe_file import SET
 from ppcl_ds.reporting import Report, last_words, read_report
 
+_COLUMNS = ("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
+_EVERY = 2.0
+"""Seconds between two looks of --watch."""
 _TAIL = 1 << 18
 """Bytes at the end of a log that are looked at."""
 START = "==== start "
@@ -82,6 +94,11 @@ class Jobs:
         return ", ".join(f"{count} {word}" for word, count in words.items())
 
     @property
+    def last_fault(self) -> str:
+        """What has ended them, where something is wrong."""
+        return "" if self.well else self.fault
+
+    @property
     def fault(self) -> str:
         """The first error of the first rank that had one; of other commands, their last words; else the log's."""
         fine = {job.number for job in self.known if job.state == "COMPLETED"}
@@ -92,34 +109,88 @@ class Jobs:
         return next(filter(None, faults), "")
 
 
-def status(run: Path) -> None:
-    """Print a line a step, and for those that have failed the first error of the first rank that did.
+def status(path: Path, watch: bool = False, as_json: bool = False, changes: Sequence[str] = ()) -> None:
+    """Print how a run is: a line a step, the command that comes next, and what is known of its Slurm jobs.
+
+    Args:
+        path: a recipe or a run folder.
+        watch: print it anew every two seconds, until Ctrl-C.
+        as_json: print it for programs instead.
+        changes: of the recipe, see `load_recipe`.
 
     Raises:
-        UserError: nothing was submitted, or Slurm does not answer.
+        UserError: there is no such run, or Slurm does not answer.
     """
-    chain = need_chain(run)
+    recipe, named = _open(path, changes)
+    if as_json:
+        chain = _jobs(recipe.run)
+        jobs = [dict(zip(_COLUMNS, each.cells, strict=True)) | {"fault": each.last_fault} for each in chain]
+        print(json.dumps(look(recipe, named, _parts(recipe)).as_json | {"jobs": jobs}, indent=1))
+        return
+    console = Console()
+    if not watch:
+        console.print(_shown(recipe, named), soft_wrap=True, highlight=False)
+        return
+    with Live(_shown(recipe, named), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(_EVERY)
+            live.update(_shown(recipe, named), refresh=True)
+
+
+def _open(path: Path, changes: Sequence[str]) -> tuple[Recipe, str]:
+    """The recipe of a run, and how it is typed."""
+    submitted = folder_of(path) / "recipe.yaml"
+    if not path.is_dir() or changes:
+        return open_run(path, changes), " ".join(map(shlex.quote, [str(path), *_options(changes)]))
+    if submitted.exists():
+        return load_recipe(submitted, [f"run={json.dumps(str(path))}"]), "RECIPE"
+    if any(folder.recipe.exists() for folder in TrainingFolder.all_of(path)):
+        return open_run(path), "RECIPE"
+    raise UserError(f"{path}: nothing has been trained or submitted here; give the recipe file")
+
+
+def _options(changes: Sequence[str]) -> Iterator[str]:
+    for change in changes:
+        yield from (SET, change)
+
+
+def _parts(recipe: Recipe) -> int:
+    """Those of the probe where jobs share it."""
+    return recipe.cluster.probe_parts if read_chain(recipe.run) else 0
+
+
+def _shown(recipe: Recipe, named: str) -> RenderableType:
+    parts = [look(recipe, named, _parts(recipe)).shown]
+    if read_chain(recipe.run) and not shutil.which("squeue"):
+        parts.append(Text("jobs were submitted; of these, Slurm's commands tell, which are not on the PATH here"))
+    elif chain := _jobs(recipe.run):
+        table = Table(*_COLUMNS)
+        for each in chain:
+            table.add_row(*map(escape, each.cells))
+        faults = [f"{each.queued.step}: {fault}" for each in chain if (fault := each.last_fault)]
+        parts += [table, *map(Text, faults)]
+    return Group(*parts)
+
+
+def _jobs(run: Path) -> list[Jobs]:
+    """The newest chain; empty where nothing was submitted, or there is no Slurm."""
+    chain = read_chain(run)
+    if not chain or not shutil.which("squeue"):
+        return []
     known = slurm.jobs_of([queued.job for queued in chain])
     logs = folder_of(run) / "logs"
     files = [folder.progress for folder in TrainingFolder.all_of(run)] + sorted(logs.glob("*.json"))
     reports = [report for report in map(read_report, files) if report.total or report.fault]
-    table = Table("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
-    faults = []
-    for queued in chain:
-        jobs = Jobs(
+    return [
+        Jobs(
             queued,
             [job for job in known if job.array == queued.job],
             [report for report in reports if report.job == queued.job],
             sorted(logs.glob(f"{queued.step}-{queued.job}.out"))
             + sorted(logs.glob(f"{queued.step}-{queued.job}_*.out")),
         )
-        table.add_row(*map(escape, jobs.cells))
-        if not jobs.well and (fault := jobs.fault):
-            faults.append(f"{queued.step}: {fault}")
-    console = Console()
-    console.print(table)
-    for fault in faults:
-        console.print(fault, markup=False, soft_wrap=True, highlight=False)
+        for queued in chain
+    ]
 
 
 def _starts(out: Path) -> list[Path]:

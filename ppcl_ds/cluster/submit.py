@@ -30,6 +30,7 @@ from ppcl_ds.cluster.refusals import check, nodes_of, variants_of
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe_file import as_one_file
 from ppcl_ds.steps import STEPS, Step, due, steps
 from ppcl_ds.watch.preemption import stop_file
 
@@ -37,8 +38,11 @@ _SCRIPTS = ("*.sbatch", "ranks.sh", "site.env")
 _PACKAGES = ("ppcl-ds", "torch", "deepspeed", "diffusers", "transformers", "accelerate", "numpy")
 
 
-def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None:
+def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool, changes: Sequence[str] = ()) -> None:
     """Check, write down and queue what a run still lacks, or all from one step on.
+
+    Args:
+        changes: of the recipe, see `load_recipe`; the jobs read it with them.
 
     Raises:
         UserError: something is wrong with the request; nothing is queued then.
@@ -55,7 +59,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
     check(recipe, chosen)  # after the queue, as a job of it holds the training's folder
     folder = folder_of(recipe.run)
     try:
-        _write(path, recipe, folder)
+        _write(as_one_file(path, changes), recipe, folder)
     except OSError as fault:
         raise UserError(f"{fault.filename or folder} cannot be written ({fault.strerror}); nothing is queued") from None
     orders = {step.name: _order(recipe, step, folder.resolve()) for step in chosen}
@@ -71,13 +75,13 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool) -> None
     print(f"ppcl status {shlex.quote(str(recipe.run))} says how they are, ppcl cancel ends them")
 
 
-def _write(path: Path, recipe: Recipe, folder: Path) -> None:
+def _write(said: str, recipe: Recipe, folder: Path) -> None:
     """Everything that the jobs will read, and what it will be good to know later."""
     sources = [file for pattern in _SCRIPTS for file in sorted(recipe.cluster.scripts.glob(pattern))]
     needed = [f"{name}.sbatch" for name in STEPS] + ["ranks.sh", "site.env"]
     if lost := [name for name in needed if name not in {file.name for file in sources}]:
         raise UserError(f"cluster.scripts: {recipe.cluster.scripts} has no {lost[0]}; copy the whole folder that ships")
-    files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": path.read_bytes()}
+    files = {file.name: file.read_bytes() for file in sources} | {"recipe.yaml": said.encode()}
     if recipe.plan_file.exists():
         files["plan.yaml"] = recipe.plan_file.read_bytes()
     files["environment.json"] = (json.dumps(_environment(recipe), indent=1) + "\n").encode()

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,14 +15,18 @@ from ppcl_ds.demo.digits import write_captions, write_images
 from ppcl_ds.demo.teacher import train_teacher
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe_file import SET, as_one_file
 from ppcl_ds.steps import Step, steps
 
 _DIGITS, _TEACHER = "write the digits as images with captions, or captions alone", "train a teacher from scratch"
 """What the demo does beside the road: what others bring."""
 
 
-def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
+def demo(path: Path, recipe: Recipe, fresh: bool, changes: Sequence[str] = ()) -> None:
     """Walk the road; what is done already is not repeated.
+
+    Args:
+        changes: of the recipe, see `load_recipe`; every step is told of them.
 
     Raises:
         UserError: the run folder belongs to another recipe.
@@ -36,16 +41,18 @@ def demo(path: Path, recipe: Recipe, fresh: bool) -> None:
         if not used.exists():
             raise UserError(f"{recipe.run} is not a demo's run folder (no recipe.yaml in it); remove it yourself")
         shutil.rmtree(recipe.run)
-    if used.exists() and used.read_text() != path.read_text():
+    content = as_one_file(path, changes)
+    if used.exists() and used.read_text() != content:
         raise UserError(f"{recipe.run} was made with another recipe; start over with --fresh (make demo FRESH=1)")
     recipe.run.mkdir(parents=True, exist_ok=True)
-    used.write_text(path.read_text())
+    used.write_text(content)
     # At this size a second thread gains little, and on a machine that does anything else it costs a great deal.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     road = _road(recipe)
+    told = [word for change in changes for word in (SET, change)]
     for number, step in enumerate(road):
-        lines = _lines(step, str(path))
+        lines = [line + told for line in _lines(step, str(path))]
         title = f"[{number + 1}/{len(road)}] " + (" && ".join(map(" ".join, lines)) or step.name)
         if step.done():
             print(f"{title} (done before)", flush=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
+from ppcl_ds.early import UNDISTILLED, finetuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.compared import SetFigures, compare
 from ppcl_ds.evaluate.drawing import Images, draw_sets
@@ -37,7 +38,7 @@ from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.encoding import Decoder
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import Teacher, open_teacher
-from ppcl_ds.units.plan import UNDISTILLED, Plan, finetuned, load_plan
+from ppcl_ds.units.plan import Plan, load_plan
 from ppcl_ds.units.variant import assembled
 
 
@@ -91,7 +92,7 @@ def evaluate(checked: Checked) -> None:
     if not whole:
         print("the teacher does not fit on one GPU: its layers stay in CPU memory, and figures take longer", flush=True)
     bench = Bench(recipe, teacher, device, whole)
-    decode = Decoder(recipe.teacher.path, device)
+    decode = Decoder(recipe.teacher.folder, device)
     rows: list[ModelFigures] = []
     images: dict[str, Tensor] = {}
     models = list(_models(recipe, teacher, plan))

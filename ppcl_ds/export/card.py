@@ -13,10 +13,10 @@ from huggingface_hub import metadata_load
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.early import UNDISTILLED, untuned
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.export.model_folder import CARD, FACTS, weights_digest
 from ppcl_ds.pages import render
-from ppcl_ds.units.plan import UNDISTILLED, untuned
 
 TERMS = ("license", "license_name", "license_link", "pipeline_tag")
 """What a variant's card takes over from the teacher's."""

@@ -7,13 +7,19 @@ from typing import Annotated
 
 import typer
 
-from ppcl_ds.export import SHARD_SIZE
+from ppcl_ds import early
+from ppcl_ds.errors import UserError
+from ppcl_ds.export import SHARD_SIZE, check_lora
+from ppcl_ds.options import Changes, group
 from ppcl_ds.recipe import open_run
 
 app = typer.Typer()
-lora_app = typer.Typer(help="LoRAs of the teacher, for its variants.", no_args_is_help=True)
+lora_app = group("LoRAs of the teacher, for its variants.")
 app.add_typer(lora_app, name="lora")
 
+_DTYPES, _QUANTISED = "fp32|bf16|fp16", "int8|fp8|nf4"
+_TOOLS, _GGUF = "comfyui|comfyui-fp8|comfyui-int8|sd.cpp", "F16|BF16|Q8_0|Q5_0|Q4_0"
+_STRATEGIES = "drop|nearest"
 ShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file; about as much memory is needed.")]
 
 
@@ -40,31 +46,32 @@ def consolidate(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="fp32|bf16|fp16", help="Dtype of the weights.", show_default="the teacher's files'"),
+        typer.Option(metavar=_DTYPES, help="Dtype of the weights.", show_default="the teacher's files'"),
     ] = None,
     max_shard_size: ShardSize = SHARD_SIZE,
     single_file: Annotated[
         str | None,
         typer.Option(
-            metavar="comfyui|comfyui-fp8|comfyui-int8|sd.cpp",
+            metavar=_TOOLS,
             help="Also write VARIANT.safetensors, named, and quantised, as this tool wants it.",
         ),
     ] = None,
     gguf: Annotated[
         str | None,
         typer.Option(
-            metavar="F16|BF16|Q8_0|Q5_0|Q4_0",
+            metavar=_GGUF,
             help="Also write VARIANT-TYPE.gguf, for ComfyUI unless --single-file names another tool.",
         ),
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            metavar="int8|fp8|nf4",
+            metavar=_QUANTISED,
             help="Quantise the weights of linear layers, with torchao or bitsandbytes, and measure what that costs. "
             "Needs the whole model in memory.",
         ),
     ] = None,
+    changes: Changes = None,
 ) -> None:
     """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
 
@@ -72,7 +79,17 @@ def consolidate(
     folder. A depth-only variant loads with the stock class's from_pretrained; ppcl_ds is not needed. Weights are
     streamed, a file at a time; a folder appears whole or not at all.
     """
-    recipe = open_run(source)
+    recipe = open_run(source, changes or ())
+    for option, value, known in (
+        ("--dtype", dtype, _DTYPES),
+        ("--single-file", single_file, _TOOLS),
+        ("--gguf", gguf, _GGUF),
+        ("--quantize", quantize, _QUANTISED),
+    ):
+        early.check_choice(option, value, known.split("|"))
+    _ = recipe.teacher.folder  # refused if it is not there, or fetched from the hub
+    early.check_variants(recipe.plan_file, variant or ())
+    early.begin(recipe, "consolidate", "opens teacher and checkpoint")
     from ppcl_ds.export.consolidate import Form, consolidate
 
     form = Form.checked(dtype, max_shard_size, single_file, gguf, quantize)
@@ -102,6 +119,10 @@ def import_(
     ppcl_ds.load_pipeline. A single .safetensors file, as for ComfyUI, may have fewer blocks than the model of --base;
     the result is of the stock class.
     """
+    early.check_there(source, "model")
+    if base is None and not source.is_dir():
+        raise UserError(f"{source}: a single file needs --base, the folder of the model that it was made from")
+    early.say(f"import: reads {source}")
     from ppcl_ds.export.model_folder import shard_bytes
 
     if source.is_dir():
@@ -109,11 +130,9 @@ def import_(
 
         import_published(source, out, shard_bytes(max_shard_size))
         return
-    from ppcl_ds.errors import UserError
     from ppcl_ds.export.foreign import import_file
 
-    if base is None:
-        raise UserError(f"{source}: a single file needs --base, the folder of the model that it was made from")
+    assert base is not None, "as checked above"
     import_file(source, base, out, shard_bytes(max_shard_size))
 
 
@@ -127,6 +146,8 @@ def push(
 
     The account is the one of `hf auth login` or HF_TOKEN; HF_ENDPOINT names another hub.
     """
+    early.check_there(folder, "folder")
+    early.say(f"push: looks at {folder}")
     from ppcl_ds.export.push import push
 
     push(folder, repository, private)
@@ -153,7 +174,7 @@ def remap(
     strategy: Annotated[
         str,
         typer.Option(
-            metavar="drop|nearest",
+            metavar=_STRATEGIES,
             help="What becomes of the block that a depth unit started from: dropped, or given to the unit.",
         ),
     ] = "drop",
@@ -162,6 +183,10 @@ def remap(
 
     What belongs to a block or a part that a unit replaces is dropped and listed: the LoRA was not trained on the unit.
     """
+    early.check_choice("--strategy", strategy, _STRATEGIES.split("|"))
+    check_lora(lora)
+    early.check_variants(plan, [variant])
+    early.say("lora remap: opens the teacher's configuration")
     from ppcl_ds.export.lora import remap
 
     remap(lora, plan, variant, teacher, out, strategy)

@@ -16,6 +16,7 @@ import torch
 from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
+from ppcl_ds.early import finetuned, untuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import SHARD_SIZE, quantise
 from ppcl_ds.export.card import (
@@ -51,7 +52,7 @@ from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
-from ppcl_ds.units.plan import Plan, UnitPlan, conflict, finetuned, load_plan, untuned
+from ppcl_ds.units.plan import Plan, UnitPlan, conflict, load_plan
 from ppcl_ds.units.variant import Layout, layout
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -151,7 +152,7 @@ class Export:
         self.recipe, self.form = recipe, form
         self.teacher = open_teacher(recipe)
         self.plan = load_plan(recipe.plan_file, self.teacher)
-        self.around = pipeline_files(recipe.teacher.path, recipe.teacher.component)
+        self.around = pipeline_files(recipe.teacher.folder, recipe.teacher.component)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -222,7 +223,7 @@ class Export:
             transformer = folder / facts.component
             write_model(model, transformer, form.max_shard_size)
             name_transformer(
-                folder, self.recipe.teacher.path, facts.component, facts.own_code or "diffusers", facts.model_class
+                folder, self.recipe.teacher.folder, facts.component, facts.own_code or "diffusers", facts.model_class
             )
             if single:
                 write_file(single, folder / str(facts.single_file), metadata)
@@ -238,7 +239,7 @@ class Export:
     def _facts(self, plan: Plan, variant: str, model: Layout) -> Facts:
         places, chosen = plan.places(untuned(variant)), plan.units_of(untuned(variant))
         tuned = self.tuned(untuned(variant)) if variant != untuned(variant) else None
-        path, teacher = self.recipe.teacher.path, self.teacher
+        path, teacher = self.recipe.teacher.folder, self.teacher
         pipeline_code, pipeline = pipeline_class(path)
         saved = sum(parameters_saved(unit, teacher) for unit in chosen)
         bytes_of: Counter[torch.dtype] = Counter()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.errors import UserError, brief
+from ppcl_ds.export import check_lora
 from ppcl_ds.export.names import Names, load_names
 from ppcl_ds.export.parts import parts_of
 from ppcl_ds.export.renumber import Numbering, Renamed, renumber_metadata
@@ -54,8 +55,7 @@ def remap(
     if strategy not in STRATEGIES:
         raise UserError(f"--strategy: '{strategy}' is not one of {', '.join(STRATEGIES)}")
     files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
-    if not files:
-        raise UserError(f"LoRA folder {lora}: holds no .safetensors file")
+    check_lora(lora)
     numbers = numbering(plan_file, variant, _open(plan_file, teacher), strategy)
     if not lora.is_dir():
         _remap(lora, out or lora.with_name(f"{lora.stem}-{variant}.safetensors"), numbers, variant)
@@ -96,10 +96,7 @@ def _remap(lora: Path, out: Path, numbers: Numbering, variant: str) -> None:
 
 def _read(lora: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a LoRA file."""
-    if not lora.is_file():
-        raise UserError(f"LoRA {lora}: there is no such file")
-    if lora.suffix != ".safetensors":
-        raise UserError(f"LoRA {lora}: only .safetensors files are read; a pickle file could run anything")
+    check_lora(lora)
     try:
         with safe_open(lora, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no mapping

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from ppcl_ds.early import PlanMemory
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget, budget_of
 from ppcl_ds.planning.choose import make_plan
@@ -55,6 +56,7 @@ def write(
         UserError: the earlier one has been edited.
     """
     earlier = replace_plan(recipe.plan_file, plan)
+    PlanMemory(recipe).remember()
     lines = lines_of(plan, teacher, forecast, budget, swaps)
     print_table(lines, teacher.anatomy, forecast)
     outlook = Outlook(plan=plan, budget=budget.title, title=forecast.title, measures=forecast.titles, lines=lines)
@@ -72,12 +74,14 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: something is.
     """
-    _, problems = check_plan(recipe.plan_file, open_teacher(recipe))
+    memory = PlanMemory(recipe)
+    _, problems = check_plan(recipe.plan_file, open_teacher(recipe, weights=False))
     console = Console(stderr=True, highlight=False)
     for problem in problems[:-1]:
         console.print(f"error: plan {recipe.plan_file}: {problem}", markup=False, soft_wrap=True)
     if problems:
         raise UserError(f"plan {recipe.plan_file}: {problems[-1]}")
+    memory.remember()
     print(f"{recipe.plan_file} is in order")
 
 

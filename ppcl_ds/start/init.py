@@ -13,6 +13,7 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.numbers import Estimate
+from ppcl_ds.hub import pipeline_folder
 from ppcl_ds.pages import render
 from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.start.fitting import Machine, Setting, fitted, machine, probing
@@ -40,6 +41,7 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
     """Look at everything, write the recipe, print what comes next.
 
     Args:
+        pipeline: its folder, or its id on the Hugging Face hub.
         out: the recipe; None: in this folder, called as the pipeline's.
         gpus: of the whole run; None: those of this machine; 0: none.
         gpu_memory: GB of each; None: as of this machine's.
@@ -52,14 +54,15 @@ def init(pipeline: Path, source: str, out: Path | None, gpus: int | None, gpu_me
     if out.exists():
         raise UserError(f"--out {out}: it is there already, and is not overwritten; give another name")
     given, images = machine(gpus, gpu_memory), look(source)
-    component, others = component_of(pipeline)
-    asked = Teacher(pipeline, False, component=component)
+    folder = pipeline_folder(pipeline)
+    component, others = component_of(folder)
+    asked = Teacher(folder, False, component=component)
     size, step = side_of(asked.call, asked.size, images.side)
     of_gpus, of_cpu = Because("bf16", "half the memory of fp32"), Because("fp32", "the CPU's own; bf16 on GPUs")
     precision = of_gpus if given.gpus else of_cpu
     frames = frames_of(asked.call, size.value, asked.size, images)
     square = Size(size.value, size.value, frames.value if frames else 1)
-    teacher = Teacher(pipeline, False, component=component, dtype=DTYPES[precision.value], size=square)
+    teacher = Teacher(folder, False, component=component, dtype=DTYPES[precision.value], size=square)
     check_pipeline(asked.call, square)  # in float32, as layouts are learned
     values: dict[str, Any] = {
         "teacher": f"{teacher.class_name} of a {type(asked.call.pipe).__name__}",

@@ -245,7 +245,7 @@ def open_teacher(recipe: Recipe, weights: bool = True) -> Teacher:
     """
     settings, side = recipe.teacher, recipe.data.images.size
     teacher = Teacher(
-        settings.path,
+        settings.folder,
         weights,
         component=settings.component,
         options=settings.options,

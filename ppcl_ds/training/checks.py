@@ -14,6 +14,7 @@ from ppcl_ds.recipe import Recipe, TrainingFolder, read_deepspeed_file, teacher_
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.watch.lock import check_lock
+from ppcl_ds.watch.mirror import check_package
 
 _SHARDS = "shards.sha256"
 """Beside the recipe that training began with: the digest of its shards."""
@@ -47,7 +48,8 @@ _FIXED_OF_OPTIMIZER = ("lr", "betas", "weight_decay", "warmup_steps", "clip_norm
 
 
 def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
-    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part.
+    """That the DeepSpeed files can be read, and leave alone what the recipe says and we do part by part; and that a
+    package that the recipe asks for is there.
 
     Args:
         folder: of the training.
@@ -55,6 +57,7 @@ def check_students(recipe: Recipe, folder: TrainingFolder) -> None:
     Raises:
         UserError: one line that names the file and the key.
     """
+    check_package(recipe)
     teacher_config(recipe)
     students = read_deepspeed_file(recipe.deepspeed.students)
     for key, place, own in (

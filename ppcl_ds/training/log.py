@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.units.plan import Plan
+from ppcl_ds.watch.mirror import Mirror
 from ppcl_ds.watch.tensorboard import TensorBoard, mean_over_ranks
 
 _OUTSIDE = ("checkpoint", "preview")
@@ -52,6 +53,7 @@ class Log:
         matrix_rate: FLOP/s of one matrix product on this rank.
         skipped: `NAME/skipped_steps` of all that is trained so far, as a checkpoint may have brought them.
         total: the loss, from everything that was measured.
+        mirror: see `TensorBoard`.
     """
 
     def __init__(
@@ -64,8 +66,9 @@ class Log:
         matrix_rate: float,
         skipped: Mapping[str, float],
         total: Callable[[Mapping[str, float]], float],
+        mirror: Callable[[], Mirror] | None = None,
     ) -> None:
-        self.board, self.total = TensorBoard(board, done + 1), total
+        self.board, self.total = TensorBoard(board, done + 1, mirror), total
         self.samples, self.flops, self.matrix_rate = samples, flops, matrix_rate
         self.newest: dict[str, float] = {}
         self.skipped = skipped

@@ -82,5 +82,5 @@ class Pictures:
         """Those of the first one's size."""
         size = finished[0].sample.size
         alike = [each.latents for each in finished if each.sample.size == size][:_SHOWN]
-        images = Decoder(self.recipe.teacher.path)(self.call.to_vae(size)(torch.cat(alike)))
+        images = Decoder(self.recipe.teacher.folder)(self.call.to_vae(size)(torch.cat(alike)))
         return images[:, :, images.shape[2] // 2] if images.dim() == 5 else images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 
@@ -35,6 +36,7 @@ from ppcl_ds.training.saver import Saver
 from ppcl_ds.units.plan import Plan
 from ppcl_ds.units.unit import UnitBatch
 from ppcl_ds.watch.lock import FolderLock
+from ppcl_ds.watch.mirror import Mirror
 from ppcl_ds.watch.preemption import Preemption
 from ppcl_ds.watch.tensorboard import mean_over_ranks, memory_figures
 from ppcl_ds.watch.timer import Timer, matrix_rate
@@ -269,7 +271,7 @@ class Training(ABC):
                     if due(step, settings.log_every):
                         note = log.write(step, self._measured(), self.timer.drain(), step - logged)
                         logged = step
-                    advance(1, note, log.newest.get("run/samples_per_second"))
+                    advance(1, note, log.newest.get("run/samples_per_second"), log.newest.get("run/loss"))
                     stops = step < last and self.preemption.requested(step)
                     if stops or due(step, settings.checkpoint_every):
                         with self.timer.phase("checkpoint"):
@@ -285,6 +287,7 @@ class Training(ABC):
                             figures, images = self.look(due(step, _IMAGES_EVERY * settings.sample_every))
                         log.board.scalars(step, figures)
                         log.board.images(step, images)
+        log.board.close()
         if dist.get_rank() == 0 and (bad := int(log.newest.get("data/bad_samples", 0))):
             print(f"bad samples that were skipped: {bad}; {self.recipe.bad_samples} names them")
         return log.newest
@@ -313,6 +316,7 @@ class Training(ABC):
             matrix_rate=matrix_rate(self.device, self.dtype),
             skipped=mean_over_ranks(self.skipped()),
             total=self.total_loss,
+            mirror=partial(Mirror, self.recipe, self.folder) if self.recipe.wandb else None,
         )
 
     def _measured(self) -> dict[str, float]:

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.atomic import atomic_write
-from ppcl_ds.errors import UserError, brief
+from ppcl_ds.early import FINETUNED, UNDISTILLED
+from ppcl_ds.errors import UserError, brief, worded
 from ppcl_ds.teacher.surgery import shorten
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.units.depth import DepthKind
@@ -30,20 +31,6 @@ _HEADER = """\
 # first) or ffn (a linear for the feed-forward of one block; keep: 0.25 keeps a quarter of its hidden channels).
 # Edit freely: units of one variant must not replace the same thing twice, nor leave a block list; variants share units.
 """
-
-
-UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
-"""Endings of what a variant is called before its units are trained, and after it is fine-tuned as a whole."""
-
-
-def finetuned(variant: str) -> str:
-    """What a variant is called after fine-tuning."""
-    return variant + FINETUNED
-
-
-def untuned(name: str) -> str:
-    """The plan's variant, whether it has been fine-tuned or not."""
-    return name.removesuffix(FINETUNED)
 
 
 class Plan(BaseModel):
@@ -172,7 +159,7 @@ def check_plan(path: Path, teacher: Teacher) -> tuple[Plan | None, list[str]]:
     except yaml.YAMLError as fault:
         return None, [f"not valid YAML: {brief(fault)}"]
     except ValidationError as fault:
-        return None, [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg']}" for each in fault.errors()]
+        return None, [worded(each) for each in fault.errors()]
     if (plan.teacher, plan.blocks) != (teacher.class_name, len(teacher.blocks)):
         own = f"the teacher is {teacher.class_name} with {len(teacher.blocks)}"
         return plan, [f"made for {plan.teacher} with {plan.blocks} blocks, but {own}"]

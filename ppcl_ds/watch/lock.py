@@ -24,6 +24,18 @@ def check_lock(folder: Path) -> None:
         FolderLock(folder).close()
 
 
+def holder(folder: Path) -> str:
+    """Who trains in a folder now, such as `process 7 on host`; empty: nobody, as far as the file system tells."""
+    try:
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return (folder / "lock").read_text().strip() or "another process"
+    except OSError:
+        pass  # there is none, or it keeps no locks
+    return ""
+
+
 class FolderLock:
     """Holds `FOLDER/lock` from its making until it is closed, or its process has ended.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ppcl_ds import launch
+from ppcl_ds.watch.mirror import Mirror
 
 
 class TensorBoard:
@@ -22,9 +23,11 @@ class TensorBoard:
     Args:
         first: step of the first thing that will be written; what an earlier start wrote of it and of later ones is
             not shown any more.
+        mirror: makes what is given all of it, too; called by rank 0.
     """
 
-    def __init__(self, folder: Path, first: int = 1) -> None:
+    def __init__(self, folder: Path, first: int = 1, mirror: Callable[[], Mirror] | None = None) -> None:
+        self.mirror = mirror() if mirror and dist.get_rank() == 0 else None
         self.writer = SummaryWriter(str(folder), purge_step=first) if dist.get_rank() == 0 else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -32,14 +35,30 @@ class TensorBoard:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.flush()
+        if self.mirror and values:
+            self.mirror.scalars(step, values)
 
     def images(self, step: int, rows: Mapping[str, Tensor]) -> None:
         """Write one strip of images a model, `name -> (N, C, H, W) in [-1, 1]`; only rank 0's are used."""
+        if self.writer is None:
+            return
+        strips = {
+            f"samples/{name}": torch.cat(list(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5), dim=-1)
+            for name, images in rows.items()
+        }
+        for name, strip in strips.items():
+            self.writer.add_image(name, strip, step)
+        self.writer.flush()
+        if self.mirror and strips:
+            pixels = {name: (strip * 255).round().byte().permute(1, 2, 0).numpy() for name, strip in strips.items()}
+            self.mirror.images(step, pixels)
+
+    def close(self) -> None:
+        """Nothing more will be written."""
         if self.writer is not None:
-            for name, images in rows.items():
-                strip = torch.cat(list(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5), dim=-1)
-                self.writer.add_image(f"samples/{name}", strip, step)
-            self.writer.flush()
+            self.writer.close()
+        if self.mirror:
+            self.mirror.close()
 
 
 def mean_over_ranks(values: Mapping[str, float]) -> dict[str, float]:
