@@ -125,7 +125,13 @@ def estimate(
     gpus_per_node: Annotated[
         int | None, typer.Option(help="Accelerators of a node.", show_default="topology.stages x topology.replicas")
     ] = None,
-    accelerator: Annotated[str, typer.Option(help=f"One of {', '.join(ACCELERATORS)}.")] = "h100",
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(ACCELERATORS)}.",
+            show_default="cluster.accelerator, else this machine's GPU; in bf16 h100, in fp32 this CPU",
+        ),
+    ] = None,
     utilisation: Annotated[float, typer.Option(help="Share of its bf16 peak that matrix products reach.")] = 0.4,
     size: Annotated[
         str | None,
@@ -136,12 +142,16 @@ def estimate(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
     ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, metavar="NUMBER", help="Of an accelerator hour, in any currency.")
+    ] = None,
+    details: Annotated[bool, typer.Option("--details", help="Where memory and time go, too.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
 ) -> None:
-    """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
+    """Say what the run will need: whether it fits, the smallest cluster, hours and cost of every step, disk.
 
-    Needs no GPU, and of the teacher only its configurations. Without a plan.yaml, spans are assumed.
-    A cluster of another size than the topology's keeps its stages and changes its replicas.
+    Needs no GPU, and of the teacher only its configurations. Without a plan.yaml, spans are assumed; times are lower
+    bounds. A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe)
@@ -155,6 +165,8 @@ def estimate(
         utilisation=utilisation,
         pixels=size,
         variant=variant,
+        price=price,
+        details=details,
         json=json,
     )
     if not fits:
