@@ -110,7 +110,7 @@ def parts_of(recipe: Recipe) -> int:
     """Tasks that share the probe, each with a file of its sums; a single one reports at once, without a file."""
     parts = recipe.cluster.probe_parts
     if parts is None and not (recipe.probe_folder / "report.json").exists():
-        numbers = _sized(recipe, None, open_teacher(recipe))
+        numbers = _sized(recipe, None, open_teacher(recipe, weights=False))
         assert numbers.probing, "distilling was estimated"
         parts = worthwhile_parts(recipe, numbers.probing, numbers.probing_seconds)
     return parts or 1

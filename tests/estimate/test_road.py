@@ -87,7 +87,8 @@ def test_encoders_and_vae_are_counted_as_a_real_forward_counts(unprepared: Unpre
     text = coding.encode + coding.decode - counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         pipe = PipelineCall(folder).pipe
-        pipe.text_encoder.to_empty(device="cpu")(torch.zeros(1, 8, dtype=torch.long))
+        words = torch.zeros(1, 8, dtype=torch.long)
+        pipe.text_encoder.to_empty(device="cpu")(words, position_ids=torch.arange(8)[None])
         pipe.text_encoder_2.to_empty(device="cpu")(torch.zeros(1, 4, dtype=torch.long))
     assert text == counter.get_total_flops() > 0
 
