@@ -17,7 +17,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.accelerators import ACCELERATORS, accelerator_called
 from ppcl_ds.evaluate.cli import app as evaluate_app
 from ppcl_ds.export.cli import app as export_app
-from ppcl_ds.options import Changes, Done, RecipePath, program
+from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.report.cli import app as report_app
 from ppcl_ds.report.renew import renew
@@ -28,7 +28,7 @@ from ppcl_ds.teacher.cli import app as teacher_app
 
 def _renew(done: object, **_: object) -> None:
     """Have the run's page show what a command has done."""
-    if isinstance(done, Done):
+    if isinstance(done, early.Done):
         renew(done.recipe, done.command, done.shown)
 
 
@@ -59,7 +59,7 @@ def probe(
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Add up the sums of all parts and report.")] = False,
     changes: Changes = None,
-) -> Done | None:
+) -> early.Done | None:
     """Find what the teacher could do without.
 
     Fits a linear probe to every block, measures how far chains of them stray (CKA and error), and writes
@@ -78,10 +78,10 @@ def probe(
     teacher = check(loaded, part, merge)
     if merge:
         merge_parts(loaded, teacher)
-        return Done(loaded, "probe --merge")
+        return early.Done(loaded, "probe --merge")
     with memory.told("probe", "lower probe.batch_size or probe.blocks_at_once, or set teacher.offload: cpu"):
         probe(loaded, teacher, part)
-    return Done(loaded, f"probe --part {part}" if part else "probe", part is None)
+    return early.Done(loaded, f"probe --part {part}" if part else "probe", part is None)
 
 
 @app.command()
@@ -101,7 +101,7 @@ def plan(
         ),
     ] = False,
     changes: Changes = None,
-) -> Done | None:
+) -> early.Done | None:
     """Choose the units of every variant and write plan.yaml.
 
     Each variant gives up the share of the teacher's blocks that the recipe asks for (plan.budget), at the least error
@@ -134,7 +134,7 @@ def plan(
         replan = Replan(loaded, from_run)
         if (swaps := replan.measured) is not None:
             replan.write(swaps)
-            return Done(loaded, "plan")
+            return early.Done(loaded, "plan")
         launch.on_ranks(loaded.topology.world)
         with memory.told("plan", "lower evaluate.batch_size"):
             replan.measure()
@@ -145,7 +145,7 @@ def plan(
         run.show(loaded)
     else:
         run.plan(loaded)
-    return Done(loaded, "plan")
+    return early.Done(loaded, "plan")
 
 
 @app.command()
@@ -155,7 +155,13 @@ def estimate(
     gpus_per_node: Annotated[
         int | None, typer.Option(help="Accelerators of a node.", show_default="topology.stages x topology.replicas")
     ] = None,
-    accelerator: Annotated[str, typer.Option(help=f"One of {', '.join(ACCELERATORS)}.")] = "h100",
+    accelerator: Annotated[
+        str | None,
+        typer.Option(
+            help=f"One of {', '.join(ACCELERATORS)}.",
+            show_default="cluster.accelerator, else this machine's GPU; in bf16 h100, in fp32 this CPU",
+        ),
+    ] = None,
     utilisation: Annotated[float, typer.Option(help="Share of its bf16 peak that matrix products reach.")] = 0.4,
     size: Annotated[
         str | None,
@@ -166,13 +172,17 @@ def estimate(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Estimate fine-tuning this variant instead of distilling.")
     ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0.0, metavar="NUMBER", help="Of an accelerator hour, in any currency.")
+    ] = None,
+    details: Annotated[bool, typer.Option("--details", help="Where memory and time go, too.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
     changes: Changes = None,
 ) -> None:
-    """Say what training will need: memory by part, the smallest cluster, and a lower bound of a step's time.
+    """Say what the run will need: whether it fits, the smallest cluster, hours and cost of every step, disk.
 
-    Needs no GPU, and of the teacher only its configurations. Without a plan.yaml, spans are assumed.
-    A cluster of another size than the topology's keeps its stages and changes its replicas.
+    Needs no GPU, and of the teacher only its configurations. Without a plan.yaml, spans are assumed; times are lower
+    bounds. A cluster of another size than the topology's keeps its stages and changes its replicas.
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe, changes or ())
@@ -191,6 +201,8 @@ def estimate(
         utilisation=utilisation,
         pixels=size,
         variant=variant,
+        price=price,
+        details=details,
         json=json,
     )
     if not fits:
@@ -207,7 +219,7 @@ def distill(
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
     changes: Changes = None,
-) -> Done | None:
+) -> early.Done | None:
     """Train all units of the plan at once against the frozen teacher.
 
     Starts `topology.stages x topology.replicas` processes on this machine (under torchrun it joins them instead),
@@ -233,7 +245,7 @@ def distill(
 
     with memory.told("distill", memory.training_lower("distill", loaded.distill, loaded.teacher)):
         distill(loaded, teacher, checked, until, partial(warn_if_too_small, loaded, teacher))
-    return Done(loaded, "distill")
+    return early.Done(loaded, "distill")
 
 
 @app.command()
@@ -251,7 +263,7 @@ def finetune(
         int | None, typer.Option(min=1, metavar="STEP", help="Stop after this step; the next start goes on.")
     ] = None,
     changes: Changes = None,
-) -> Done | None:
+) -> early.Done | None:
     """Train one variant end to end, its blocks over the pipeline stages, against the teacher's velocity, data, or both.
 
     Starts processes, streams shards and goes on from its newest checkpoint as `ppcl distill` does, in
@@ -279,7 +291,7 @@ def finetune(
 
     with memory.told("finetune", memory.training_lower("finetune", loaded.tuning, loaded.teacher)):
         finetune(checked, until, partial(warn_if_too_small, loaded, checked.teacher, variant))
-    return Done(loaded, f"finetune {variant}")
+    return early.Done(loaded, f"finetune {variant}")
 
 
 @app.command()

@@ -6,6 +6,7 @@ import logging
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,14 +35,19 @@ LOG_SECONDS = 10.0
 """Least time between two progress lines where there is no terminal, and between two writings of the progress file."""
 
 
-CHATTY = ("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer")
-"""Loggers that complain, whenever diffusers is imported, that optional kernels of quantising packages do not load."""
+CHATTY = (
+    *("torchao", "torch.utils._pytree", "bitsandbytes", "diffusers.quantizers.torchao.torchao_quantizer"),
+    *("diffusers.configuration_utils", "transformers.utils.import_utils"),
+)
+"""Loggers that complain, whenever diffusers is imported, that optional kernels of quantising packages do not load; and
+whenever a model is made, of keys of its configuration that its class has no use for."""
 
 
 def run(app: typer.Typer) -> None:
     """Run a command line: a `UserError` is one line on stderr and exit code 2, Ctrl-C is 130 and SIGTERM 143."""
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Initializing zero-element tensors")  # models that are made empty
     memory.set_allocator()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, launch.leave_by_signal)

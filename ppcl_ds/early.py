@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -24,6 +24,19 @@ UNDISTILLED, FINETUNED = "-undistilled", "-finetuned"
 
 _UNREAD = ("run", "probe", "plan", "evaluate", "cluster", "wandb", "demo")
 """Sections of a recipe that no training reads."""
+
+
+class Done(NamedTuple):
+    """What a command returns that has changed a run.
+
+    Attributes:
+        command: as the run's page is to call it.
+        shown: whether it has left anything that the page shows.
+    """
+
+    recipe: Recipe
+    command: str
+    shown: bool = True
 
 
 def finetuned(variant: str) -> str:

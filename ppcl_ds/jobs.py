@@ -27,8 +27,9 @@ class Cluster(Section):
     """How often a job may be requeued: with time limits, the longest that a training may take."""
     encode_tasks: int = Field(default=8, gt=0)
     """Jobs that share the shards to encode."""
-    probe_parts: int = Field(default=8, gt=0)
-    """Jobs that share the probe's batches, each on all processes of the topology."""
+    probe_parts: int | None = Field(default=None, gt=0)
+    """Jobs that share the probe's batches, each on all processes of the topology; each writes a file as large as the
+    sums of all blocks. Default: one an hour of probing, as `ppcl estimate` counts it."""
     options: tuple[str, ...] = ()
     """More options of sbatch for every job, such as `--partition=gpu`; they override those above."""
     scripts: Path = shipped("slurm")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from ppcl_ds.recipe import Recipe
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, such as recipes/digits.yaml.")]
 Changes = Annotated[
@@ -20,19 +17,6 @@ Changes = Annotated[
         help="Use this value instead of the recipe's, such as distill.steps=10; repeat for several. Values are YAML.",
     ),
 ]
-
-
-class Done(NamedTuple):
-    """What a command returns that has changed a run.
-
-    Attributes:
-        command: as the run's page is to call it.
-        shown: whether it has left anything that the page shows.
-    """
-
-    recipe: Recipe
-    command: str
-    shown: bool = True
 
 
 def group(help: str, **settings: Any) -> typer.Typer:

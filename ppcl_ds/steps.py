@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ppcl_ds.early import finetuned
@@ -47,7 +47,7 @@ def steps(recipe: Recipe, variants: Sequence[str], parts: int = 0) -> list[Step]
 
     Args:
         variants: their names, as far as they are known.
-        parts: of the probe, each a task of its own, whose sums another step merges; 0: one command does it all.
+        parts: of the probe, each a task of its own; of several, another step merges the sums; 0: it is no array.
     """
     shards, probe, run = recipe.data.shards, recipe.probe_folder, recipe.run
     tuned = recipe.finetune.variants if recipe.finetune else ()
@@ -61,7 +61,9 @@ def steps(recipe: Recipe, variants: Sequence[str], parts: int = 0) -> list[Step]
         return reported() or len(list((probe / "parts").glob(f"part-*-of-{parts:03d}.safetensors"))) == parts
 
     found = [Step("probe", (probe,), reported, ("encode",), ranks=True)]
-    if parts:
+    if parts == 1:
+        found = [replace(found[0], array="1-1")]
+    elif parts:
         found = [
             Step("probe", (probe / "parts",), summed, ("encode",), ranks=True, array=f"1-{parts}"),
             Step("merge", (probe,), reported, ("probe",)),

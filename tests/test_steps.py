@@ -13,6 +13,7 @@ from ppcl_ds.recipe import Recipe, load_recipe
 from ppcl_ds.sections import Finetune
 from ppcl_ds.steps import Step, due, steps
 
+PARTS = 8
 VARIANTS = ["medium", "small"]
 FIGURES = ("samples.png", "report.json", "report.html")
 ALL = ["encode", "probe", "merge", "plan", "distill", "consolidate", "evaluate"]
@@ -26,7 +27,7 @@ def recipe(new_run: Callable[..., Path]) -> Recipe:
 
 def jobs(recipe: Recipe, start: str | None = None) -> list[Step]:
     """Those that a cluster is given."""
-    return due(steps(recipe, VARIANTS, recipe.cluster.probe_parts)[1:], start)
+    return due(steps(recipe, VARIANTS, PARTS)[1:], start)
 
 
 def names(recipe: Recipe, start: str | None = None) -> list[str]:
@@ -96,8 +97,14 @@ def test_a_chain_begins_where_it_is_told_to(recipe: Recipe) -> None:
         names(recipe, "distill")
     with pytest.raises(UserError, match="--from destill: there is no such step; the steps are encode, "):
         names(recipe, "destill")
-    for part in range(1, 1 + recipe.cluster.probe_parts):
-        touch(recipe.probe_folder / "parts" / f"part-{part:03d}-of-{recipe.cluster.probe_parts:03d}.safetensors")
+    for part in range(1, 1 + PARTS):
+        touch(recipe.probe_folder / "parts" / f"part-{part:03d}-of-{PARTS:03d}.safetensors")
     assert names(recipe, "merge") == ALL[2:]
     touch(recipe.plan_file)
     assert names(recipe, "distill") == ALL[4:]
+
+
+def test_a_probe_of_one_part_is_merged_by_nobody(recipe: Recipe) -> None:
+    table = {step.name: step for step in steps(recipe, VARIANTS, 1)}
+    assert "merge" not in table
+    assert (table["probe"].array, table["plan"].needs) == ("1-1", ("probe",))

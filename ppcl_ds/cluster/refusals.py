@@ -15,6 +15,7 @@ from ppcl_ds.estimate.inputs import read_inputs
 from ppcl_ds.estimate.numbers import Estimate
 from ppcl_ds.finetune import finetune as finetune
 from ppcl_ds.planning.choose import width_candidates
+from ppcl_ds.probing.costs import worthwhile_parts
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.steps import Step
 from ppcl_ds.teacher.noising import DTYPES
@@ -70,19 +71,15 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
         elif recipe.finetune and "finetune" in names:
             for variant in recipe.finetune.variants:
                 finetune.check(recipe, variant, None)
-    if recipe.cluster.probe_parts > recipe.probe.batches:
+    if (recipe.cluster.probe_parts or 1) > recipe.probe.batches:
         raise UserError(
             f"cluster.probe_parts is {recipe.cluster.probe_parts}, but probe.batches is {recipe.probe.batches}; "
             "use at most so many parts"
         )
-    name = recipe.cluster.accelerator
-    accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
-    nodes = nodes_of(recipe)
     distilling, *tunings = (
-        size(read_inputs(recipe, nodes, recipe.topology.world // nodes, variant, teacher=teacher), accelerator)
-        for variant in (None, *(recipe.finetune.variants if recipe.finetune else ()))
+        _sized(recipe, variant, teacher) for variant in (None, *(recipe.finetune.variants if recipe.finetune else ()))
     )
-    if name:
+    if name := recipe.cluster.accelerator:
         _need_memory(distilling, "distilling", "ppcl estimate")
         if "probe" in names and not distilling.fits:
             peak, there = (each / 2**30 for each in (distilling.probing_peak, distilling.accelerator.usable_bytes))
@@ -93,7 +90,37 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
         for tuning in tunings:
             _need_memory(tuning, f"fine-tuning '{tuning.variant}'", f"ppcl estimate --variant {tuning.variant}")
     variants = len(_variants(recipe, plan)) + len(tunings)
-    require_space(recipe.run, _bytes_to_write(recipe, distilling, tunings, variants))
+    written = _bytes_to_write(recipe, distilling, tunings, variants)
+    require_space(recipe.run, written)
+    [probing] = [step for step in chosen if step.name == "probe"] or [None]
+    parts = int(probing.array.partition("-")[2]) if probing else 1
+    if parts > 1 and distilling.probing:
+        # Of an even number of parts each knows one half of the samples alone; the other is a hole in its file.
+        taken = parts * distilling.probing.part // (1 if parts % 2 else 2)
+        try:
+            require_space(recipe.run, written + taken)
+        except UserError:
+            raise UserError(
+                f"the {parts} parts of the probe take {taken / 1e9:.3g} GB on the disk of {recipe.run}, beside "
+                f"{written / 1e9:.3g} GB of checkpoints and variants; set cluster.probe_parts: 1, or make room"
+            ) from None
+
+
+def parts_of(recipe: Recipe) -> int:
+    """Tasks that share the probe, each with a file of its sums; a single one reports at once, without a file."""
+    parts = recipe.cluster.probe_parts
+    if parts is None and not (recipe.probe_folder / "report.json").exists():
+        numbers = _sized(recipe, None, open_teacher(recipe, weights=False))
+        assert numbers.probing, "distilling was estimated"
+        parts = worthwhile_parts(recipe, numbers.probing, numbers.probing_seconds)
+    return parts or 1
+
+
+def _sized(recipe: Recipe, variant: str | None, teacher: Teacher) -> Estimate:
+    """The estimate of a training on the recipe's cluster."""
+    nodes, name = nodes_of(recipe), recipe.cluster.accelerator
+    accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
+    return size(read_inputs(recipe, nodes, recipe.topology.world // nodes, variant, teacher=teacher), accelerator)
 
 
 def _need_memory(numbers: Estimate, what: str, command: str) -> None:
@@ -101,7 +128,9 @@ def _need_memory(numbers: Estimate, what: str, command: str) -> None:
         return
     smallest, accelerator = numbers.smallest, numbers.accelerator
     needed, there = (each / 2**30 for each in (numbers.memory.peak, accelerator.usable_bytes))
-    advice = f"{smallest.nodes} nodes would do" if smallest else "no cluster of this topology does"
+    advice = "no cluster of this topology does"
+    if smallest:
+        advice = f"{smallest.world} processes as {smallest.stages} stages x {smallest.replicas} replicas would do"
     raise UserError(
         f"{what} needs {needed:.3g} GiB on an {accelerator.name}, which has {there:.3g}; {advice}, "
         f"`{command}` says more"

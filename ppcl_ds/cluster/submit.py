@@ -26,7 +26,7 @@ from rich.table import Table
 
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.refusals import check, nodes_of, variants_of
+from ppcl_ds.cluster.refusals import check, nodes_of, parts_of, variants_of
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain, write_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
@@ -48,7 +48,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool, changes
         UserError: something is wrong with the request; nothing is queued then.
     """
     slurm.need_slurm()
-    _, *jobs = steps(recipe, variants_of(recipe), recipe.cluster.probe_parts)  # shards are there already
+    _, *jobs = steps(recipe, variants_of(recipe), parts_of(recipe))  # shards are there already
     chosen = due(jobs, start)
     if not chosen:
         print(f"{recipe.run}: every step is done; --from STEP does one again, and all that follow")

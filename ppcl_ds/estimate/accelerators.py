@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import os
+import time
 
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_ds import launch
 from ppcl_ds.errors import UserError
+from ppcl_ds.recipe import Recipe
 
 RESERVED = 0.1
 """Share of the memory that is left alone: the driver's context, NCCL's buffers, fragmentation."""
@@ -66,6 +70,59 @@ ACCELERATORS = _named(
     # Eight 400 Gb/s adapters.
     Accelerator(name="mi300x", memory_gib=192, tflops=1307, tflops64=163, intra_gb=448, inter_gb=50),
 )
+
+
+_USUAL = "h100"
+"""What a run in bf16 is taken to be for, where nobody says and no GPU is here."""
+
+_SIDE, _TRIES = 1024, 3
+"""Of the matrices by which a CPU's speed is measured, and how often; the best counts."""
+
+
+def accelerator_for(recipe: Recipe, name: str | None = None) -> tuple[Accelerator, str]:
+    """The accelerator that a run is for, and how that is known: as told, the recipe's, this machine's GPU or CPU.
+
+    Args:
+        name: as told on the command line.
+
+    Raises:
+        UserError: the table does not have it.
+    """
+    if name:
+        return accelerator_called(name), ""
+    if recipe.cluster.accelerator:
+        return accelerator_called(recipe.cluster.accelerator), "cluster.accelerator"
+    if launch.device().type == "cuda":
+        return _own_gpu(), "this machine's"
+    if recipe.teacher.precision == "fp32":
+        return _own_cpu(recipe.topology.world), "this machine's, shared by the processes; --accelerator for another"
+    return ACCELERATORS[_USUAL], "assumed, as no GPU is here; --accelerator for another"
+
+
+def _own_gpu() -> Accelerator:
+    """Of the table, by its name, else the usual one; with the memory that it has."""
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    words = found.name.lower().replace(" ", "")
+    known = next((each for name, each in ACCELERATORS.items() if name.split("-")[0] in words), ACCELERATORS[_USUAL])
+    return known.model_copy(update={"name": found.name, "memory_gib": found.total_memory / 2**30})
+
+
+def _own_cpu(processes: int) -> Accelerator:
+    """A process's share of this machine; its peak is what large products of float32 reach now."""
+    import torch
+
+    matrix = torch.ones(_SIDE, _SIDE)
+    seconds = []
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - began)
+    tflops = 2 * _SIDE**3 / min(seconds) / 1e12 / processes
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 / processes
+    # Links inside a machine are its memory's, at a few GB/s through gloo; a network of 10 Gb/s is assumed.
+    return Accelerator(name="CPU", memory_gib=memory, tflops=tflops, tflops64=tflops / 2, intra_gb=2, inter_gb=1.25)
 
 
 def accelerator_called(name: str) -> Accelerator:

@@ -11,16 +11,19 @@ from ppcl_ds.data.batch import Size
 from ppcl_ds.data.index import split_entries
 from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
-from ppcl_ds.estimate.accelerators import ACCELERATORS, Accelerator, accelerator_called
-from ppcl_ds.estimate.inputs import Inputs, growing_clusters, read_inputs
+from ppcl_ds.estimate.accelerators import Accelerator, accelerator_for
+from ppcl_ds.estimate.inputs import Inputs, read_inputs
+from ppcl_ds.estimate.layouts import fits, has_room, instead, layouts, smallest
 from ppcl_ds.estimate.measured import account_of, run_once
 from ppcl_ds.estimate.numbers import Estimate, Memory, Stage, WholeRun, add_up, least_time
+from ppcl_ds.estimate.road import Walked, with_road
 from ppcl_ds.estimate.show import show
 from ppcl_ds.estimate.whole import whole_runs
+from ppcl_ds.finetune.phases import FineTuning
 from ppcl_ds.launch import FILLED
 from ppcl_ds.probing.costs import ProbingCosts, probing_costs
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.sections import Precision, Topology
+from ppcl_ds.sections import Precision
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import MetaForward
 from ppcl_ds.training.phases import Account
@@ -29,8 +32,7 @@ from ppcl_ds.training.traffic import Cluster
 _NODE = 8
 """Accelerators of a node that a dry run assumes where they fill whole ones."""
 
-_MOST_NODES = 128
-"""Largest cluster that is searched for one that is large enough."""
+_ASSUMED = "a caption of 23 words is assumed, as nothing is encoded yet"
 
 
 def estimate(
@@ -38,18 +40,23 @@ def estimate(
     nodes: int,
     gpus_per_node: int | None = None,
     *,
-    accelerator: str = "h100",
+    accelerator: str | None = None,
     utilisation: float = 0.4,
     pixels: str | None = None,
     variant: str | None = None,
+    price: float | None = None,
+    details: bool = False,
     json: Path | None = None,
 ) -> bool:
     """Print the estimate, and write it to `json` if given.
 
     Args:
-        variant: that is to be fine-tuned; None: distilling is estimated.
+        variant: that is to be fine-tuned; None: distilling is estimated, and the whole road with it.
         gpus_per_node: all processes of the recipe's topology by default.
+        accelerator: by name; None: see `accelerator_for`.
         pixels: of a sample, as on the command line, see `read_size`.
+        price: of an accelerator hour.
+        details: print the memory by phase, the stages and the phases of a step, too.
 
     Returns:
         Whether the run fits.
@@ -59,10 +66,15 @@ def estimate(
     """
     if not 0 < utilisation <= 1:
         raise UserError(f"--utilisation {utilisation:g}: give a share of the peak, more than 0 and at most 1")
-    machine, sides = accelerator_called(accelerator), None if pixels is None else read_size(pixels)
-    gpus_per_node = recipe.topology.world if gpus_per_node is None else gpus_per_node
-    found = size(read_inputs(recipe, nodes, gpus_per_node, variant, sides), machine, utilisation)
-    show(found)
+    machine, known = accelerator_for(recipe, accelerator)
+    sides = None if pixels is None else read_size(pixels)
+    asked = recipe.topology.world if gpus_per_node is None else gpus_per_node
+    inputs = read_inputs(recipe, nodes, asked, variant, sides)
+    node = max(asked, _NODE) if gpus_per_node is None and machine.name != "CPU" else asked
+    found = _whole(inputs, machine, utilisation, node, price).model_copy(update={"accelerator_from": known})
+    if not found.layouts:
+        found = found.model_copy(update={"instead": instead(inputs, machine, utilisation)})
+    show(found, details)
     if json is not None:
         try:
             atomic_write(json, found.model_dump_json(indent=1) + "\n")
@@ -76,13 +88,33 @@ def print_estimate(recipe: Recipe, teacher: Teacher, variant: str | None = None)
     world = recipe.topology.world
     nodes = 1 if world % _NODE else world // _NODE
     inputs = read_inputs(recipe, nodes, world // nodes, variant, teacher=teacher)
-    show(size(inputs, ACCELERATORS["h100"]))
+    machine, known = accelerator_for(recipe)
+    show(size(inputs, machine).model_copy(update={"accelerator_from": known}))
     training = inputs.training
     entries = split_entries(recipe.data, "train")
     samples = sum(entry.samples for entry in entries)
     epochs = training.steps * training.micro_batch * training.micro_batches_per_step / samples
     print(f"shards: {len(entries)} with {samples} samples, read {epochs:.3g} times in {training.steps} steps")
     print("recipe, plan, topology and shards are in order; `ppcl estimate` sizes it for other clusters")
+
+
+def _whole(inputs: Inputs, accelerator: Accelerator, utilisation: float, node: int, price: float | None) -> Estimate:
+    """The training that is asked about; with a distillation all other steps of the road."""
+    forward = run_once(inputs)
+    account = account_of(inputs, forward)
+    found = _sized(inputs, forward, account, accelerator, utilisation, node)
+    if inputs.variant is not None:
+        return found
+    tuned = inputs.recipe.finetune.variants if inputs.recipe.finetune else ()
+    names = tuple(name for name in tuned if name in inputs.plan.variants or name in inputs.recipe.plan.variants)
+    tunings = {name: size(_tuning(inputs, name), accelerator, utilisation) for name in names}
+    return with_road(found, Walked(inputs, forward, found, tunings, price))
+
+
+def _tuning(inputs: Inputs, variant: str) -> Inputs:
+    """The same for fine-tuning a variant; a plan that was assumed for another one is assumed for this."""
+    cluster, teacher = inputs.cluster, inputs.teacher
+    return read_inputs(inputs.recipe, cluster.nodes, cluster.gpus_per_node, variant, inputs.size, teacher)
 
 
 def read_size(text: str) -> Size:
@@ -109,6 +141,22 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
     """
     forward = run_once(inputs)
     account = account_of(inputs, forward)
+    return _sized(inputs, forward, account, accelerator, utilisation, inputs.cluster.gpus_per_node)
+
+
+def _sized(
+    inputs: Inputs,
+    forward: MetaForward,
+    account: Distilling | FineTuning,
+    accelerator: Accelerator,
+    utilisation: float,
+    node: int,
+) -> Estimate:
+    """The numbers of an account.
+
+    Args:
+        node: accelerators of a node, where the smallest cluster is looked for.
+    """
     recipe = inputs.recipe
     cluster, precision = inputs.cluster, recipe.teacher.precision
     phases = account.phases(cluster)
@@ -120,6 +168,7 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         runs = tuple(whole_runs(account, inputs, forward, accelerator, utilisation))
     if inputs.variant is None:
         probing, probing_peak = _probing(account, inputs, forward, accelerator)
+    seen = inputs.seen
     return Estimate(
         training="finetune" if inputs.variant else "distill",
         variant=inputs.variant,
@@ -132,10 +181,13 @@ def size(inputs: Inputs, accelerator: Accelerator, utilisation: float = 0.4) -> 
         precision=precision,
         cluster=cluster,
         accelerator=accelerator,
+        accelerator_from="",
+        samples_from=f"the longest caption of {seen.looked} encoded samples" if seen else _ASSUMED,
         notes=tuple(_notes(account, cluster, precision, accelerator)),
         stages=tuple(_stages(account, cluster, memories)),
-        trains=_fits(memories, accelerator),
-        smallest=_smallest(account, recipe.topology, cluster.gpus_per_node, accelerator),
+        trains=fits(memories, accelerator),
+        smallest=smallest(inputs, account, accelerator, node),
+        layouts=tuple(layouts(inputs, account, accelerator, utilisation)),
         micro_batches=account.rounds(cluster) * cluster.world,
         samples=account.samples(cluster),
         step_flops=account.step_flops(cluster),
@@ -182,7 +234,7 @@ def _places(account: Distilling, cluster: Cluster, accelerator: Accelerator) -> 
     replay = account.settings.replay
     other = replay.model_copy(update={"offload": not replay.offload})
     elsewhere = replace(account, settings=account.settings.model_copy(update={"replay": other}))
-    here, there = (_has_room(each, cluster, accelerator) for each in (account, elsewhere))
+    here, there = (has_room(each, cluster, accelerator) for each in (account, elsewhere))
     if there and (replay.offload or not here):
         has = "has room for" if replay.offload else "is too small for"
         yield f"set distill.replay.offload: {str(other.offload).lower()}; the accelerator {has} what is replayed"
@@ -194,7 +246,7 @@ def _copies(account: Account, cluster: Cluster, accelerator: Accelerator) -> Ite
     divided = replace(sharding, whole=False, ranks_per_copy=cluster.gpus_per_node)
     other = divided if sharding.whole else replace(sharding, whole=True, offload=False)
     otherwise = replace(account.teacher, sharding=other)
-    here, there = (_has_room(each, cluster, accelerator) for each in (account, replace(account, teacher=otherwise)))
+    here, there = (has_room(each, cluster, accelerator) for each in (account, replace(account, teacher=otherwise)))
     if there and not sharding.whole:
         offload = " and leave teacher.offload out" if sharding.offload else ""
         yield (
@@ -203,23 +255,6 @@ def _copies(account: Account, cluster: Cluster, accelerator: Accelerator) -> Ite
         )
     if there and sharding.whole and not here:
         yield "leave teacher.ranks_per_copy out; the accelerator is too small for the whole teacher"
-
-
-def _has_room(account: Account, cluster: Cluster, accelerator: Accelerator) -> bool:
-    return _fits([add_up(stage) for stage in account.phases(cluster)], accelerator)
-
-
-def _fits(memories: Sequence[Memory], accelerator: Accelerator) -> bool:
-    return max(memory.peak for memory in memories) <= accelerator.usable_bytes
-
-
-def _smallest(account: Account, topology: Topology, gpus_per_node: int, accelerator: Accelerator) -> Cluster | None:
-    cuts = sum(not layer.joined for layer in account.layers)
-    for cluster in growing_clusters(topology, gpus_per_node, cuts, _MOST_NODES):
-        divides = cluster.world % account.teacher.sharding.ranks_per_copy == 0
-        if divides and _has_room(account, cluster, accelerator):
-            return cluster
-    return None
 
 
 def _probing(

@@ -10,6 +10,7 @@ import torch
 from ppcl_ds.data.batch import Size
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.assumed import assume_plan
+from ppcl_ds.estimate.seen import Seen, look
 from ppcl_ds.recipe import Recipe, teacher_config
 from ppcl_ds.sections import Topology, Training
 from ppcl_ds.teacher.encoding import largest
@@ -31,6 +32,7 @@ class Inputs:
         plan: the run's, or what stands in for it.
         source: where the plan comes from, in words.
         size: of a sample.
+        seen: what encoded shards say of the samples; None: there are none.
     """
 
     recipe: Recipe
@@ -41,6 +43,7 @@ class Inputs:
     source: str
     size: Size
     sharding: Sharding
+    seen: Seen | None = None
 
     @property
     def training(self) -> Training:
@@ -65,7 +68,7 @@ def read_inputs(
 
     Args:
         variant: that is to be fine-tuned; None: the library is to be distilled.
-        size: of a sample; the recipe's largest by default.
+        size: of a sample; by default the largest that is encoded, else that the recipe names.
         teacher: the recipe's, if it is open already.
 
     Raises:
@@ -87,7 +90,9 @@ def read_inputs(
         raise UserError(
             f"teacher.ranks_per_copy is {sharding.ranks_per_copy}, which does not divide the {cluster.world} processes"
         )
-    return Inputs(recipe, variant, cluster, teacher, plan, source, size or largest(recipe.data, teacher.call), sharding)
+    seen = look(recipe.data)
+    size = size or (seen.size if seen else largest(recipe.data, teacher.call))
+    return Inputs(recipe, variant, cluster, teacher, plan, source, size, sharding, seen)
 
 
 def cluster_for(topology: Topology, nodes: int, gpus_per_node: int) -> Cluster:
@@ -102,24 +107,37 @@ def cluster_for(topology: Topology, nodes: int, gpus_per_node: int) -> Cluster:
     if world % topology.stages:
         raise UserError(
             f"{nodes} nodes x {gpus_per_node} GPUs are {world} processes, which topology.stages ({topology.stages}) "
-            "does not divide; change one of them"
+            f"does not divide; set it to {' or '.join(map(str, _near(topology.stages, world)))}, or change the cluster"
         )
     return Cluster(nodes, gpus_per_node, topology.stages, world // topology.stages)
 
 
+def _near(stages: int, world: int) -> list[int]:
+    """The next numbers of stages, down and up, that divide the processes."""
+    divide = [number for number in range(1, world + 1) if world % number == 0]
+    return [*[max(n for n in divide if n < stages)], *[n for n in divide if n > stages][:1]]
+
+
 def growing_clusters(topology: Topology, gpus_per_node: int, layers: int, most: int) -> Iterator[Cluster]:
-    """Clusters of 1, 2, 4, ... nodes up to `most`; on each, numbers of stages like the recipe's come first.
+    """1, 2, 3, ... GPUs of one node, then 2, 4, 8, ... whole nodes up to `most`; on each, see `shapes`."""
+    for gpus in range(1, gpus_per_node + 1):
+        yield from shapes(topology, 1, gpus, layers)
+    nodes = 2
+    while nodes <= most:
+        yield from shapes(topology, nodes, gpus_per_node, layers)
+        nodes *= 2
+
+
+def shapes(topology: Topology, nodes: int, gpus_per_node: int, layers: int) -> Iterator[Cluster]:
+    """A cluster in every number of stages that divides it, those like the recipe's first.
 
     Args:
         layers: what is laid over the stages; there are never more stages.
     """
-    nodes = 1
-    while nodes <= most:
-        world = nodes * gpus_per_node
-        shapes = [stages for stages in range(1, min(world, layers) + 1) if world % stages == 0]
-        for stages in sorted(shapes, key=lambda s: max(s / topology.stages, topology.stages / s)):
-            yield Cluster(nodes, gpus_per_node, stages, world // stages)
-        nodes *= 2
+    world = nodes * gpus_per_node
+    divide = [stages for stages in range(1, min(world, layers) + 1) if world % stages == 0]
+    for stages in sorted(divide, key=lambda s: max(s / topology.stages, topology.stages / s)):
+        yield Cluster(nodes, gpus_per_node, stages, world // stages)
 
 
 def sharding_of(recipe: Recipe, teacher: Teacher, gpus_per_node: int) -> Sharding:

@@ -15,9 +15,11 @@ from ppcl_ds.distill.phases import Distilling
 from ppcl_ds.errors import UserError
 from ppcl_ds.estimate.activations import LiveBytes, block_activations, unit_activations
 from ppcl_ds.estimate.inputs import Inputs
+from ppcl_ds.estimate.units import sized
 from ppcl_ds.finetune.phases import FineTuning
 from ppcl_ds.finetune.trainable import block_costs, joined, parts_of
 from ppcl_ds.teacher.anatomy import Anatomy, Streams, block_shapes
+from ppcl_ds.teacher.batch_call import BatchCall
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.flops import work_of
@@ -38,8 +40,31 @@ def run_once(inputs: Inputs) -> MetaForward:
     if not inputs.plan.units:
         raise UserError(f"plan {inputs.recipe.plan_file}: it has no units, so there is nothing to train")
     taps = () if inputs.variant else taps_of(inputs.plan, inputs.teacher.anatomy).parts
-    batch = inputs.training.micro_batch
-    return meta_forward(inputs.teacher, inputs.size, batch, taps)
+    _prepare(inputs)
+    return meta_forward(inputs.teacher, inputs.size, inputs.training.micro_batch, taps)
+
+
+_MOST_SAMPLES, _MOST_BYTES = 4096, 2 * 2**30
+"""Of a micro-batch that is measured, and of its latents and captions, which are real while it is."""
+
+
+def _prepare(inputs: Inputs) -> None:
+    """Have an encoded caption stand for all, if there is one, and refuse what would take minutes to be measured."""
+    call, size, batch = inputs.teacher.call, inputs.size, inputs.training.micro_batch
+    seen = inputs.seen
+    if seen and seen.prompt.source == size.source:
+        call.take_example(size, seen.prompt)
+    one = sum(tensor.nbytes for tensor in call.example(size).tensors()) + 4 * call.latents_shape(size).numel()
+    most = max(1, min(_MOST_SAMPLES, _MOST_BYTES // one))
+    if batch > most:
+        section = "finetune" if inputs.variant else "distill"
+        raise UserError(
+            f"{section}.micro_batch is {batch}: latents and captions alone would take {sized(batch * one)}; an "
+            f"estimate is taken of at most {most} samples of this size, and gradients of more are added up by "
+            f"{section}.micro_batches_per_step"
+        )
+    if seen and seen.prompt.source == size.source and batch > 1 and not size.source:
+        call.take_example(size, BatchCall(call, seen.joining).joined([seen.prompt] * batch), batch)
 
 
 def account_of(inputs: Inputs, forward: MetaForward) -> Distilling | FineTuning:

@@ -89,6 +89,39 @@ class WholeRun(Numbers):
     hours: float
 
 
+class Layout(Numbers):
+    """One that holds a training, and the least that its step takes."""
+
+    stages: int
+    replicas: int
+    seconds: float
+
+
+class RoadStep(Numbers):
+    """A step of the road.
+
+    Attributes:
+        name: its command.
+        work: what it goes through, in words.
+        flops: matrix products, convolutions and attention, all of them.
+        seconds: at least.
+        accelerators: that work at a time.
+        cost: of them, in whatever the price was in; None: nobody named a price.
+    """
+
+    name: str
+    work: str
+    flops: float
+    seconds: float
+    accelerators: int
+    cost: float | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def accelerator_hours(self) -> float:
+        return self.seconds * self.accelerators / 3600
+
+
 class Estimate(Numbers):
     """What a training needs on a cluster, and whether the cluster has it.
 
@@ -104,10 +137,15 @@ class Estimate(Numbers):
         precision: dtype of teacher and students while they run.
         cluster: the one asked about.
         accelerator: the one in it.
+        accelerator_from: how that is known, if nobody said it.
+        samples_from: where size and captions come from, in words.
         notes: where the estimate departs from the recipe.
         stages: in order.
         trains: whether the fullest stage fits.
-        smallest: the cluster of fewest nodes (1, 2, 4, ...) that the run fits on; None if 128 are too few.
+        smallest: the cluster of fewest accelerators that the run fits on: 1, 2, 3, ... of a node, then 2, 4, 8, ...
+            nodes; None if 128 nodes are too few.
+        layouts: of the cluster asked about that hold the training; those like the recipe's first.
+        instead: where none of them does, lines of a recipe that would.
         micro_batches: in a step; if the recipe's do not fill the cluster, the next number that does.
         samples: in a step.
         step_flops: FLOPs of a step, over all processes.
@@ -118,6 +156,8 @@ class Estimate(Numbers):
         probing: what `ppcl probe` needs; None for fine-tuning.
         probing_peak: bytes of a process that probes, the teacher among them.
         probing_seconds: of it on this cluster, at least; communication is left out.
+        road: every step of the road; empty where a training alone was asked about.
+        disk: bytes of what the road writes, by name; likewise.
     """
 
     training: Literal["distill", "finetune"]
@@ -131,10 +171,13 @@ class Estimate(Numbers):
     precision: str
     cluster: Cluster
     accelerator: Accelerator
+    accelerator_from: str
+    samples_from: str
     notes: tuple[str, ...]
     stages: tuple[Stage, ...]
     trains: bool
     smallest: Cluster | None
+    layouts: tuple[Layout, ...]
     micro_batches: int
     samples: int
     step_flops: float
@@ -145,6 +188,9 @@ class Estimate(Numbers):
     probing: ProbingCosts | None
     probing_peak: int
     probing_seconds: float
+    road: tuple[RoadStep, ...] = ()
+    disk: dict[str, int] = {}
+    instead: tuple[str, ...] = ()
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -160,6 +206,11 @@ class Estimate(Numbers):
     @property
     def memory(self) -> Memory:
         return self.stages[self.fullest].memory
+
+    @property
+    def host(self) -> int:
+        """Bytes of pinned CPU memory on a node, at most."""
+        return self.cluster.gpus_per_node * max(sum(stage.memory.host.values()) for stage in self.stages)
 
 
 def add_up(phases: Sequence[Phase]) -> Memory:

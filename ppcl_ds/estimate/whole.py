@@ -13,7 +13,7 @@ from ppcl_ds.sections import Distill
 from ppcl_ds.training.meta_forward import MetaForward
 from ppcl_ds.units.kinds import taps_of
 
-_IMAGES = 100_000
+IMAGES = 100_000
 """Images that the authors of PPCL had the teacher draw before they trained; a shorter run draws one for each sample."""
 
 _REPLAY = Replay(uses=4)
@@ -55,5 +55,5 @@ def whole_runs(
         scale = max(1.0, recipe.evaluate.guidance) if guided else 1.0
         name = "on trajectories, from captions alone"
         yield run(name, settings.model_copy(update={"trajectories": Trajectories(guidance=(scale, scale))}))
-    images = min(_IMAGES, samples)
+    images = min(IMAGES, samples)
     yield run(f"{images} images drawn first, no lever", plain, images)

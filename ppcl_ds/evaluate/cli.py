@@ -9,7 +9,7 @@ import typer
 
 from ppcl_ds import early, launch, memory
 from ppcl_ds.errors import UserError
-from ppcl_ds.options import Changes, Done, RecipePath
+from ppcl_ds.options import Changes, RecipePath
 from ppcl_ds.recipe import load_recipe
 
 app = typer.Typer()
@@ -31,7 +31,7 @@ def evaluate(
         bool, typer.Option("--speed", help="Only time teacher and variants end to end, and write speed.json.")
     ] = False,
     changes: Changes = None,
-) -> Done:
+) -> early.Done:
     """Teacher, variants and undistilled variants side by side, on the same noise.
 
     Writes samples.png, samples/, report.json and report.html into the run folder, and the figures into the models'
@@ -50,7 +50,7 @@ def evaluate(
 
     if read_scores:
         take_scores(loaded, read_scores)
-        return Done(loaded, "evaluate --read-scores")
+        return early.Done(loaded, "evaluate --read-scores")
     checked = check(loaded)
     if speed:
         from ppcl_ds.evaluate.speed import measure_speed
@@ -58,12 +58,12 @@ def evaluate(
         if launch.is_first_rank():
             with memory.told("evaluate", _EVALUATE_LESS):
                 measure_speed(loaded, checked.teacher, checked.drawn)
-        return Done(loaded, "evaluate --speed")
+        return early.Done(loaded, "evaluate --speed")
     if loaded.evaluate.sets and (gpus := launch.gpus()) > 1:
         launch.on_ranks(gpus)
     with memory.told("evaluate", _EVALUATE_LESS):
         evaluate(checked)
-    return Done(loaded, "evaluate")
+    return early.Done(loaded, "evaluate")
 
 
 @app.command()

@@ -17,7 +17,7 @@ from ppcl_ds.errors import UserError, brief
 from ppcl_ds.planning.growth import factors
 from ppcl_ds.units.plan import Plan, UnitPlan
 
-_SETS = 32
+SETS = 32
 """Sets that are measured; more of them hardly change what the forecast learns."""
 
 
@@ -101,7 +101,7 @@ def load_swaps(path: Path) -> Swaps | None:
         raise UserError(f"{path} cannot be read ({brief(fault)}); delete it, it is measured anew") from None
 
 
-def draw_sets(library: Plan, seed: int, count: int = _SETS) -> list[tuple[str, ...]]:
+def draw_sets(library: Plan, seed: int, count: int = SETS) -> list[tuple[str, ...]]:
     """Random sets of units that fit together, two and more, small ones and large ones by turns.
 
     Fewer than `count` where the library does not give so many.

@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppcl_ds.probing.sums import HALVES, block_bytes, lanes_of, ranges, wanted_for
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.sections import Probe
 from ppcl_ds.teacher.anatomy import Anatomy, Capture
+
+_WORTH_A_PART = 3600.0
+"""Seconds of all processes of the topology: a part's file is written and read again, which may take minutes."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,14 @@ def probing_costs(
         moment_flops=samples * moments,
         figure_flops=cubes,
     )
+
+
+def worthwhile_parts(recipe: Recipe, costs: ProbingCosts, seconds: float) -> int:
+    """Jobs that the probe is shared by on a cluster: as many as the recipe says, else one an hour of it.
+
+    Args:
+        seconds: that it takes on all processes of the topology.
+    """
+    if recipe.cluster.probe_parts is not None:
+        return recipe.cluster.probe_parts
+    return max(1, min(recipe.probe.batches, round(seconds / _WORTH_A_PART)))

@@ -44,10 +44,11 @@ def check(recipe: Recipe, part: str | None = None, merge: bool = False) -> Teach
 
 
 def probe(recipe: Recipe, teacher: Teacher, part: str | None = None) -> None:
-    """Probe the teacher, or sum one part of the samples; every rank must call this."""
+    """Probe the teacher, or sum one part of the samples, unless it is the only one; every rank must call this."""
     reader = open_reader(recipe, teacher, launch.join(deterministic=recipe.deterministic))
-    if part:
-        sum_part(reader, Part.parse(part, recipe.probe.batches))
+    own = Part.parse(part, recipe.probe.batches) if part else Part()
+    if own.count > 1:
+        sum_part(reader, own)
     else:
         report_all(reader)
     launch.leave()

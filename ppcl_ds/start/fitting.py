@@ -127,8 +127,8 @@ def fitted(
 
     for setting in (each for each in SETTINGS if each.micro_batch == 1 or not alone):
         found = estimated(setting)
-        if not found.trains and found.smallest and found.smallest.nodes <= machine.nodes:
-            setting = replace(setting, stages=found.smallest.stages)
+        if not found.trains and found.layouts:
+            setting = replace(setting, stages=found.layouts[0].stages)
             found = estimated(setting)
         if found.trains:
             whole = replace(setting, whole=True)

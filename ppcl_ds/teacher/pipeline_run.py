@@ -196,9 +196,13 @@ class PipelineRun:
         """
         if (size, batch) not in self._examples:
             with WithoutWeights():
-                prompt = self._without_weights(size, batch)
+                prompt = self.without_weights(size, batch)
             self._examples[size, batch] = with_zeros(prompt)
         return self._examples[size, batch]
+
+    def take_example(self, size: Size, prompt: Prompt, batch: int = 1) -> None:
+        """Have a prompt of as many samples stand for others of this size, see `example`."""
+        self._examples[size, batch] = prompt
 
     def shapes(self, captions: str | list[str], size: Size, guidance: float = 1.0) -> Prompt:
         """What `encode` would give, made without weights: likewise.
@@ -209,7 +213,7 @@ class PipelineRun:
         with WithoutWeights():
             return with_zeros(self.encode(captions, size, guidance=guidance))
 
-    def _without_weights(self, size: Size, batch: int) -> Prompt:
+    def without_weights(self, size: Size, batch: int) -> Prompt:
         """A prompt from words alone, if the pipeline draws from those, else with a source image."""
         fault = None
         blank = Image.new("RGB", size.source or (size.width, size.height))

@@ -89,7 +89,7 @@ def test_every_family_can_be_sized(unprepared: Unprepared, family: str) -> None:
     assert numbers.tokens == {"image": 16, "text": {"qwen": CAPTION, "flux": 4, "sd3": 8 + 4}[family]}
     assert numbers.plan.startswith("assumed")
     assert numbers.smallest is not None
-    assert (numbers.smallest.nodes, numbers.smallest.stages) == (1, 2)
+    assert (numbers.smallest.world, numbers.smallest.stages) == (1, 1)
 
 
 def test_the_runs_own_plan_is_used_where_there_is_one(unprepared: Unprepared) -> None:
@@ -209,13 +209,18 @@ def test_the_command_prints_tables_and_writes_all_numbers(unprepared: Unprepared
     path = unprepared("qwen", config={"num_layers": 12}, plan={"variants": {"half": 0.5}})
     file = tmp_path / "made" / "numbers.json"
     printed = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--size", "4x8", "--json", file)
-    for words in ("assumed", "teacher partition", "teacher copy in the node", "seconds", "stage", "fits: ", "at least"):
+    for words in ("assumed", "fits: ", "stage", "at least", "smallest cluster", "to paste", "disk: ", "this machine's"):
         assert words in printed
+    assert "teacher partition" not in printed
+    assert "e-0" not in printed
+    longer = command("estimate", path, "--nodes", "2", "--gpus-per-node", "2", "--size", "4x8", "--details")
+    for words in ("teacher partition", "teacher copy in the node", "moments, float64"):
+        assert words in longer
     assert all(len(line) <= 80 for line in printed.splitlines() if line[:1] in "┃│├┡")
     numbers = Estimate.model_validate_json(file.read_text())
     assert (numbers.cluster.nodes, numbers.cluster.stages, numbers.cluster.replicas) == (2, 2, 2)
     assert numbers.sample == Size(4, 8)
-    assert printed.index("fits: ") < printed.index("(lower bound: ") < printed.index("Probing")
+    assert printed.index("fits: ") < printed.index("evaluate") < printed.index("lower bounds")
     assert json.loads(file.read_text())["stages"][0]["memory"]["peak"] == numbers.stages[0].memory.peak
 
 
@@ -228,7 +233,8 @@ def test_the_exit_code_says_when_a_run_does_not_fit(unprepared: Unprepared) -> N
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"nodes": 0}, "at least 1"),
-    ({"gpus_per_node": 3}, r"topology.stages \(2\) does not divide"),
+    ({"gpus_per_node": 3}, r"topology.stages \(2\) does not divide; set it to 1 or 3"),
+    ({"gpus_per_node": 1}, r"topology.stages \(2\) does not divide; set it to 1, or"),
     ({"accelerator": "h10"}, "did you mean 'h100'"),
     ({"utilisation": 40}, "--utilisation 40"),
     ({"pixels": "big"}, "--size: big is no size"),
@@ -283,9 +289,11 @@ def test_another_number_of_processes_changes_the_replicas() -> None:
 
 def test_growing_clusters_try_the_recipes_own_stages_first() -> None:
     clusters = list(growing_clusters(Topology(stages=4, replicas=2), gpus_per_node=8, layers=10, most=4))
-    assert [cluster.nodes for cluster in clusters] == sorted(cluster.nodes for cluster in clusters)
-    first = [next(cluster for cluster in clusters if cluster.nodes == nodes) for nodes in (1, 2, 4)]
-    assert [(cluster.stages, cluster.replicas) for cluster in first] == [(4, 2), (4, 4), (4, 8)]
+    worlds = [cluster.world for cluster in clusters]
+    assert worlds == sorted(worlds)
+    assert list(dict.fromkeys(worlds)) == [1, 2, 3, 4, 5, 6, 7, 8, 16, 32]
+    first = [next(cluster for cluster in clusters if cluster.world == world) for world in (2, 3, 4, 8, 16, 32)]
+    assert [(cluster.stages, cluster.replicas) for cluster in first] == [(2, 1), (3, 1), (4, 1), (4, 2), (4, 4), (4, 8)]
     assert all(each.stages * each.replicas == each.world and each.stages <= 10 for each in clusters)
 
 
