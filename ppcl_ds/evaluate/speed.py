@@ -72,7 +72,7 @@ def _compiled(painter: Painter) -> None:
 
 
 def _cached(painter: Painter) -> Callable[[], object]:
-    """cache-dit's own defaults. It changes the pipeline's class, so the next pipeline too, and keeps this one's model."""
+    """cache-dit's own defaults. It changes the class, and so the next pipeline, and keeps this one's model."""
     package = import_module("cache_dit")
     package.enable_cache(painter.pipeline)
     return partial(package.disable_cache, painter.pipeline)
