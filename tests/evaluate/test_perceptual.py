@@ -22,7 +22,7 @@ from ppcl_ds.evaluate.scores import Scorer, open_scorer
 from ppcl_ds.prompt_sets import Score
 
 CPU = torch.device("cpu")
-WIDTHS = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512, "pool"]
+WIDTHS: list[int | str] = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"] + [512, 512, 512, "pool"] * 2
 """VGG-16 (arXiv 1409.1556, configuration D)."""
 
 
@@ -60,7 +60,7 @@ class Hanning(nn.Module):
 def stages(network: nn.Sequential, x: Tensor) -> list[Tensor]:
     """What goes into each pool."""
     found = []
-    for layer in network[:-1]:
+    for layer in list(network)[:-1]:
         if not isinstance(layer, nn.Conv2d | nn.ReLU):
             found.append(x)
         x = layer(x)
