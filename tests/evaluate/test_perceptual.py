@@ -22,7 +22,8 @@ from ppcl_ds.evaluate.scores import Scorer, open_scorer
 from ppcl_ds.prompt_sets import Score
 
 CPU = torch.device("cpu")
-WIDTHS: list[int | str] = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"] + [512, 512, 512, "pool"] * 2
+WIDTHS: list[int | str] = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool"]
+WIDTHS += [512, 512, 512, "pool", 512, 512, 512, "pool"]
 """VGG-16 (arXiv 1409.1556, configuration D)."""
 
 
