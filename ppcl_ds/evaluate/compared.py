@@ -114,7 +114,7 @@ def compare(images: Images, scorers: Sequence[Scorer], margins: Mapping[str, flo
 def _figures(
     laid: Laid, scorer: Scorer, where: Mapping[str, list[list[Path]]], margin: float | None
 ) -> tuple[ScoreFigures, dict[str, list[float]]]:
-    """A score's figures, and for each variant a number a prompt, the least the worst; none of a score of the set."""
+    """A score's figures, and by what each variant's worst prompts are chosen; nothing of a score of the set."""
     flat = {model: [path for cells in prompts for path in cells] for model, prompts in where.items()}
     variants = [model for model in where if model != TEACHER]
     common: dict[str, Any] = {"score": scorer.name, "kind": scorer.kind, "more": scorer.more}
@@ -145,9 +145,10 @@ def _by_prompt(values: Sequence[float], laid: Laid) -> list[float]:
 def _worst(images: Images, laid: Laid, judge: Scorer, losses: Mapping[str, list[float]]) -> list[Worst]:
     """The prompts on which variants do worst, each variant's own, as the first image of each shows them."""
     found = []
+    sign = 1 if judge.more else -1
     by = f"{judge.name}, variant minus teacher" if judge.alone else judge.name
     for variant, values in losses.items():
-        for position in np.argsort(values, kind="stable")[:WORST].tolist():
+        for position in np.argsort(sign * np.asarray(values), kind="stable")[:WORST].tolist():
             shown = {
                 model: str(images.of(laid, model, position, 0).path.relative_to(images.recipe.run))
                 for model in (TEACHER, variant)

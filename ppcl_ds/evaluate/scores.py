@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ppcl_ds.distances import Array, cmmd, frechet, kernel_distance
 from ppcl_ds.errors import UserError, brief, missing
+from ppcl_ds.evaluate.perceptual import Perceptual
 from ppcl_ds.prompt_sets import Score
 
 _BATCH = 16
@@ -58,12 +59,14 @@ def open_scorer(score: Score, device: torch.device) -> Scorer:
     if name == "psnr":
         return Scorer(name, "to teacher", to_teacher=psnr)
     if score.model is None:
-        raise UserError(
-            f"evaluate.scores: '{name}' needs a model; name its folder, nothing is downloaded (model: FOLDER)"
-        )
+        raise UserError(f"evaluate.scores: '{name}' needs a model; name its place, nothing is downloaded (model: PATH)")
+    if name in ("lpips", "dists"):
+        return Scorer(name, "to teacher", more=False, to_teacher=Perceptual(name, score.model, device).apart)
     encoder = _Encoder(score.model, device, name)
     if name == "clip":
         return Scorer(name, "alone", alone=encoder.agreement)
+    if name == "preference":
+        return Scorer(name, "alone", alone=encoder.preference)
     if name == "clip_image":
         return Scorer(name, "to teacher", to_teacher=encoder.likeness)
     distance = {"fid": frechet, "kid": kernel_distance, "cmmd": cmmd}[name]
@@ -107,7 +110,7 @@ class _Encoder:
         except Exception as fault:  # whatever a reader of a damaged or foreign folder raises
             raise self._fault(fault) from None
         self.reads_text = hasattr(self.model, "get_text_features")
-        if name in ("clip", "cmmd") and not self.reads_text:
+        if name in ("clip", "cmmd", "preference") and not self.reads_text:
             raise UserError(f"evaluate.scores: '{name}' needs a CLIP, but {folder} is a {type(self.model).__name__}")
         self.kept: dict[tuple[Path, ...], Tensor] = {}
 
@@ -133,9 +136,17 @@ class _Encoder:
     def features(self, images: Sequence[Path]) -> Array:
         return self.embedded(images).double().numpy()
 
-    @torch.no_grad()
     def agreement(self, images: Sequence[Path], prompts: Sequence[str]) -> list[float]:
         """CLIP score (arXiv 2104.08718): 100 times the cosine of image and prompt, at least 0."""
+        return (100 * self._cosine(images, prompts).clamp(min=0)).tolist()
+
+    def preference(self, images: Sequence[Path], prompts: Sequence[str]) -> list[float]:
+        """PickScore (arXiv 2305.01569): the logit of a CLIP that was trained on people's choices."""
+        return (float(self.model.logit_scale.exp()) * self._cosine(images, prompts)).tolist()
+
+    @torch.no_grad()
+    def _cosine(self, images: Sequence[Path], prompts: Sequence[str]) -> Tensor:
+        """Of the features of image and prompt, (N,)."""
         from transformers import AutoTokenizer
 
         try:
@@ -148,8 +159,7 @@ class _Encoder:
             most = self.model.config.text_config.max_position_embeddings
             tokens = tokenizer(list(part), padding=True, truncation=True, max_length=most, return_tensors="pt")
             texts.append(_pooled(self.model.get_text_features(**tokens.to(self.device))).float().cpu())
-        cosine = torch.cosine_similarity(self.embedded(images), torch.cat(texts))
-        return (100 * cosine.clamp(min=0)).tolist()
+        return torch.cosine_similarity(self.embedded(images), torch.cat(texts))
 
     def likeness(self, images: Sequence[Path], others: Sequence[Path]) -> list[float]:
         """Cosine of the features of images and of others."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +54,10 @@ class Speed(BaseModel):
     fault: str = ""
 
 
+Step = Callable[[Painter], Callable[[], object] | None]
+"""What prepares a pipeline; it returns what takes back whatever would outlive the pipeline."""
+
+
 def _plain(painter: Painter) -> None:
     """As it is."""
 
@@ -66,14 +71,16 @@ def _compiled(painter: Painter) -> None:
     transformer.compile()
 
 
-def _cached(painter: Painter) -> None:
-    """cache-dit's own defaults."""
-    import_module("cache_dit").enable_cache(painter.pipeline)
+def _cached(painter: Painter) -> Callable[[], object]:
+    """cache-dit's own defaults. It changes the class, and so the next pipeline, and keeps this one's model."""
+    package = import_module("cache_dit")
+    package.enable_cache(painter.pipeline)
+    return partial(package.disable_cache, painter.pipeline)
 
 
-def ways() -> dict[str, Sequence[Callable[[Painter], None]]]:
+def ways() -> dict[str, Sequence[Step]]:
     """What can be measured here."""
-    found: dict[str, Sequence[Callable[[Painter], None]]] = {"plain": (_plain,), "compiled": (_compiled,)}
+    found: dict[str, Sequence[Step]] = {"plain": (_plain,), "compiled": (_compiled,)}
     if find_spec("cache_dit"):
         found |= {"cached": (_cached,), "cached and compiled": (_cached, _compiled)}
     return found
@@ -97,11 +104,12 @@ def measure_speed(recipe: Recipe, teacher: Teacher, models: Sequence[str], names
                 # A pipeline of its own each time: what caches and compilers have changed is not undone.
                 painter = Painter(recipe, teacher, device, sharded=False)
                 painter.load(model)
-                fault = _prepared(painter, steps)
-                for size in sizes:
-                    for batch in BATCHES:
-                        row = Speed(model=model, way=way, size=size, batch=batch, fault=fault)
-                        rows.append(row if fault else _timed(painter, row))
+                with ExitStack() as undone:
+                    fault = _prepared(painter, steps, undone)
+                    for size in sizes:
+                        for batch in BATCHES:
+                            row = Speed(model=model, way=way, size=size, batch=batch, fault=fault)
+                            rows.append(row if fault else _timed(painter, row))
                 advance(1, note=model)
                 del painter
     atomic_write(recipe.run / "speed.json", TypeAdapter(list[Speed]).dump_json(rows, indent=1) + b"\n")
@@ -118,11 +126,12 @@ def read_speed(run: Path) -> list[Speed]:
         return []
 
 
-def _prepared(painter: Painter, steps: Sequence[Callable[[Painter], None]]) -> str:
-    """Prepare a pipeline; why it cannot be, or nothing."""
+def _prepared(painter: Painter, steps: Sequence[Step], undone: ExitStack) -> str:
+    """Prepare a pipeline until `undone` closes; why it cannot be, or nothing."""
     try:
         for step in steps:
-            step(painter)
+            if undo := step(painter):
+                undone.callback(undo)
     except Exception as fault:  # whatever another package says to a pipeline that it does not know
         return brief(fault)
     return ""

@@ -38,12 +38,18 @@ class Quantised(BaseModel):
         package: what a reader of the weights has to install.
         velocity_mse: mean squared difference from the unquantised variant's velocity, on held-out data.
         velocity_power: mean square of the unquantised variant's velocity on the same data.
+        drawn_mse: the same difference of latents drawn from the same noise in `draw_steps` steps; None where the
+            pipeline draws with other transformers, too.
+        drawn_power: mean square of the unquantised variant's latents.
     """
 
     method: str
     package: str
     velocity_mse: float
     velocity_power: float
+    drawn_mse: float | None = None
+    drawn_power: float | None = None
+    draw_steps: int = 0
 
 
 class Facts(BaseModel):

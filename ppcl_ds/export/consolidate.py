@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_folder, disk_errors_as_one_line, require_space
 from ppcl_ds.console import track
 from ppcl_ds.early import finetuned, untuned
@@ -40,15 +39,12 @@ from ppcl_ds.export.model_folder import (
     write_sums,
 )
 from ppcl_ds.export.pipeline_folder import copied_bytes, name_transformer, pipeline_class, pipeline_files, place
-from ppcl_ds.export.placing import placed, size_of, usable
 from ppcl_ds.export.scaled import scaled
 from ppcl_ds.export.single_files import TOOLS, single_file_tensors
 from ppcl_ds.export.tuned import Tuned, open_tuned
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.anatomy import Block
 from ppcl_ds.teacher.files import find_class
-from ppcl_ds.teacher.heldout import HeldOut, mean_squared
-from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import Checkpoint, newest_checkpoint, unit_sources
 from ppcl_ds.units.kinds import blank_unit, parameters_saved
@@ -275,25 +271,9 @@ class Export:
         recipe = self.recipe
         dtype = FORMATS[self.form.dtype or recipe.teacher.precision]
         quantise.quantise(model_class, plain, folder, method, dtype, self.form.max_shard_size)
-        device = launch.device()
-        heldout = HeldOut(recipe, self.teacher, device)
-        running = DTYPES[recipe.teacher.precision]
-        found = []
-        for each in (plain, folder):
-            model = model_class.from_pretrained(each, torch_dtype=running).eval()
-            with (
-                memory.told(f"measuring {each}", "lower evaluate.batch_size"),
-                placed(model, device, size_of(model) <= usable(device)),
-            ):
-                found.append(heldout.velocities(model))
-            del model
+        found = quantise.cost(recipe, self.teacher, plain, folder, model_class, method)
         shutil.rmtree(plain)
-        return Quantised(
-            method=method,
-            package=quantise.PACKAGES[method],
-            velocity_mse=mean_squared(*found),
-            velocity_power=mean_squared(found[0], [torch.zeros(())] * len(found[0])),
-        )
+        return found
 
 
 def _spans(places: Sequence[tuple[int, UnitPlan | None]], blocks: Sequence[Block]) -> list[list[tuple[int, int]]]:

@@ -104,6 +104,21 @@ def test_the_clip_score_is_the_cosine_of_image_and_prompt(clip: Path, images: li
     assert len(found.alone(images, ["a cat " * 500] * len(images))) == len(images)
 
 
+def test_preference_is_the_logit_of_a_clip(clip: Path, images: list[Path]) -> None:
+    found = scorer("preference", clip)
+    assert found.alone
+    model: Any = transformers.CLIPModel.from_pretrained(clip)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(clip)
+    read: Any = transformers.AutoImageProcessor.from_pretrained(clip)
+    for number, (path, prompt) in enumerate(zip(images, PROMPTS, strict=True)):
+        inputs = dict(tokenizer(prompt, return_tensors="pt")) | dict(
+            read(images=[Image.open(path)], return_tensors="pt")
+        )
+        with torch.no_grad():
+            expected = float(model(**inputs).logits_per_image)
+        assert found.alone(images, PROMPTS)[number] == pytest.approx(expected, abs=1e-3)
+
+
 def test_likeness_to_the_teacher(clip: Path, images: list[Path], tmp_path: Path) -> None:
     others = drawn(tmp_path / "teacher", 1, len(images))
     found = scorer("clip_image", clip)
@@ -183,6 +198,7 @@ def test_what_is_missing_is_one_line(clip: Path, dino: Path, tmp_path: Path) -> 
         ("clip", tmp_path / "empty", {}, "cannot be loaded"),
         ("clip", dino, {}, "'clip' needs a CLIP, but .* is a Dinov2Model"),
         ("cmmd", dino, {}, "'cmmd' needs a CLIP"),
+        ("preference", dino, {}, "'preference' needs a CLIP"),
         ("fid", clip, {"reference": tmp_path / "empty"}, "holds 0 images"),
         ("no.such.package:score", None, {}, "cannot load 'no.such.package:score' .*is its package installed"),
         (f"{__name__}:nothing", None, {}, "cannot load"),
@@ -190,5 +206,5 @@ def test_what_is_missing_is_one_line(clip: Path, dino: Path, tmp_path: Path) -> 
         with pytest.raises(UserError, match=words) as fault:
             scorer(name, folder, **more)
         assert "\n" not in str(fault.value)
-    with pytest.raises(ValueError, match="'clap' is not known; known: psnr, clip"):
+    with pytest.raises(ValueError, match="'clap' is not known; known: psnr, lpips, dists, clip"):
         Score(score="clap")

@@ -5,17 +5,40 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
 
+from ppcl_ds.data.index import Index
+from ppcl_ds.data.shards import Shards
 from ppcl_ds.errors import UserError
 from ppcl_ds.export import quantise
 from ppcl_ds.export.consolidate import Form, consolidate
+from ppcl_ds.export.load import load_pipeline
+from ppcl_ds.recipe import Recipe
 from ppcl_ds.teacher.heldout import HeldOut, mean_squared
 from ppcl_ds.teacher.teacher import open_teacher
 from tests.export.trained import pretend_trained
+
+
+def four_steps(recipe: Recipe, model: Any) -> torch.Tensor:
+    """Latents of the held-out captions, one by one, as the stock pipeline itself draws them."""
+    pipeline: Any = load_pipeline(recipe.teacher.path, torch.float32)
+    pipeline.transformer = model
+    pipeline.set_progress_bar_config(disable=True)
+    raw = recipe.data.shards / "raw"
+    listed = Index.read(raw / "index.json", "ppcl-data shard").shards
+    shards = Shards([entry for entry in listed if entry.name.startswith("heldout-")], raw)
+    found = []
+    for number in range(min(8, len(shards))):
+        caption = shards.read(number)[1]["txt"].decode()
+        generator = torch.Generator().manual_seed(recipe.seed + number)
+        options: dict[str, Any] = {"height": 8, "width": 8, "num_inference_steps": 4, "output_type": "latent"}
+        options |= {"true_cfg_scale": recipe.evaluate.guidance, "negative_prompt": " "}
+        found.append(pipeline(caption, generator=generator, **options).images)
+    return torch.cat(found)
 
 
 @pytest.mark.parametrize("method", ["int8", "fp8"])
@@ -44,7 +67,13 @@ def test_quantised_weights_load_as_they_are_and_the_card_says_what_they_cost(
     said = json.loads((tmp_path / "small" / "variant.json").read_text())["quantised"]
     assert said["velocity_mse"] == pytest.approx(error)
     assert 0 < error < 0.05 * said["velocity_power"]
+    drawn = [four_steps(recipe, model) for model in (plain, quantised)]
+    off = float((drawn[0] - drawn[1]).square().mean())
+    assert said["drawn_mse"] == pytest.approx(off, rel=1e-4)
+    assert said["drawn_power"] == pytest.approx(float(drawn[0].square().mean()), rel=1e-4)
+    assert 0 < off < 0.05 * said["drawn_power"]
     card = (tmp_path / "small" / "README.md").read_text()
+    assert f"drawn in 4 steps from the same noise differ by {off:.3g}," in card
     assert f"is {error:.3g}," in card
     assert f"- {method}" in card
     assert not (tmp_path / "small" / "plain").exists()
