@@ -1,8 +1,8 @@
-"""The demo's digits as a diffusers pipeline: words in a table, pixels for latents, a Qwen-Image transformer.
+"""The demo's diffusers pipelines: a Qwen-Image transformer between captions and pixels, which weigh next to nothing.
 
 This file also travels in every folder that the pipeline is saved to, under its full name, so that diffusers draws with
-it where nothing of ours is installed (`trust_remote_code=True`): it imports torch, diffusers and NumPy only.
-Shapes: B batch, C channels, H and W height and width, S text tokens, E embedding channels, P pooled;
+it where nothing of ours is installed (`trust_remote_code=True`): it imports torch, diffusers and what they need only.
+Shapes: B batch, C channels, H and W height and width of latents, S text tokens, E embedding channels, P pooled;
 latents are packed for the transformer, 2 x 2 patches as tokens: (B, H/2 * W/2, 4 C).
 """
 
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
@@ -27,6 +30,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import BertModel, PreTrainedTokenizerBase
 
 MODULE = "ppcl_ds.demo.pipeline"
 """This file's name in a folder's index, wherever it was loaded from."""
@@ -107,6 +111,8 @@ class PixelVae(_Weightless):
         channels: C, 1 (grey) or 3 (RGB).
     """
 
+    side = 1
+
     @register_to_config
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -124,6 +130,51 @@ class PixelVae(_Weightless):
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
+class CosineVae(_Weightless):
+    """Squares of 4 x 4 RGB pixels as 16 of their 48 cosine coefficients, as JPEG keeps them: the rest is hardly seen.
+
+    The transform runs over colours, rows and columns; kept are frequencies u + v < 4 of what is common to the colours
+    and u + v < 2 of each of their two differences. Natural images have coefficients about inverse to their frequency,
+    so each is multiplied by (1 + u + v) / 2. Sums are in float32.
+    """
+
+    side = 4
+    """Pixels of a square's side."""
+
+    @register_to_config
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        colours, places = _cosines(3), _cosines(self.side)
+        kept = [
+            (colour, u, v)
+            for colour in range(3)
+            for u, v in product(range(self.side), repeat=2)
+            if u + v < (4 if colour == 0 else 2)
+        ]
+        self._basis = torch.stack([torch.einsum("c,y,x->cyx", colours[k], places[u], places[v]) for k, u, v in kept])
+        self._scale = torch.tensor([(1 + u + v) / 2 for _, u, v in kept]).view(-1, 1, 1, 1)
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Images (B, 3, 4 H, 4 W) in [-1, 1] -> a distribution that is a point, (B, 16, H, W)."""
+        z = F.conv2d(x.float(), (self._basis * self._scale).to(x.device), stride=self.side).to(x.dtype)
+        posterior = DiagonalGaussianDistribution(torch.cat([z, torch.full_like(z, -30)], dim=1), deterministic=True)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        """(B, 16, H, W) -> images (B, 3, 4 H, 4 W), clamped to [-1, 1]."""
+        x = F.conv_transpose2d(z.float(), (self._basis / self._scale).to(z.device), stride=self.side)
+        image = x.clamp(-1, 1).to(z.dtype)
+        return DecoderOutput(sample=image) if return_dict else (image,)
+
+
+def _cosines(count: int) -> Tensor:
+    """The orthonormal cosine transform (DCT-II) of so many values, a row each frequency, (count, count)."""
+    place = torch.arange(count, dtype=torch.float64)
+    rows = torch.cos(math.pi * (place[None] + 0.5) * place[:, None] / count) * math.sqrt(2 / count)
+    rows[0] /= math.sqrt(2)
+    return rows.float()
+
+
 def _grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 1, H, W), with PIL's weights and PIL's rounding."""
     red, green, blue = ((x.float() + 1) * 127.5).round().int().split(1, dim=1)
@@ -135,6 +186,8 @@ class DigitsPipeline(DiffusionPipeline):
     """Draws what a caption says, as Qwen-Image's pipeline does, with plain classifier-free guidance."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    pixels = 8
+    """Of a side of the images that it draws unless it is told."""
 
     # Models are not called by their own classes here: diffusers runs this file once for each component that it loads,
     # so a class of one run would not be that of another.
@@ -147,8 +200,11 @@ class DigitsPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(scheduler=scheduler, vae=vae, text_encoder=text_encoder, transformer=transformer)
-        self.vae_scale_factor = 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2, do_convert_grayscale=vae.config.channels == 1)
+        self._look_at(vae)
+
+    def _look_at(self, vae: ModelMixin) -> None:
+        self.vae_scale_factor, grey = vae.side, vae.config.channels == 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=2 * vae.side, do_convert_grayscale=grey)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write the index, and this file to the places where diffusers looks for what the index names."""
@@ -157,9 +213,10 @@ class DigitsPipeline(DiffusionPipeline):
         index = json.loads(index_file.read_text())
         index["_class_name"] = [MODULE, type(self).__name__]
         places = [index_file.parent]
-        for name in ("vae", "text_encoder"):
-            index[name] = [MODULE, type(getattr(self, name)).__name__]
-            places.append(index_file.parent / name)
+        for name, part in self.components.items():
+            if type(part).__name__ in _OWN:
+                index[name] = [MODULE, type(part).__name__]
+                places.append(index_file.parent / name)
         index_file.write_text(json.dumps(index, indent=2) + "\n")
         for place in places:
             place.mkdir(exist_ok=True)
@@ -169,11 +226,15 @@ class DigitsPipeline(DiffusionPipeline):
         self, prompt: str | Sequence[str], device: torch.device | None = None, num_images_per_prompt: int = 1
     ) -> tuple[Tensor, Tensor | None]:
         """Captions -> embeddings (B, S, E) and mask (B, S), B captions x images; no mask if none needs it."""
-        embeds, mask, _ = self.text_encoder([prompt] if isinstance(prompt, str) else prompt)
+        embeds, mask = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
         embeds = embeds.to(device or self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
         if mask is not None:
             mask = None if mask.all() else mask.to(embeds.device).repeat_interleave(num_images_per_prompt, dim=0)
         return embeds, mask
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
+        """What the text encoder says of captions: embeddings (B, S, E) and mask (B, S)."""
+        return self.text_encoder(captions)[:2]
 
     def prepare_latents(
         self,
@@ -186,10 +247,11 @@ class DigitsPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Packed noise (B, H/2 * W/2, 4 C): drawn, or `latents`, which is packed already."""
+        """Packed noise (B, H/2 * W/2, 4 C): drawn, or `latents`, which is packed already; sides are in pixels."""
         if latents is not None:
             return latents.to(device, dtype)
-        shape = (batch_size, num_channels_latents, height, width)
+        side = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // side, width // side)
         return self.pack_latents(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
 
     @staticmethod
@@ -212,7 +274,8 @@ class DigitsPipeline(DiffusionPipeline):
         """Refuse what cannot be drawn.
 
         Raises:
-            ValueError: captions are not text, or are not as many as those to stay away from; a side is odd.
+            ValueError: captions are not text, or are not as many as those to stay away from; a side is no multiple
+                of a token's.
         """
         for name, captions in {"prompt": prompt, "negative_prompt": negative_prompt}.items():
             if not captions and not isinstance(captions, str):
@@ -222,16 +285,17 @@ class DigitsPipeline(DiffusionPipeline):
         both_lists = not isinstance(prompt, str) and not isinstance(negative_prompt, str)
         if not isinstance(negative_prompt, str) and (not both_lists or len(negative_prompt) != len(prompt)):
             raise ValueError("`negative_prompt` has to be one text, or as many as `prompt`")
-        if height % 2 or width % 2:
-            raise ValueError(f"`height` and `width` have to be even, but are {height} and {width}")
+        token = 2 * self.vae_scale_factor
+        if height % token or width % token:
+            raise ValueError(f"`height` and `width` have to be multiples of {token}, but are {height} and {width}")
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
-        height: int = 8,
-        width: int = 8,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 20,
         true_cfg_scale: float = 1.25,
         num_images_per_prompt: int = 1,
@@ -246,8 +310,8 @@ class DigitsPipeline(DiffusionPipeline):
         Args:
             prompt: one caption or several.
             negative_prompt: what to stay away from; one for all captions, or one for each.
-            height: of an image in pixels, even.
-            width: of an image in pixels, even.
+            height: of an image in pixels, a whole number of tokens; default: `pixels`.
+            width: likewise.
             num_inference_steps: Euler steps.
             true_cfg_scale: classifier-free guidance; up to 1 there is none, and one forward a step instead of two.
             num_images_per_prompt: images of each caption.
@@ -257,6 +321,7 @@ class DigitsPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (B, H, W, C), `pt` (B, C, H, W), or `latent`, packed.
             return_dict: whether the images come as `.images`, or in a tuple.
         """
+        height, width = height or self.pixels, width or self.pixels
         self.check_inputs(prompt, negative_prompt, height, width)
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         unwanted = [negative_prompt] * len(captions) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -267,7 +332,8 @@ class DigitsPipeline(DiffusionPipeline):
         batch, channels = len(captions) * num_images_per_prompt, self.transformer.config.in_channels // 4
         dtype = positive[0].dtype
         latents = self.prepare_latents(batch, channels, height, width, dtype, device, generator, latents)
-        img_shapes = [[(1, height // 2, width // 2)]] * batch
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        img_shapes = [[(1, rows // 2, columns // 2)]] * batch
 
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -286,7 +352,7 @@ class DigitsPipeline(DiffusionPipeline):
         if output_type == "latent":
             images: Any = latents
         else:
-            image = self.vae.decode(self.unpack_latents(latents, height, width), return_dict=False)[0]
+            image = self.vae.decode(self.unpack_latents(latents, rows, columns), return_dict=False)[0]
             images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -304,3 +370,35 @@ class DigitsPipeline(DiffusionPipeline):
                 img_shapes=img_shapes,
                 return_dict=False,
             )[0]
+
+
+class EmojiPipeline(DigitsPipeline):
+    """The same for larger images in colour, with BERT as the text encoder, whose words have a meaning."""
+
+    pixels = 32
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: ModelMixin,
+        text_encoder: BertModel,
+        tokenizer: PreTrainedTokenizerBase,
+        transformer: QwenImageTransformer2DModel,
+    ) -> None:
+        DiffusionPipeline.__init__(self)
+        parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer}
+        self.register_modules(scheduler=scheduler, vae=vae, **parts)
+        self._look_at(vae)
+
+    @torch.no_grad()
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """BERT's last hidden states (B, S, E), zeros where the mask (B, S) is False."""
+        found = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(
+            self.text_encoder.device
+        )
+        mask = found["attention_mask"].bool()
+        return self.text_encoder(**found).last_hidden_state * mask.unsqueeze(-1), mask
+
+
+_OWN = {each.__name__ for each in (WordTable, PixelVae, CosineVae)}
+"""Classes of components that travel in this file."""
