@@ -1,10 +1,11 @@
 """One trained library: what sets of its units cost, foretold and measured, and quality over size without retraining.
 
-    python -m benchmarks.plugging [--json FILE] [--quick]
+    python -m benchmarks.plugging [--json FILE] [--quick] [--testbed digits]
 
-A library of several rules' spans is trained on the digits once. `ppcl plan --from-run` measures its units and some sets
+A library of several rules' spans is trained once. `ppcl plan --from-run` measures its units and some sets
 of them; then sets that it has not seen are assembled into stock models, and their velocity errors are held against the
-forecast. At last the sets that the planner chooses at every size are judged. Needs the demo's teacher (`make demo`).
+forecast. At last the sets that the planner chooses at every size are judged. Needs the testbed's teacher
+(`make demo`, `make showcase`).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy.stats import spearmanr
 
-from benchmarks.digits import Judge, Library, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row, show
+from benchmarks.testbeds import Judge, Library, Testbed, folder_of, ppcl, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.planning.budget import budget_of
@@ -33,9 +34,9 @@ FEWEST = 5
 """Sets of equally many blocks from which a rank correlation says something."""
 
 
-def train_library(run: Path, steps: int) -> Library:
+def train_library(run: Path, steps: int, testbed: str) -> Library:
     """A trained and measured library; what was done before is not repeated."""
-    path = write_recipe(run, 0, steps, rule="error", candidates=CANDIDATES)
+    path = write_recipe(run, 0, steps, testbed, rule="error", candidates=CANDIDATES)
     library = Library(path)
     if not library.recipe.distilled:
         ppcl("plan", path)
@@ -104,16 +105,16 @@ def draw(
     right.plot(sizes, [each.velocity_mse for each in figures], ".-", label="velocity MSE")
     right.plot(sizes, [each.frechet for each in figures], ".-", label="Fréchet distance")
     right.plot([1], [teacher.frechet], "x", color="C1", label="the teacher's Fréchet distance")
-    right.plot(sizes, [1 - (each.accuracy or 0) for each in figures], ".-", label="wrong digits, share")
+    right.plot(sizes, [1 - (each.accuracy or 0) for each in figures], ".-", label="wrong images, share")
     right.set(yscale="log", xlabel="share of the teacher's block parameters")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print how well the forecast ranks sets of units, and the figures of the planner's sets at every size."""
-    run = Path("runs/plugging-quick" if quick else "runs/plugging")
-    library = train_library(run, 20 if quick else 300)
+    run = folder_of("plugging", testbed, quick)
+    library = train_library(run, 20 if quick else 300, testbed)
     judge = Judge(library.recipe)
     swaps = load_swaps(library.recipe.swaps_file)
     assert swaps is not None

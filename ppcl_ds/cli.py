@@ -312,7 +312,10 @@ def demo(
         bool, typer.Option("--fresh", help="Start over instead of going on where the last demo stopped.")
     ] = False,
 ) -> None:
-    """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
+    """The whole road on real pictures, from data and a teacher to figures; what is done stays done.
+
+    Handwritten digits, unless another recipe with a section 'demo' is given, such as recipes/emoji.yaml.
+    """
     loaded = load_recipe(recipe)
     from ppcl_ds.demo.demo import demo
 

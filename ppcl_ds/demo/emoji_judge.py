@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Classifier(nn.Module):
         return features, [Asked(*pair) for pair in pairs]
 
 
-def train(images: Tensor, meant: Sequence[Asked], steps: int = _STEPS) -> Classifier:
+def train(images: Tensor, meant: Sequence[Asked], steps: int) -> Classifier:
     """A classifier of pictures (N, 3, 32, 32) in [-1, 1], from what they show; the same one every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -120,18 +121,23 @@ class Judge:
     """Features of all real pictures, (2320, D)."""
 
 
+def judge_file(images: Tensor, captions: Sequence[str]) -> Path:
+    """Where a classifier is kept that was trained on these."""
+    told = hashlib.sha256(images.numpy().tobytes() + "\n".join(captions).encode() + str(_STEPS).encode())
+    return folder() / f"judge-{told.hexdigest()[:16]}.pt"
+
+
 @lru_cache
 def judge() -> Judge:
     """Trained once on all real pictures, about a minute, and kept beside the packages."""
     every = samples()
     images, captions = as_tensor([image for _, image, _ in every]), [caption for _, _, caption in every]
-    told = hashlib.sha256(images.numpy().tobytes() + "\n".join(captions).encode() + str(_STEPS).encode())
-    file = folder() / f"judge-{told.hexdigest()[:16]}.pt"
+    file = judge_file(images, captions)
     classifier = Classifier(len(drawings())).eval()
     if file.exists():
         classifier.load_state_dict(torch.load(file, weights_only=True))
     else:
-        classifier = train(images, [asked(caption) for caption in captions])
+        classifier = train(images, [asked(caption) for caption in captions], _STEPS)
         content = io.BytesIO()
         torch.save(classifier.state_dict(), content)
         atomic_write(file, content.getvalue())

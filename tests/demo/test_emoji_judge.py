@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +21,14 @@ pytestmark = pytest.mark.usefixtures("packages")
 
 
 @pytest.fixture(scope="module")
-def real(packages: Path) -> tuple[Tensor, list[str]]:
+def real(packages: Path) -> Iterator[tuple[Tensor, list[str]]]:
+    """All pictures and captions, of which there are few: the judge learns them in a shorter time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emoji_judge, "_STEPS", 60)
-        judge()
-    return read_samples(TESTBEDS["emoji"])
+        patch.setattr(emoji_judge, "_BATCH", 32)
+        judge.cache_clear()
+        yield read_samples(TESTBEDS["emoji"])
+    judge.cache_clear()
 
 
 def test_pairs_of_drawing_and_ground_that_it_never_saw_are_found(real: tuple[Tensor, list[str]]) -> None:
@@ -79,7 +83,6 @@ def test_noise_and_a_diverged_model_get_bad_marks(real: tuple[Tensor, list[str]]
 
 def test_it_is_trained_once_and_kept(real: tuple[Tensor, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     before = judge()
-    monkeypatch.setattr(emoji_judge, "_STEPS", 60)
     monkeypatch.setattr(emoji_judge, "train", lambda *args: pytest.fail("trained again"))
     judge.cache_clear()
     assert np.array_equal(judge().real, before.real)
