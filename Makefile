@@ -15,7 +15,7 @@ setup: $(READY)  ## only the environment
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
 
-showcase: $(READY)  ## the same on emoji in colour: downloads 160 MB once, takes hours; FRESH=1 starts over
+showcase: $(READY)  ## the same on emoji in colour, which takes longer; downloads 160 MB once; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/emoji.yaml $(if $(FRESH),--fresh)
 
 test: $(READY)  ## the test suite but for what takes long, a test file a core

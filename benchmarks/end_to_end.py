@@ -14,6 +14,7 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 import typer
@@ -38,7 +39,7 @@ Results = dict[tuple[str, str], list[ModelFigures]]
 
 def train(run: Path, size: str, share: float, seed: int, block_steps: int) -> Path:
     """Train one variant one way; returns its transformer folder."""
-    options = {"rule": "error", "variants": {"variant": SIZES[size]}}
+    options: dict[str, Any] = {"rule": "error", "variants": {"variant": SIZES[size]}}
     path = write_recipe(run, seed, 1, **options)
     ppcl("plan", path)
     plan = yaml.safe_load(load_recipe(path).plan_file.read_text())

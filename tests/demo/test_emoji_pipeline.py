@@ -14,7 +14,8 @@ from scipy.fft import dctn
 from torch import Tensor
 
 from ppcl_ds.data.batch import Size
-from ppcl_ds.demo.pipeline import MODULE, CosineVae
+from ppcl_ds.demo.cosines import CosineVae
+from ppcl_ds.demo.pipeline import MODULE
 from ppcl_ds.demo.teacher import fresh_pipeline
 from ppcl_ds.demo.testbeds import TESTBEDS, read_samples
 from ppcl_ds.sections import DemoTeacher
@@ -84,7 +85,7 @@ def test_what_is_decoded_encodes_to_the_same_and_pictures_hardly_change(packages
 def test_the_index_names_stock_classes_but_for_ours(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == [MODULE, "EmojiPipeline"]
-    assert index["vae"] == [MODULE, "CosineVae"]
+    assert index["vae"] == [CosineVae.home, "CosineVae"]
     assert index["text_encoder"] == ["transformers", "BertModel"]
     assert index["tokenizer"][0] == "transformers"
     assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
