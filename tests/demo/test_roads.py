@@ -29,6 +29,7 @@ def shortened(name: str, folder: Path, **config: Any) -> Path:
     recipe["distill"] |= {"steps": 4, "sample_every": 2, "checkpoint_every": 2, **SHORT}
     recipe["finetune"] |= {"variants": ["half"], "steps": 2, "sample_every": 1, "checkpoint_every": 1, **SHORT}
     recipe["plan"]["variants"] = {"half": 0.5}
+    recipe["topology"] = {"stages": 1}
     recipe["probe"] = {"batch_size": 4, "batches": 2}
     recipe["evaluate"] |= {"samples": 8, "batch_size": 8, "steps": 2, "velocity_batches": 1}
     path = folder / "recipe.yaml"
