@@ -8,12 +8,15 @@ READY := .venv/ready
 FAMILIES := .venv/families
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: setup demo test test-long test-slurm test-pretend test-families test-tools lint docs bench clean
+.PHONY: setup demo showcase test test-long test-slurm test-pretend test-families test-tools lint docs bench clean
 
 setup: $(READY)  ## only the environment
 
 demo: $(READY)  ## the whole road on real digits; FRESH=1 starts over
 	$(BIN)/ppcl demo recipes/digits.yaml $(if $(FRESH),--fresh)
+
+showcase: $(READY)  ## the same on emoji in colour, which takes longer; downloads 160 MB once; FRESH=1 starts over
+	$(BIN)/ppcl demo recipes/emoji.yaml $(if $(FRESH),--fresh)
 
 test: $(READY)  ## the test suite but for what takes long, a test file a core
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --durations=30

@@ -25,8 +25,8 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
-from benchmarks.digits import Judge, Library, cell, ppcl, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
+from benchmarks.testbeds import Judge, Library, cell, ppcl, units_of, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Distill

@@ -20,8 +20,8 @@ import torch
 import typer
 import yaml
 
-from benchmarks.digits import BATCH, COLUMNS, Judge, cell, ppcl, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, row_of_pairs, show
+from benchmarks.testbeds import BATCH, COLUMNS, Judge, cell, ppcl, units_of, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.export.load import load_model

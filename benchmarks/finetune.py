@@ -21,11 +21,11 @@ import torch.distributed as dist
 import typer
 import yaml
 
-from benchmarks.digits import ppcl
 from benchmarks.ranks import THREADS, run_ranks
 from benchmarks.schedule import trace
 from benchmarks.step import time_in_turns
 from benchmarks.table import JsonFile, Quick, Row, row, row_of_pairs, show
+from benchmarks.testbeds import ppcl
 from benchmarks.workload import Workload, prepare
 from ppcl_ds.finetune.finetune import check
 from ppcl_ds.finetune.trainer import FineTuner

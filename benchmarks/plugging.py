@@ -1,11 +1,12 @@
 """One trained library: what sets of its units cost, foretold and measured, and quality over size without retraining.
 
-    python -m benchmarks.plugging [--json FILE] [--quick]
+    python -m benchmarks.plugging [--json FILE] [--quick] [--testbed digits]
 
-A library of several rules' spans is trained on the digits once. `ppcl plan --from-run` measures its units and some sets
+A library of several rules' spans is trained once. `ppcl plan --from-run` measures its units and some sets
 of them; then sets that it has not seen are assembled into stock models, and judged: their errors are held against the
 forecast of each measure, and the forecasts against what pictures are worth, Fréchet distance and accuracy. At last the
-sets that the planner chooses at every size are judged. Needs the demo's teacher (`make demo`).
+sets that the planner chooses at every size are judged. Needs the testbed's teacher
+(`make demo`, `make showcase`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from scipy.stats import spearmanr
 
-from benchmarks.digits import Judge, Library, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row, show
+from benchmarks.testbeds import Judge, Library, Testbed, folder_of, ppcl, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.planning.budget import budget_of
@@ -42,9 +43,9 @@ BAR = 0.8
 """Rank correlation that is asked of a forecast with what pictures are worth."""
 
 
-def train_library(run: Path, steps: int) -> Library:
+def train_library(run: Path, steps: int, testbed: str) -> Library:
     """A trained and measured library; what was done before is not repeated."""
-    path = write_recipe(run, 0, steps, rule="error", candidates=CANDIDATES)
+    path = write_recipe(run, 0, steps, testbed, rule="error", candidates=CANDIDATES)
     library = Library(path)
     if not library.recipe.distilled:
         ppcl("plan", path)
@@ -177,16 +178,16 @@ def draw(seen: list[Seen], figures: list[ModelFigures], teacher: ModelFigures, p
     right.plot(sizes, [each.short_mse or 0 for each in figures], ".-", label="few-step MSE")
     right.plot(sizes, [each.frechet for each in figures], ".-", label="Fréchet distance")
     right.plot([1], [teacher.frechet], "x", color="C1", label="the teacher's Fréchet distance")
-    right.plot(sizes, [1 - (each.accuracy or 0) for each in figures], ".-", label="wrong digits, share")
+    right.plot(sizes, [1 - (each.accuracy or 0) for each in figures], ".-", label="wrong images, share")
     right.set(yscale="log", xlabel="share of the teacher's block parameters")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print how well the forecast ranks sets of units, and the figures of the planner's sets at every size."""
-    run = Path("runs/plugging-quick" if quick else "runs/plugging")
-    library = train_library(run, 20 if quick else 300)
+    run = folder_of("plugging", testbed, quick)
+    library = train_library(run, 20 if quick else 300, testbed)
     judge = Judge(library.recipe)
     swaps = load_swaps(library.recipe.swaps_file)
     assert swaps is not None

@@ -1,11 +1,11 @@
-"""Which rule finds the best variants? Every rule's library is trained on the digits with the same number of unit-steps.
+"""Which rule finds the best variants? Every rule's library is trained with the same number of unit-steps.
 
-    python -m benchmarks.quality [--json FILE] [--quick]
+    python -m benchmarks.quality [--json FILE] [--quick] [--testbed digits]
 
 A unit-step is one optimizer step of one unit. A rule's library holds the spans of its variants at -33, -50 and -75 %; a
 library of fewer units trains each of them for longer, so that all rules cost the same. `planned` spends a third of its
 unit-steps on all rules' spans, is then planned anew from what these units cost, and spends the rest on those it keeps.
-Needs the demo's teacher (`make demo`); what is already trained is not trained again.
+Needs the testbed's teacher (`make demo`, `make showcase`); what is already trained is not trained again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,20 @@ import typer
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.digits import COLUMNS, SIZES, Judge, cell, judged, ppcl, train_planned, units_of, write_recipe
 from benchmarks.table import JsonFile, Quick, row_of_pairs, show
+from benchmarks.testbeds import (
+    COLUMNS,
+    SIZES,
+    Judge,
+    Testbed,
+    cell,
+    folder_of,
+    judged,
+    ppcl,
+    train_planned,
+    units_of,
+    write_recipe,
+)
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.recipe import load_recipe
@@ -37,20 +49,20 @@ Results = dict[tuple[str, str], list[ModelFigures]]
 """Rule and size -> figures of each seed."""
 
 
-def train_rule(run: Path, rule: str, seed: int, unit_steps: int) -> Path:
+def train_rule(run: Path, rule: str, seed: int, unit_steps: int, testbed: str = "digits") -> Path:
     """Plan by a rule and train its library; returns the recipe file."""
-    path = write_recipe(run, seed, 1, rule=rule)
+    path = write_recipe(run, seed, 1, testbed, rule=rule)
     ppcl("plan", path)
     steps = unit_steps // units_of(path)
-    write_recipe(run, seed, steps, rule=rule)
+    write_recipe(run, seed, steps, testbed, rule=rule)
     ppcl("distill", path)
     return path
 
 
-def compare(folder: Path, seeds: int, unit_steps: int) -> tuple[Results, ModelFigures]:
+def compare(folder: Path, seeds: int, unit_steps: int, testbed: str) -> tuple[Results, ModelFigures]:
     """Train and judge every rule with every seed; also the teacher's own figures."""
     jobs = [(rule, seed) for seed in range(seeds) for rule in (*RULES, PLANNED)]
-    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1)))
+    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1, testbed)))
     results: Results = {}
 
     def train(job: tuple[str, int]) -> Path:
@@ -59,8 +71,9 @@ def compare(folder: Path, seeds: int, unit_steps: int) -> tuple[Results, ModelFi
         if (run / "figures.json").exists():
             return run / "recipe.yaml"
         if rule == PLANNED:
-            return train_planned(run, seed, unit_steps, rule="error", candidates=[r for r in RULES if r != "random"])
-        return train_rule(run, rule, seed, unit_steps)
+            options = {"rule": "error", "candidates": [r for r in RULES if r != "random"]}
+            return train_planned(run, seed, unit_steps, testbed=testbed, **options)
+        return train_rule(run, rule, seed, unit_steps, testbed)
 
     with ThreadPoolExecutor(PROCESSES) as pool:
         paths = zip(jobs, pool.map(train, jobs), strict=True)
@@ -97,11 +110,11 @@ def draw(results: Results, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print every rule's figures, and the planned variant's velocity error over each rule's."""
-    folder = Path("runs/quality-quick" if quick else "runs/quality")
+    folder = folder_of("quality", testbed, quick)
     seeds, unit_steps = (1, 100) if quick else (3, 3600)
-    results, teacher = compare(folder, seeds, unit_steps)
+    results, teacher = compare(folder, seeds, unit_steps, testbed)
     print_figures(results, teacher)
     draw(results, folder / "quality.png")
     rows = []

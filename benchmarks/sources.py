@@ -1,10 +1,10 @@
-"""What should units be trained on, and how often is a teacher forward worth using? On the digits, equal unit-steps.
+"""What should units be trained on, and how often is a teacher forward worth using? With equal unit-steps.
 
-    python -m benchmarks.sources [--json FILE] [--quick]
+    python -m benchmarks.sources [--json FILE] [--quick] [--testbed digits]
 
 Real images; images that the teacher drew first; its own trajectories, with and without guidance; and both with every
 forward used several times, from rings of several lengths. All train the same plan (-50 %) with the same number of
-optimizer steps. Needs the demo's teacher (`make demo`); what is already trained is not trained again.
+optimizer steps. Needs the testbed's teacher (`make demo`, `make showcase`); what is trained is not trained again.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 import typer
 import yaml
 
-from benchmarks.digits import Judge, Library, cell, ppcl, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
+from benchmarks.testbeds import Judge, Library, Testbed, cell, folder_of, ppcl, write_recipe
 from data_tools.encode import encode
 from data_tools.shard import shard
 from ppcl_ds.console import track
@@ -31,7 +31,7 @@ from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.pipeline_files import open_pipeline
 
 GUIDANCE = 1.25
-"""At which the demo draws."""
+"""At which the demos draw."""
 
 DRAWN_STEPS = 20
 """Of the images that are drawn first."""
@@ -80,10 +80,10 @@ SOURCES = (
 )
 
 
-def train(folder: Path, source: Source, seed: int, steps: int) -> Path:
+def train(folder: Path, source: Source, seed: int, steps: int, testbed: str) -> Path:
     """Train a library; returns its recipe. How long it took lies beside it, in `seconds.json`."""
     run = folder / f"{source.name.replace(' ', '_').replace(',', '')}-{seed}"
-    path = write_recipe(run, seed, steps)
+    path = write_recipe(run, seed, steps, testbed)
     recipe = yaml.safe_load(path.read_text())
     recipe["plan"]["variants"] = {VARIANT: 0.5}
     recipe["distill"] |= source.distill
@@ -98,9 +98,9 @@ def train(folder: Path, source: Source, seed: int, steps: int) -> Path:
     return path
 
 
-def draw_first(folder: Path) -> None:
+def draw_first(folder: Path, testbed: str) -> None:
     """Have the teacher draw a picture for every training caption of the demo, and encode these."""
-    path = write_recipe(folder / "drawn", 0, 1)
+    path = write_recipe(folder / "drawn", 0, 1, testbed)
     raw = yaml.safe_load(path.read_text())
     raw["data"] |= {"source": str(folder / "drawn" / "images"), "shards": str(folder / "drawn" / "shards")}
     captions = [sample.caption for sample in _samples(path)]
@@ -163,19 +163,19 @@ def print_figures(found: dict[str, list[dict[str, float]]], sources: Sequence[So
         print(f"| {source.name} | {' | '.join(cells)} | {forwards} | {seconds:.0f} |")
 
 
-def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print the figures of every source, and Fréchet distance and accuracy over those of real images."""
-    folder = Path("runs/sources-quick" if quick else "runs/sources")
+    folder = folder_of("sources", testbed, quick)
     seeds, steps = (1, 20) if quick else (3, 600)
     sources = (SOURCES[0], SOURCES[2], SOURCES[-2]) if quick else SOURCES
     if any(source.drawn for source in sources):
-        draw_first(folder)
-    first = write_recipe(folder / "teacher", 0, 1)
+        draw_first(folder, testbed)
+    first = write_recipe(folder / "teacher", 0, 1, testbed)
     judge = Judge(load_recipe(first))
     found: dict[str, list[dict[str, float]]] = {}
     jobs = [(source, seed) for seed in range(seeds) for source in sources]
     for source, seed in track(jobs, "train and judge libraries", len(jobs)):
-        path = train(folder, source, seed, steps)
+        path = train(folder, source, seed, steps, testbed)
         found.setdefault(source.name, []).append(measured(path, judge))
     print_figures(found, sources, steps)
     show("Trained on something else, over real images", _rows(found), json_file)

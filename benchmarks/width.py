@@ -1,21 +1,23 @@
 """Is a half better cut in depth alone, or in depth and width? Both planned from measured units, at the same size.
 
-    python -m benchmarks.width [--json FILE] [--quick]
+    python -m benchmarks.width [--json FILE] [--quick] [--testbed digits]
 
-Both libraries of the digits teacher start with the spans of several rules; one also has every width unit: text groups,
-feed-forwards as linears or with a quarter of their channels. Each is trained with the same number of unit-steps, a
-third of them on candidates, planned anew from what these cost, and trained on. Needs the demo's teacher (`make demo`).
+Both libraries start with the spans of several rules; one also has every width unit: text groups, feed-forwards as
+linears or with a quarter of their channels. Each is trained with the same number of unit-steps, a third of them on
+candidates, planned anew from what these cost, and trained on. Needs the testbed's teacher (`make demo`,
+`make showcase`).
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import typer
 
-from benchmarks.digits import COLUMNS, Judge, Library, cell, judged, train_planned, write_recipe
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
+from benchmarks.testbeds import COLUMNS, Judge, Library, Testbed, cell, folder_of, judged, train_planned, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.recipe import load_recipe
@@ -27,10 +29,10 @@ KINDS = {"depth": [], "depth and width": ["text", "ffn", "narrow"]}
 UNITS = {"velocity_mse": "MSE", "frechet": "distance", "accuracy": "share", "sample_mse": "MSE"}
 
 
-def compare(folder: Path, seeds: int, unit_steps: int) -> dict[str, list[ModelFigures]]:
+def compare(folder: Path, seeds: int, unit_steps: int, testbed: str) -> dict[str, list[ModelFigures]]:
     """Figures of both kinds, with each seed; latencies are taken last, when nothing is trained beside them."""
     jobs = [(kind, seed) for seed in range(seeds) for kind in KINDS]
-    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1)))
+    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1, testbed)))
 
     def train(job: tuple[str, int]) -> Path:
         kind, seed = job
@@ -38,7 +40,13 @@ def compare(folder: Path, seeds: int, unit_steps: int) -> dict[str, list[ModelFi
         if (run / "figures.json").exists():
             return run / "recipe.yaml"
         candidates = ["ppcl", "influence", "uniform"]
-        options = {"variants": {SIZE: 0.5}, "rule": "error", "candidates": candidates, "width": KINDS[kind]}
+        options: dict[str, Any] = {
+            "variants": {SIZE: 0.5},
+            "rule": "error",
+            "candidates": candidates,
+            "width": KINDS[kind],
+            "testbed": testbed,
+        }
         return train_planned(run, seed, unit_steps, **options)
 
     results: dict[str, list[ModelFigures]] = {kind: [] for kind in KINDS}
@@ -60,11 +68,11 @@ def compare(folder: Path, seeds: int, unit_steps: int) -> dict[str, list[ModelFi
     return results
 
 
-def main(json_file: JsonFile = None, quick: Quick = False) -> None:
+def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print the figures of both, and the one over the other."""
-    folder = Path("runs/width-quick" if quick else "runs/width")
+    folder = folder_of("width", testbed, quick)
     seeds, unit_steps = (1, 200) if quick else (3, 3600)
-    results = compare(folder, seeds, unit_steps)
+    results = compare(folder, seeds, unit_steps, testbed)
     note = f"depth and width over depth alone at {SIZE}, {unit_steps} unit-steps each"
     ours, other = results["depth and width"], results["depth"]
 

@@ -302,7 +302,10 @@ def demo(
     ] = False,
     changes: Changes = None,
 ) -> None:
-    """The whole road on 1,797 real handwritten digits, from data and a teacher to figures; what is done stays done."""
+    """The whole road on real pictures, from data and a teacher to figures; what is done stays done.
+
+    Handwritten digits, unless another recipe with a section 'demo' is given, such as recipes/emoji.yaml.
+    """
     loaded = load_recipe(recipe, changes or ())
     early.say("demo: looks at what is done")
     from ppcl_ds.demo.demo import demo

@@ -311,6 +311,8 @@ class Evaluate(Drawn):
 class DemoTeacher(Section):
     """The demo's own teacher, trained from scratch."""
 
+    data: Literal["digits", "emoji"] = "digits"
+    """What it learns to draw; the demo writes its images and captions to `data.source`."""
     config: dict[str, Any]
     """Configuration of the diffusers transformer class."""
     steps: int = Field(gt=0)

@@ -1,4 +1,4 @@
-"""`ppcl demo`: the whole road on the digits, each step the public command that a cluster user would type."""
+"""`ppcl demo`: the whole road on a testbed, each step the public command that a cluster user would type."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ppcl_ds.demo.digits import write_captions, write_images
 from ppcl_ds.demo.teacher import train_teacher
+from ppcl_ds.demo.testbeds import TESTBEDS, write_captions, write_images
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe
 from ppcl_ds.recipe_file import SET, as_one_file
 from ppcl_ds.steps import Step, steps
 
-_DIGITS, _TEACHER = "write the digits as images with captions, or captions alone", "train a teacher from scratch"
+_DATA, _TEACHER = "write images with captions, or captions alone", "train a teacher from scratch"
 """What the demo does beside the road: what others bring."""
 
 
@@ -49,6 +49,8 @@ def demo(path: Path, recipe: Recipe, fresh: bool, changes: Sequence[str] = ()) -
     # At this size a second thread gains little, and on a machine that does anything else it costs a great deal.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    testbed = TESTBEDS[recipe.demo.data]
+    testbed.fetch()
     road = _road(recipe)
     told = [word for change in changes for word in (SET, change)]
     for number, step in enumerate(road):
@@ -61,9 +63,9 @@ def demo(path: Path, recipe: Recipe, fresh: bool, changes: Sequence[str] = ()) -
         for later in road[number + 1 :]:
             for made in later.makes:
                 shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
-        if step.name == _DIGITS:
+        if step.name == _DATA:
             source = Path(recipe.data.sources[0])
-            (write_captions if source.suffix == ".txt" else write_images)(source)
+            (write_captions if source.suffix == ".txt" else write_images)(testbed, source)
         elif step.name == _TEACHER:
             train_teacher(recipe)
         for line in lines:
@@ -74,14 +76,14 @@ def demo(path: Path, recipe: Recipe, fresh: bool, changes: Sequence[str] = ()) -
 def _road(recipe: Recipe) -> list[Step]:
     """The road, and what the demo does beside it."""
     shard, encode, *rest = steps(recipe, list(recipe.plan.variants))
-    digits = Step(_DIGITS, (Path(recipe.data.sources[0]),), shard.done)
+    data = Step(_DATA, (Path(recipe.data.sources[0]),), shard.done)
     teacher = Step(_TEACHER, (recipe.teacher.path,), (recipe.teacher.path / "model_index.json").exists)
-    return [digits, shard, teacher, encode, *rest]
+    return [data, shard, teacher, encode, *rest]
 
 
 def _lines(step: Step, recipe: str) -> list[list[str]]:
     """The command lines that do a step of the road."""
-    if step.name in (_DIGITS, _TEACHER):
+    if step.name in (_DATA, _TEACHER):
         return []
     line = ["ppcl-data" if step.name in ("shard", "encode") else "ppcl", step.name, recipe]
     return [[*line, "--variant", variant] for variant in step.variants] if step.name == "finetune" else [line]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,39 +28,18 @@ def real_digits() -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     return pixels / (_GREYS / 2) - 1.0, labels
 
 
-def write_images(folder: Path) -> None:
-    """Write every digit as `0000-zero.png` (8 x 8, grey) and its caption as `0000-zero.txt`; skip what is there.
+def samples() -> list[tuple[str, Image.Image, str]]:
+    """Every digit: a name such as `0000-zero`, its picture (8 x 8, grey) and its caption, always the same one.
 
     Greys 0..16 become 0..255, far enough apart that rounding gives each of them back.
     """
     images, labels = real_digits()
-    names = [f"{index:04d}-{WORDS[label]}" for index, label in enumerate(labels)]
-    folder.mkdir(parents=True, exist_ok=True)
-    present = {path.name for path in folder.iterdir()}
-    captions = _captions(len(labels))
-    for name, image, label, caption in zip(names, images, labels, captions, strict=True):
-        if f"{name}.txt" in present:  # written last, so an image is there too
-            continue
-        greys = np.rint((image + 1.0) * 127.5).astype(np.uint8)
-        Image.fromarray(greys.reshape(8, 8), mode="L").save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text(caption.format(WORDS[label]) + "\n")
-
-
-def write_captions(path: Path) -> None:
-    """Write a caption for every digit, a line each; no images."""
-    labels = real_digits()[1]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in digit_captions(labels)))
-
-
-def digit_captions(labels: NDArray[np.int64]) -> list[str]:
-    """The caption of every digit."""
-    return [caption.format(WORDS[label]) for caption, label in zip(_captions(len(labels)), labels, strict=True)]
-
-
-def _captions(count: int) -> list[str]:
-    """A template for every sample, always the same ones."""
-    return [TEMPLATES[choice] for choice in np.random.RandomState(0).randint(len(TEMPLATES), size=count)]
+    greys = np.rint((images + 1.0) * 127.5).astype(np.uint8).reshape(-1, 8, 8)
+    chosen = np.random.RandomState(0).randint(len(TEMPLATES), size=len(labels))
+    return [
+        (f"{index:04d}-{WORDS[label]}", Image.fromarray(grey, mode="L"), TEMPLATES[choice].format(WORDS[label]))
+        for index, (grey, label, choice) in enumerate(zip(greys, labels, chosen, strict=True))
+    ]
 
 
 def digit_in(caption: str) -> int:

@@ -1,14 +1,15 @@
-"""The demo's digits as a diffusers pipeline: words in a table, pixels for latents, a Qwen-Image transformer.
+"""The demo's diffusers pipelines: a Qwen-Image transformer between captions and pixels, which weigh next to nothing.
 
 This file also travels in every folder that the pipeline is saved to, under its full name, so that diffusers draws with
-it where nothing of ours is installed (`trust_remote_code=True`): it imports torch, diffusers and NumPy only.
-Shapes: B batch, C channels, H and W height and width, S text tokens, E embedding channels, P pooled;
+it where nothing of ours is installed (`trust_remote_code=True`): it imports torch, diffusers and what they need only.
+Shapes: B batch, C channels, H and W height and width of latents, S text tokens, E embedding channels, P pooled;
 latents are packed for the transformer, 2 x 2 patches as tokens: (B, H/2 * W/2, 4 C).
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import BertModel, PreTrainedTokenizerBase
 
 MODULE = "ppcl_ds.demo.pipeline"
 """This file's name in a folder's index, wherever it was loaded from."""
@@ -37,6 +39,8 @@ class _Weightless(ModelMixin, ConfigMixin):
 
     Its only buffer says on which device and in which dtype the model is; a file of no tensors could not be loaded.
     """
+
+    home = MODULE
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,6 +111,8 @@ class PixelVae(_Weightless):
         channels: C, 1 (grey) or 3 (RGB).
     """
 
+    side = 1
+
     @register_to_config
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -135,6 +141,8 @@ class DigitsPipeline(DiffusionPipeline):
     """Draws what a caption says, as Qwen-Image's pipeline does, with plain classifier-free guidance."""
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
+    pixels = 8
+    """Of a side of the images that it draws unless it is told."""
 
     # Models are not called by their own classes here: diffusers runs this file once for each component that it loads,
     # so a class of one run would not be that of another.
@@ -147,33 +155,38 @@ class DigitsPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(scheduler=scheduler, vae=vae, text_encoder=text_encoder, transformer=transformer)
-        self.vae_scale_factor = 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=2, do_convert_grayscale=vae.config.channels == 1)
+        self.vae_scale_factor, grey = vae.side, vae.config.channels == 1
+        self.image_processor = VaeImageProcessor(vae_scale_factor=2 * vae.side, do_convert_grayscale=grey)
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write the index, and this file to the places where diffusers looks for what the index names."""
+        """Write the index, and our files to the places where diffusers looks for what the index names."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
         index_file = Path(save_directory, self.config_name)
         index = json.loads(index_file.read_text())
         index["_class_name"] = [MODULE, type(self).__name__]
-        places = [index_file.parent]
-        for name in ("vae", "text_encoder"):
-            index[name] = [MODULE, type(getattr(self, name)).__name__]
-            places.append(index_file.parent / name)
+        places = [(index_file.parent, MODULE, type(self))]
+        for name, part in self.components.items():
+            if module := getattr(part, "home", None):
+                index[name] = [module, type(part).__name__]
+                places.append((index_file.parent / name, module, type(part)))
         index_file.write_text(json.dumps(index, indent=2) + "\n")
-        for place in places:
+        for place, module, its_class in places:
             place.mkdir(exist_ok=True)
-            shutil.copyfile(__file__, place / f"{MODULE}.py")
+            shutil.copyfile(inspect.getfile(its_class), place / f"{module}.py")
 
     def encode_prompt(
         self, prompt: str | Sequence[str], device: torch.device | None = None, num_images_per_prompt: int = 1
     ) -> tuple[Tensor, Tensor | None]:
         """Captions -> embeddings (B, S, E) and mask (B, S), B captions x images; no mask if none needs it."""
-        embeds, mask, _ = self.text_encoder([prompt] if isinstance(prompt, str) else prompt)
+        embeds, mask = self.embed([prompt] if isinstance(prompt, str) else list(prompt))
         embeds = embeds.to(device or self._execution_device).repeat_interleave(num_images_per_prompt, dim=0)
         if mask is not None:
             mask = None if mask.all() else mask.to(embeds.device).repeat_interleave(num_images_per_prompt, dim=0)
         return embeds, mask
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor | None]:
+        """What the text encoder says of captions: embeddings (B, S, E) and mask (B, S)."""
+        return self.text_encoder(captions)[:2]
 
     def prepare_latents(
         self,
@@ -186,10 +199,11 @@ class DigitsPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Packed noise (B, H/2 * W/2, 4 C): drawn, or `latents`, which is packed already."""
+        """Packed noise (B, H/2 * W/2, 4 C): drawn, or `latents`, which is packed already; sides are in pixels."""
         if latents is not None:
             return latents.to(device, dtype)
-        shape = (batch_size, num_channels_latents, height, width)
+        side = self.vae_scale_factor
+        shape = (batch_size, num_channels_latents, height // side, width // side)
         return self.pack_latents(randn_tensor(shape, generator=generator, device=device, dtype=dtype))
 
     @staticmethod
@@ -212,7 +226,8 @@ class DigitsPipeline(DiffusionPipeline):
         """Refuse what cannot be drawn.
 
         Raises:
-            ValueError: captions are not text, or are not as many as those to stay away from; a side is odd.
+            ValueError: captions are not text, or are not as many as those to stay away from; a side is no multiple
+                of a token's.
         """
         for name, captions in {"prompt": prompt, "negative_prompt": negative_prompt}.items():
             if not captions and not isinstance(captions, str):
@@ -222,16 +237,17 @@ class DigitsPipeline(DiffusionPipeline):
         both_lists = not isinstance(prompt, str) and not isinstance(negative_prompt, str)
         if not isinstance(negative_prompt, str) and (not both_lists or len(negative_prompt) != len(prompt)):
             raise ValueError("`negative_prompt` has to be one text, or as many as `prompt`")
-        if height % 2 or width % 2:
-            raise ValueError(f"`height` and `width` have to be even, but are {height} and {width}")
+        token = 2 * self.vae_scale_factor
+        if height % token or width % token:
+            raise ValueError(f"`height` and `width` have to be multiples of {token}, but are {height} and {width}")
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str],
         negative_prompt: str | Sequence[str] = "",
-        height: int = 8,
-        width: int = 8,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 20,
         true_cfg_scale: float = 1.25,
         num_images_per_prompt: int = 1,
@@ -246,8 +262,8 @@ class DigitsPipeline(DiffusionPipeline):
         Args:
             prompt: one caption or several.
             negative_prompt: what to stay away from; one for all captions, or one for each.
-            height: of an image in pixels, even.
-            width: of an image in pixels, even.
+            height: of an image in pixels, a whole number of tokens; default: `pixels`.
+            width: likewise.
             num_inference_steps: Euler steps.
             true_cfg_scale: classifier-free guidance; up to 1 there is none, and one forward a step instead of two.
             num_images_per_prompt: images of each caption.
@@ -257,6 +273,7 @@ class DigitsPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (B, H, W, C), `pt` (B, C, H, W), or `latent`, packed.
             return_dict: whether the images come as `.images`, or in a tuple.
         """
+        height, width = height or self.pixels, width or self.pixels
         self.check_inputs(prompt, negative_prompt, height, width)
         captions = [prompt] if isinstance(prompt, str) else list(prompt)
         unwanted = [negative_prompt] * len(captions) if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -267,7 +284,8 @@ class DigitsPipeline(DiffusionPipeline):
         batch, channels = len(captions) * num_images_per_prompt, self.transformer.config.in_channels // 4
         dtype = positive[0].dtype
         latents = self.prepare_latents(batch, channels, height, width, dtype, device, generator, latents)
-        img_shapes = [[(1, height // 2, width // 2)]] * batch
+        rows, columns = height // self.vae_scale_factor, width // self.vae_scale_factor
+        img_shapes = [[(1, rows // 2, columns // 2)]] * batch
 
         if sigmas is None:
             sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
@@ -286,7 +304,7 @@ class DigitsPipeline(DiffusionPipeline):
         if output_type == "latent":
             images: Any = latents
         else:
-            image = self.vae.decode(self.unpack_latents(latents, height, width), return_dict=False)[0]
+            image = self.vae.decode(self.unpack_latents(latents, rows, columns), return_dict=False)[0]
             images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -304,3 +322,29 @@ class DigitsPipeline(DiffusionPipeline):
                 img_shapes=img_shapes,
                 return_dict=False,
             )[0]
+
+
+class EmojiPipeline(DigitsPipeline):
+    """The same for larger images in colour, with BERT as the text encoder, whose words have a meaning."""
+
+    pixels = 32
+
+    def __init__(
+        self,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        vae: ModelMixin,
+        text_encoder: BertModel,
+        tokenizer: PreTrainedTokenizerBase,
+        transformer: QwenImageTransformer2DModel,
+    ) -> None:
+        super().__init__(scheduler, vae, text_encoder, transformer)
+        self.register_modules(tokenizer=tokenizer)
+
+    @torch.no_grad()
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """BERT's last hidden states (B, S, E), zeros where the mask (B, S) is False."""
+        found = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(
+            self.text_encoder.device
+        )
+        mask = found["attention_mask"].bool()
+        return self.text_encoder(**found).last_hidden_state * mask.unsqueeze(-1), mask

@@ -10,14 +10,15 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ppcl_ds.demo.digits import WORDS, digit_in, real_digits, write_images
+from ppcl_ds.demo.digits import WORDS, digit_in, real_digits
+from ppcl_ds.demo.testbeds import TESTBEDS, write_images
 from ppcl_ds.errors import UserError
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("digits") / "images"
-    write_images(path)
+    write_images(TESTBEDS["digits"], path)
     return path
 
 
@@ -46,18 +47,18 @@ def test_captions_have_different_lengths_and_each_is_common(folder: Path) -> Non
 
 
 def test_two_writes_make_the_same_files(folder: Path, tmp_path: Path) -> None:
-    write_images(tmp_path)
+    write_images(TESTBEDS["digits"], tmp_path)
     assert contents(tmp_path) == contents(folder)
 
 
 def test_a_complete_folder_is_left_alone_and_a_cut_off_one_is_completed(tmp_path: Path) -> None:
-    write_images(tmp_path)
+    write_images(TESTBEDS["digits"], tmp_path)
     whole = contents(tmp_path)
     kept, lost = sorted(tmp_path.glob("*.txt"))[:2]
     stamp = kept.with_suffix(".png").stat().st_mtime_ns
     lost.unlink()
     lost.with_suffix(".png").write_bytes(b"cut off")
-    write_images(tmp_path)
+    write_images(TESTBEDS["digits"], tmp_path)
     assert contents(tmp_path) == whole
     assert kept.with_suffix(".png").stat().st_mtime_ns == stamp
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
+from ppcl_ds.demo import teacher
 from ppcl_ds.demo.teacher import fit, fresh_pipeline, read_images, train_teacher
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
@@ -86,3 +88,33 @@ def test_it_is_saved_whole_and_one_that_is_there_is_kept(new_run: Callable[..., 
     }
     with pytest.raises(UserError, match="key 'demo' is missing"):
         train_teacher(recipe.model_copy(update={"demo": None}))
+
+
+def test_one_that_was_stopped_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = demo(steps=9, batch_size=8)
+    images = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
+    captions = [f"{word} number" for word in ("one", "two", "three", "four") for _ in range(5)]
+    monkeypatch.setattr(teacher, "_SAVED_EVERY", -1.0)
+
+    def trained(state: Path | None, stop: int = 100) -> dict[str, Tensor]:
+        pipeline, left = fresh_pipeline(settings, seed=0), iter(range(stop))
+
+        def count(*_: Any) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        pipeline.transformer.register_forward_pre_hook(count)
+        fit(pipeline, images, captions, Noise(), settings, torch.Generator().manual_seed(0), state)
+        return dict(pipeline.transformer.state_dict())
+
+    whole, state = trained(None), tmp_path / "state.pt"
+    for stop in (4, 2):  # in an epoch, and again
+        with pytest.raises(KeyboardInterrupt):
+            trained(state, stop)
+    torch.testing.assert_close(trained(state), whole, rtol=0, atol=0)
+    settings = demo(steps=10, batch_size=8)
+    with pytest.raises(UserError, match="another section 'demo'"):
+        trained(state)
+    state.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="cannot be read"):
+        trained(state)

@@ -1,4 +1,4 @@
-"""Libraries of units for the demo's digits teacher, trained and judged: what the programs on quality share."""
+"""Libraries of units for a testbed's teacher, trained and judged: what the programs on quality share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 import yaml
 from torch import nn
 
@@ -43,6 +44,9 @@ BATCH = 64
 """Samples in an optimizer step."""
 
 
+Testbed = Annotated[str, typer.Option(help="Which teacher: the name of a demo's recipe, `digits` or `emoji`.")]
+
+
 def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", **plan: Any) -> Path:
     """A recipe for the demo's teacher and shards that trains one library in one process; returns its file.
 
@@ -57,7 +61,7 @@ def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", **pl
     demo = Path(recipe["run"])
     for needed in (demo / "teacher" / "model_index.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
         if not needed.exists():
-            raise UserError(f"{needed} is missing; run `make demo` first")
+            raise UserError(f"{needed} is missing; run `ppcl demo recipes/{testbed}.yaml` first")
     recipe |= {"run": str(run), "seed": seed, "demo": None, "finetune": None, "topology": {"stages": 1}}
     recipe["teacher"]["path"] = str(demo / "teacher")
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
@@ -98,7 +102,7 @@ def train_planned(run: Path, seed: int, unit_steps: int, **options: Any) -> Path
 
     Args:
         unit_steps: a unit-step is one optimizer step of one unit.
-        options: what section `plan` of the recipe says.
+        options: what section `plan` of the recipe says, and which testbed it is.
     """
     path = write_recipe(run, seed, 1, **options)
     ppcl("plan", path)
@@ -159,6 +163,11 @@ class Judge:
     def velocity_mse(self, model: nn.Module) -> float:
         """The velocity error alone, which is quicker."""
         return mean_squared(self.bench.heldout.velocities(model), self.bench.teacher_velocities)
+
+
+def folder_of(name: str, testbed: str, quick: bool) -> Path:
+    """Where a program keeps its runs."""
+    return Path("runs", "-".join([name, *([] if testbed == "digits" else [testbed]), *(["quick"] if quick else [])]))
 
 
 def judged(path: Path, judge: Judge) -> dict[str, ModelFigures]:
