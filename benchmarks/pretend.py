@@ -87,9 +87,15 @@ def as_it_was() -> list[Row]:
     made = [rank.groups for rank in observe(replace(narrow, blocks=4, replicas=2))]
     moved = [moved_bytes(how) / 2**20 for how in (_summed_at_once, _summed_by_a_copy)]
     return [
-        row("waits for copies of a micro-batch: pinned / pageable", *waits, "a step", "sent before it is needed"),
-        row("gathered late in `plan --from-run`: / order forgotten", *late, "share", "of each forward but the first"),
-        row("a gradient into its float32 sum / by a copy", *moved, "bytes", "a parameter, read and written"),
+        row("waits for copies of a micro-batch: pinned / pageable", waits[0], waits[1], "a step", "sent ahead"),
+        row(
+            "gathered late in `plan --from-run`: / order forgotten",
+            late[0],
+            late[1],
+            "share",
+            "from the second forward",
+        ),
+        row("a gradient into its float32 sum / by a copy", moved[0], moved[1], "bytes", "a parameter, both ways"),
         row(
             "splits of NCCL's group for nothing: / gloo groups made by all",
             make_groups(made, barrier=False),

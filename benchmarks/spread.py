@@ -20,8 +20,8 @@ from typing import Any
 import typer
 import yaml
 
-from benchmarks.digits import ppcl
 from benchmarks.table import JsonFile, Quick, Row, row
+from benchmarks.testbeds import ppcl
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures

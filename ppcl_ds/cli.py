@@ -186,7 +186,8 @@ def estimate(
     Exit code 0: it fits. 1: it does not. 2: something is wrong with the question.
     """
     loaded = load_recipe(recipe, changes or ())
-    accelerator_called(accelerator)
+    if accelerator is not None:
+        accelerator_called(accelerator)
     _ = loaded.teacher.folder  # refused if it is not there, or fetched from the hub
     if variant and loaded.plan_file.exists():
         early.check_variants(loaded.plan_file, [variant])

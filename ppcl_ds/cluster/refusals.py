@@ -92,8 +92,8 @@ def check(recipe: Recipe, chosen: Sequence[Step]) -> None:
     variants = len(_variants(recipe, plan)) + len(tunings)
     written = _bytes_to_write(recipe, distilling, tunings, variants)
     require_space(recipe.run, written)
-    [probing] = [step for step in chosen if step.name == "probe"] or [None]
-    parts = int(probing.array.partition("-")[2]) if probing else 1
+    arrays = [step.array for step in chosen if step.name == "probe" and step.array]
+    parts = int(arrays[0].partition("-")[2]) if arrays else 1
     if parts > 1 and distilling.probing:
         # Of an even number of parts each knows one half of the samples alone; the other is a hole in its file.
         taken = parts * distilling.probing.part // (1 if parts % 2 else 2)

@@ -155,8 +155,11 @@ def _options(changes: Sequence[str]) -> Iterator[str]:
 
 
 def _parts(recipe: Recipe) -> int:
-    """Those of the probe where jobs share it."""
-    return recipe.cluster.probe_parts if read_chain(recipe.run) else 0
+    """Those of the probe where jobs share it, as the recipe that they read says."""
+    submitted = folder_of(recipe.run) / "recipe.yaml"
+    if not read_chain(recipe.run) or not submitted.exists():
+        return 0
+    return load_recipe(submitted).cluster.probe_parts or 1
 
 
 def _shown(recipe: Recipe, named: str) -> RenderableType:

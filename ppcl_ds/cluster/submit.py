@@ -48,7 +48,8 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool, changes
         UserError: something is wrong with the request; nothing is queued then.
     """
     slurm.need_slurm()
-    _, *jobs = steps(recipe, variants_of(recipe), parts_of(recipe))  # shards are there already
+    parts = parts_of(recipe)
+    _, *jobs = steps(recipe, variants_of(recipe), parts)  # shards are there already
     chosen = due(jobs, start)
     if not chosen:
         print(f"{recipe.run}: every step is done; --from STEP does one again, and all that follow")
@@ -59,7 +60,7 @@ def submit(path: Path, recipe: Recipe, start: str | None, dry_run: bool, changes
     check(recipe, chosen)  # after the queue, as a job of it holds the training's folder
     folder = folder_of(recipe.run)
     try:
-        _write(as_one_file(path, changes), recipe, folder)
+        _write(as_one_file(path, [*changes, f"cluster.probe_parts={parts}"]), recipe, folder)
     except OSError as fault:
         raise UserError(f"{fault.filename or folder} cannot be written ({fault.strerror}); nothing is queued") from None
     orders = {step.name: _order(recipe, step, folder.resolve()) for step in chosen}

@@ -14,6 +14,7 @@ import yaml
 from markupsafe import Markup
 
 from ppcl_ds.atomic import atomic_write
+from ppcl_ds.early import UNDISTILLED, untuned
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.evaluate.report import Figures, read_report
@@ -25,7 +26,6 @@ from ppcl_ds.report import pictures, plan, probe, training
 from ppcl_ds.report.charts import COLOURS, HEAT, Curve, number, plot
 from ppcl_ds.report.record import read_record, this_command
 from ppcl_ds.report.verdict import chosen, headline, judge, share_in_words
-from ppcl_ds.units.plan import UNDISTILLED, untuned
 
 PAGE = "report.html"
 Value = TypeVar("Value")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ppcl_ds.early import UNDISTILLED, untuned
 from ppcl_ds.evaluate.compared import SetFigures
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.evaluate.paired import Verdict
 from ppcl_ds.evaluate.speed import Speed, gains
 from ppcl_ds.report.charts import number
-from ppcl_ds.units.plan import UNDISTILLED, untuned
 
 _MARGIN = 0.02
 """Of the teacher's accuracy that may be lost, as of scores of prompt sets."""
