@@ -201,7 +201,7 @@ def asked(caption: str) -> Asked:
     Raises:
         UserError: no drawing of the testbed is called so.
     """
-    found = captions().get(caption)
+    found = captions().get(caption.strip())  # a caption file ends with a new line
     if found is None:
         example = TEMPLATES[0].format(name=drawings()[0].names[0], ground="blue")
         raise UserError(f"caption '{caption}' names no emoji of the testbed on a ground, such as '{example}'")

@@ -48,7 +48,7 @@ def test_a_caption_says_which_drawing_and_ground_are_meant() -> None:
     for name, _, caption in samples():
         number, ground = name.split("-")
         assert asked(caption) == (int(number), list(GROUNDS).index(ground))
-    assert asked("kitten face on blue") == (2, list(GROUNDS).index("blue"))
+    assert asked("kitten face on blue\n") == (2, list(GROUNDS).index("blue"))
     assert asked("red background, red apple") == (3, list(GROUNDS).index("red"))
 
 
