@@ -269,6 +269,7 @@ def _launch(request: dict[str, Any], world: int, end: float, connection: socket.
         "MASTER_PORT": port.getsockname()[1],
         "TORCHELASTIC_RESTART_COUNT": 0,
         "TORCHELASTIC_USE_AGENT_STORE": True,
+        "PPCL_SAID": request["folder"],  # as ppcl_ds/launcher.py has it
     }
     ranks_own = [{k: str(v) for k, v in (shared | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(world)]
     ranks = [_fork(request, own, closes=port) for own in ranks_own]

@@ -87,7 +87,7 @@ def walk(folder: Path, lines: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "pipeline", "folder"), [("qwen_image", "qwen_image", "Qwen-Image"), ("wan", "wan", "Wan2.1-T2V")]
+    ("page", "pipeline", "folder"), [("qwen_image", "qwen_image", "Qwen-Image"), ("wan", "wan22", "Wan2.1-T2V")]
 )
 def test_a_road_is_walked_as_its_page_says(page: str, pipeline: str, folder: str, tmp_path: Path) -> None:
     """A tiny pipeline of the same classes stands for the teacher, and a few steps for thousands."""
@@ -95,7 +95,7 @@ def test_a_road_is_walked_as_its_page_says(page: str, pipeline: str, folder: str
     pipe.save_pretrained(tmp_path / "models" / folder)
     draw_images(tmp_path / "my_images", 24, int(family.call["height"]), int(family.call["width"]))
     (tmp_path / "captions.txt").write_text("".join(f"a tiny {WORDS[number % 4]}\n" for number in range(24)))
-    recipe = tmp_path / f"{pipeline.partition('_')[0]}.yaml"
+    recipe = tmp_path / f"{page.partition('_')[0]}.yaml"
     shortened = False
     for lines in blocks(REPOSITORY / "docs" / f"{page}.md", page):
         walk(tmp_path, lines.replace("--gpus 8 --gpu-memory 80", "--gpus 0"))

@@ -127,4 +127,6 @@ def words(cluster: Cluster) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:.2g}" if hours < 1 else f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+    if hours < 0.01:
+        return "< 0.01" if hours else "0"
+    return f"{hours:.2f}" if hours < 1 else f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"

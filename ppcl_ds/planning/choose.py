@@ -109,7 +109,7 @@ def _ffn(block: int, streams: tuple[Stream, ...], keep: float) -> UnitPlan:
     return UnitPlan(name=name, kind="ffn", span=(block, block), streams=streams, keep=keep)
 
 
-_CHARGES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5)
+_CHARGES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 """Shares of a variant's error that a unit may be charged with for joining the library, which then trains all less."""
 
 _SWEEPS = 2

@@ -98,9 +98,10 @@ class Command:
         return out
 
     def fail(self, name: str, target: Path, *more: str | Path) -> str:
-        """Run a command that should fail; its one line on stderr."""
+        """Run a command that should fail; its one line on stderr behind those that say what it does."""
         code, _, err = self.run(name, target, *more)
         assert code == 2
+        err = "".join(line for line in err.splitlines(True) if not line.endswith(" ...\n"))
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err

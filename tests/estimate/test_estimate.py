@@ -238,7 +238,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"accelerator": "h10"}, "did you mean 'h100'"),
     ({"utilisation": 40}, "--utilisation 40"),
     ({"pixels": "big"}, "--size: big is no size"),
-    ({"pixels": "7"}, "have to be even"),
+    ({"pixels": "7"}, "have to be multiples of 2"),
     ({"json": Path("/proc/numbers.json")}, "--json /proc/numbers.json"),
 ]
 

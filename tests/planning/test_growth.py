@@ -46,7 +46,7 @@ def test_noise_is_drawn_towards_units_of_the_same_length() -> None:
     steps, losses = np.log(np.array(few)).T
     alone = -np.polyfit(steps, losses, 1)[0]
     assert abs(found[1] - 0.5) < abs(alone - 0.5)
-    assert exponents([*units, unit(0, 3)], curves)[3] == pytest.approx(found[2]), "no curve: that of its length"
+    assert exponents([*units, unit(0, 3)], curves)[3] == pytest.approx(found[2], abs=0.01), "that of its length"
 
 
 def test_what_says_nothing_changes_nothing() -> None:

@@ -314,7 +314,7 @@ def _no_captions(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "arguments", "says"),
     [
-        (None, ["nowhere", "images"], "pipeline nowhere: no such file or folder"),
+        (None, ["nowhere", "images"], "teacher nowhere: no such file or folder"),
         (_no_pipeline, ["teacher", "images"], "no readable model_index.json"),
         (_no_transformer, ["teacher", "images"], "it has no transformer"),
         (None, ["images", "nowhere"], "source nowhere: no such file or folder"),

@@ -127,7 +127,7 @@ def test_what_cannot_be_called_is_refused(folder: Callable[[str], Path], tmp_pat
         _ = Teacher(alone, False).blocks
     with pytest.raises(UserError, match="takes no argument 'prompts'"):
         _ = Teacher(folder("qwen"), False, options={"prompts": 1}).call
-    with pytest.raises(UserError, match="have to be even"):
+    with pytest.raises(UserError, match="have to be multiples of 2"):
         Teacher(folder("qwen"), False).example(Size(7, 8))
 
 

@@ -147,7 +147,10 @@ def test_a_single_file_in_place_of_the_folder_is_named(path: Path, folder: Path,
 
 def test_every_command_says_so_before_it_works(path: Path, folder: Path) -> None:
     change(folder, of_a_taller_model)
+    plan = load_recipe(path).plan_file
     for step in ("probe", "plan", "distill"):
+        if step == "distill":  # which asks first whether there is a plan
+            plan.write_text("of an earlier teacher\n")
         assert "transformer_blocks.6." in command(step, path, code=2)
     assert not load_recipe(path).probe_folder.exists()
 

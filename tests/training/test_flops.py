@@ -118,7 +118,10 @@ def test_the_work_of_twenty_billion_parameters_is_counted_in_seconds(configured:
 
 
 def test_a_sample_that_the_teacher_cannot_read_is_refused(configured: Configured) -> None:
-    for family, size, words in (("qwen", Size(7, 8), "have to be even"), ("sd3", Size(64, 64), "pos_embed_max_size")):
+    for family, size, words in (
+        ("qwen", Size(7, 8), "have to be multiples of 2"),
+        ("sd3", Size(64, 64), "pos_embed_max_size"),
+    ):
         teacher = configured(family)
         with pytest.raises(UserError, match=words):
             measure_work(teacher, plan((2, 3)), size)
