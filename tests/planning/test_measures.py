@@ -258,8 +258,8 @@ def test_what_an_earlier_version_has_measured_is_measured_anew(
 def test_a_plan_shows_every_measure(measured: Callable[[str, int], tuple[Recipe, Swaps, Checkpoint]]) -> None:
     recipe, _, _ = measured("qwen", 1)
     command("plan", recipe.run / "recipe.yaml", "--show")
-    page = (recipe.swaps_file.parent / "report.html").read_text()
-    for words in ("velocity MSE", "branch MSE", "few-step MSE", "remove the same blocks", "Error by noise level"):
+    page = (recipe.run / "report.html").read_text()
+    for words in ("velocity MSE", "branch MSE", "few-step MSE", "of what removal costs", "variants by noise level"):
         assert words in page
 
 

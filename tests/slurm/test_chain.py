@@ -127,7 +127,7 @@ if "RANK" in os.environ and os.environ["SLURMD_NODENAME"] == "n2":
 def test_of_a_rank_that_fails_alone_status_shows_the_error(account: Account) -> None:
     (account.home / "fault").mkdir()
     (account.home / "fault" / "sitecustomize.py").write_text(FAULT)
-    account.shell('PYTHONPATH="$PWD/fault" ppcl submit my.yaml --from distill')
+    account.shell('PYTHONPATH="$PWD/fault" ppcl submit my.yaml --from distill --set distill.steps=99')
     account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 300)
     assert account.states()["distill"] == {"FAILED"}
     said = "distill: n2, local rank 0: RuntimeError: here alone"
@@ -146,7 +146,7 @@ def test_of_a_rank_that_fails_alone_status_shows_the_error(account: Account) -> 
 def test_what_cannot_go_on_fails_and_status_says_why(account: Account) -> None:
     [lost] = (account.run / "distill" / "checkpoints").glob("step-*/rank-00001.safetensors")
     lost.unlink()
-    account.shell("ppcl submit my.yaml --from distill")
+    account.shell("ppcl submit my.yaml --from distill --set distill.steps=99")  # a finished one starts no rank
     account.daemons.wait_for("the end", lambda: account.daemons.ended(*account.chain().values()), 300)
     assert account.states() == {"distill": {"FAILED"}} | {step: {"CANCELLED"} for step in STEPS[5:]}
     assert "without a checkpoint since this start; not requeued" in account.log("distill")
