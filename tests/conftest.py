@@ -88,6 +88,19 @@ TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+FLUX_1: dict[str, Any] = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+"""The published FLUX.1 [dev] transformer."""
+
 QWEN_IMAGE: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 64,

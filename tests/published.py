@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import QWEN_IMAGE
+from tests.conftest import FLUX_1, QWEN_IMAGE
 from tests.families.pipelines import PIPELINES
 
 _CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -85,17 +85,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "flux_1_dev": (
         "flux",
         {
-            "transformer": {
-                "in_channels": 64,
-                "num_layers": 19,
-                "num_single_layers": 38,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-                "axes_dims_rope": [16, 56, 56],
-            },
+            "transformer": FLUX_1,
             "vae": _VAE | {"scaling_factor": 0.3611, "shift_factor": 0.1159},
             "text_encoder": _CLIP_L,
             "text_encoder_2": _T5_XXL,

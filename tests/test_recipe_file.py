@@ -17,7 +17,7 @@ import ppcl_ds.cli
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
 from ppcl_ds.recipe_file import as_one_file
-from ppcl_ds.start.view import descriptions, schema
+from ppcl_ds.start.view import schema
 from tests.test_recipe import TEXT
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -162,7 +162,7 @@ def test_the_schema_says_of_keys_what_their_source_says() -> None:
     assert found["$defs"]["Distill"]["properties"]["steps"]["description"] == "Optimizer steps."  # of its base class
     assert "base" in found["properties"]
     assert found["additionalProperties"] is False
-    assert descriptions(Recipe)["run"].startswith("Folder of this run")
+    assert schema()["properties"]["run"]["description"].startswith("Folder of this run")
 
 
 @pytest.mark.parametrize(

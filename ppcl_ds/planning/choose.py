@@ -11,7 +11,7 @@ import numpy as np
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.error_model import fitted
+from ppcl_ds.planning.error_model import Forecast, fitted
 from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
@@ -141,18 +141,19 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
         raise UserError(
             f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
         )
+    now = fitted(swaps, section.objective)
     if section.unit_steps is None:
-        return Chooser(section, swaps, budget, max(steps, swaps.trained)).sets(0.0)
+        return Chooser(section, swaps, budget, now, max(steps, swaps.trained)).sets(0.0)
     plans = []
     for charge, smallest_first in product(_CHARGES, (True, False)):
         sets: Sets = {}
         size = len(swaps.units)
         for _ in range(_SWEEPS):
             each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
-            sets = Chooser(section, swaps, budget, each).sets(charge, sets, smallest_first)
+            sets = Chooser(section, swaps, budget, now, each).sets(charge, sets, smallest_first)
             size = len(_used(sets))
         each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
-        plans.append((Chooser(section, swaps, budget, each).total(sets), sets))
+        plans.append((Chooser(section, swaps, budget, now, each).total(sets), sets))
     return min(plans, key=lambda plan: plan[0])[1]
 
 
@@ -160,13 +161,13 @@ class Chooser:
     """Chooses sets of units by what they will cost after so many steps.
 
     Args:
+        now: the forecast for the units as they were measured.
         steps: of every unit, at the end of its training.
     """
 
-    def __init__(self, section: PlanSection, swaps: Swaps, budget: Budget, steps: float) -> None:
-        self.section, self.swaps, self.budget = section, swaps, budget
-        self.now = fitted(swaps, section.objective)
-        self.then = self.now.grown(swaps.factors(steps))
+    def __init__(self, section: PlanSection, swaps: Swaps, budget: Budget, now: Forecast, steps: float) -> None:
+        self.section, self.swaps, self.budget, self.now = section, swaps, budget, now
+        self.then = now.grown(swaps.factors(steps))
         self.units = {unit.name: unit for unit in swaps.units}
         self.saved = dict(zip(self.units, self.now.saved(budget), strict=True))
 

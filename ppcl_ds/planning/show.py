@@ -116,8 +116,7 @@ def lines_of(
         units = plan.units_of(name)
         parameters = teacher.anatomy.block_parameters - sum(parameters_saved(unit, teacher) for unit in units)
         left = 1 - budget.saved(units) / budget.total
-        names = {unit.name for unit in units}
-        own = next((each for each in swaps.sets if set(each.units) == names), None) if swaps else None
+        own = swaps.set_of(unit.name for unit in units) if swaps else None
         known = (own.removed, own.by_noise) if own else ({}, {})
         lines.append(Line(name, len(plan.places(name)), _words(units), parameters, left, forecast.of(units), *known))
     return lines

@@ -75,12 +75,13 @@ class Swaps(BaseModel):
         for place, unit in enumerate(self.units):
             if wanted == {unit.name}:
                 return {measure: products[place][place] for measure, products in self.products.items()}
-        return next((each.errors for each in self.sets if set(each.units) == wanted), None)
+        found = self.set_of(wanted)
+        return found.errors if found else None
 
-    def removed_of(self, names: Iterable[str]) -> Errors:
-        """What it costs to take out the blocks of a set without training; empty where it was not measured."""
+    def set_of(self, names: Iterable[str]) -> MeasuredSet | None:
+        """What was measured of these units together; None where nothing was."""
         wanted = set(names)
-        return next((each.removed for each in self.sets if set(each.units) == wanted), {})
+        return next((each for each in self.sets if set(each.units) == wanted), None)
 
 
 def load_swaps(path: Path) -> Swaps | None:

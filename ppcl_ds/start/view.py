@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
-from textwrap import dedent
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from ppcl_ds.recipe import Recipe, checked
 from ppcl_ds.recipe_file import BASE, RecipeFile, read_recipe_file
@@ -79,13 +74,6 @@ def print_schema() -> None:
 def schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of a recipe file, each key with what `sections.py` says of it."""
     found = Recipe.model_json_schema()
-    models = {model.__name__: model for model in _models(Recipe)}
-    for name, section in {"Recipe": found, **found["$defs"]}.items():
-        if name not in models:
-            continue
-        section["description"] = inspect.cleandoc(models[name].__doc__ or "")
-        for key, words in descriptions(models[name]).items():
-            section["properties"][key]["description"] = words
     sizes = [found["$defs"]["Data"]["properties"][key] for key in ("shard_size", "cache")]
     for size in sizes:
         size["anyOf"] = [{"type": size.pop("type", "integer")}, {"type": "string"}]  # such as 500MB
@@ -94,33 +82,3 @@ def schema() -> dict[str, Any]:
     for section in (found, *found["$defs"].values()):
         section.pop("required", None)  # what is missing may stand in the base
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | found
-
-
-def _models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """A section and those in it."""
-    yield model
-    for each in model.model_fields.values():
-        for option in (each.annotation, *get_args(each.annotation)):
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                yield from _models(option)
-
-
-@cache
-def descriptions(model: type[BaseModel]) -> Mapping[str, str]:
-    """What stands below each key of a section in its source, the keys of its bases included."""
-    found: dict[str, str] = {}
-    for base in reversed(model.__mro__):
-        if not (issubclass(base, BaseModel) and base.__module__.startswith(__name__.partition(".")[0])):
-            continue
-        [made] = ast.parse(dedent(inspect.getsource(base))).body
-        assert isinstance(made, ast.ClassDef)
-        for key, words in zip(made.body, made.body[1:], strict=False):
-            if (
-                isinstance(key, ast.AnnAssign)
-                and isinstance(key.target, ast.Name)
-                and isinstance(words, ast.Expr)
-                and isinstance(words.value, ast.Constant)
-                and isinstance(words.value.value, str)
-            ):
-                found[key.target.id] = inspect.cleandoc(words.value.value)
-    return found

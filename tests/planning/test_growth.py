@@ -123,7 +123,7 @@ def test_units_and_steps_are_chosen_together(seed: int, unit_steps: int) -> None
     found = choose_sets(section, swaps, budget, 1)
     best = min(worth({"large": a, "small": b}) for a, b in product(fitting(2), fitting(4)))
     assert worth(found) <= best + 2 * log(1.05)
-    apart = Chooser(section, swaps, budget, 1e9).sets(0.0)
+    apart = Chooser(section, swaps, budget, fitted(swaps, section.objective), 1e9).sets(0.0)
     assert worth(found) <= worth(apart) + 1e-9
 
 

@@ -25,21 +25,8 @@ from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.weightless import WithoutWeights
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.spec import Stream
-from tests.conftest import QWEN_IMAGE, write_config
+from tests.conftest import FLUX_1, QWEN_IMAGE, write_config
 from tests.families.pipelines import make_pipeline
-
-FLUX_1: dict[str, Any] = {
-    "in_channels": 64,
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "axes_dims_rope": [16, 56, 56],
-}
-"""The published FLUX.1 [dev] transformer."""
 
 WAN: dict[str, Any] = {
     "patch_size": [1, 2, 2],
