@@ -12,7 +12,6 @@ import numpy as np
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import Forecast, fitted
-from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.rules import RuleInputs, Span, spans_by
 from ppcl_ds.planning.swaps import Swaps
 from ppcl_ds.probing.report import ProbeReport
@@ -142,18 +141,20 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
             f"unit '{broken[0]}': what it puts out is not finite; take it out of the plan, or train it anew"
         )
     now = fitted(swaps, section.objective)
+
+    def chooser(units: int) -> Chooser:
+        return Chooser(section, swaps, budget, now, swaps.last_step(section.unit_steps, steps, units))
+
     if section.unit_steps is None:
-        return Chooser(section, swaps, budget, now, max(steps, swaps.trained)).sets(0.0)
+        return chooser(len(swaps.units)).sets(0.0)
     plans = []
     for charge, smallest_first in product(_CHARGES, (True, False)):
         sets: Sets = {}
         size = len(swaps.units)
         for _ in range(_SWEEPS):
-            each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
-            sets = Chooser(section, swaps, budget, now, each).sets(charge, sets, smallest_first)
+            sets = chooser(size).sets(charge, sets, smallest_first)
             size = len(_used(sets))
-        each = steps_each(section.unit_steps, len(swaps.units), swaps.trained, size)
-        plans.append((Chooser(section, swaps, budget, now, each).total(sets), sets))
+        plans.append((chooser(size).total(sets), sets))
     return min(plans, key=lambda plan: plan[0])[1]
 
 

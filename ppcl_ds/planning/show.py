@@ -17,7 +17,6 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.planning.budget import Budget
 from ppcl_ds.planning.error_model import TITLES, Forecast
-from ppcl_ds.planning.growth import steps_each
 from ppcl_ds.planning.swaps import Errors, Swaps
 from ppcl_ds.teacher.anatomy import Anatomy
 from ppcl_ds.teacher.teacher import Teacher
@@ -144,9 +143,7 @@ def print_outlook(plan: Plan, forecast: Forecast, swaps: Swaps, unit_steps: int 
     """
     if not any(swaps.falls):
         return
-    end = max(float(steps), float(swaps.trained))
-    if unit_steps is not None:
-        end = steps_each(unit_steps, len(swaps.units), swaps.trained, len(plan.units))
+    end = swaps.last_step(unit_steps, steps, len(plan.units))
     table = Table("variant", f"after {swaps.trained} steps", f"after {end:.0f}", f"after {2 * end:.0f}", box=SIMPLE)
     for name in plan.variants:
         values = []

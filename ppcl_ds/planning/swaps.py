@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from ppcl_ds.errors import UserError, brief
-from ppcl_ds.planning.growth import factors
+from ppcl_ds.planning.growth import factors, steps_each
 from ppcl_ds.units.plan import Plan, UnitPlan
 
 SETS = 32
@@ -68,6 +68,16 @@ class Swaps(BaseModel):
     def factors(self, steps: float) -> NDArray[np.float64]:
         """(K,) what the errors of every unit are multiplied with once it has been trained for `steps` steps."""
         return factors(self.falls or [0.0] * len(self.units), self.trained, steps)
+
+    def last_step(self, unit_steps: int | None, steps: int, units: int) -> float:
+        """The step at which the training of a library of so many of these units ends.
+
+        Args:
+            unit_steps: `plan.unit_steps`; None: every unit is trained for `steps`, `distill.steps`.
+        """
+        if unit_steps is None:
+            return float(max(steps, self.trained))
+        return steps_each(unit_steps, len(self.units), self.trained, units)
 
     def errors_of(self, names: Iterable[str]) -> Errors | None:
         """The measured errors of a set of units; None where it was not measured."""
