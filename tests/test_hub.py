@@ -11,14 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ppcl_ds.errors import UserError
 from ppcl_ds.hub import is_id, pipeline_folder
+from tests.local_hub import LocalAnswers, LocalHub
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 PIPELINE = {
@@ -54,31 +54,16 @@ DATA = {"README.md": "", "data/a.png": "picture", "data/a.txt": "a cat", "previe
 REPOSITORIES = {"models/owner/tiny": PIPELINE, "datasets/owner/cats": DATA, "models/owner/bare": {"README.md": ""}}
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalHub):
     """Has a pipeline and a data set; `models/owner/gated` asks for consent."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(Answers)
         self.asked: list[str] = []
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
-
-class Answers(BaseHTTPRequestHandler):
+class Answers(LocalAnswers, BaseHTTPRequestHandler):  # named again, as its methods are called as it wants
     server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, body: bytes, code: int = 200, **headers: str) -> None:
-        self.send_response(code)
-        for name, value in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -20,58 +20,47 @@ from ppcl_ds.export.card import Facts, write_card
 from ppcl_ds.export.consolidate import Form, consolidate
 from ppcl_ds.export.push import push
 from tests.export.trained import pretend_trained
+from tests.local_hub import LocalAnswers, LocalHub
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LocalHub):
     """Knows one account, whose token is `hf_right`."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(Answers)
         self.made: list[dict[str, Any]] = []
         self.files: dict[str, bytes] = {}
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
 
-
-class Answers(BaseHTTPRequestHandler):
+class Answers(LocalAnswers, BaseHTTPRequestHandler):  # named again, as its methods are called as it wants
     server: Hub
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, content: Any, code: int = 200) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+    def says(self, content: Any, code: int = 200) -> None:
+        self.answer(json.dumps(content).encode(), code, Content_Type="application/json")
 
     def do_GET(self) -> None:
-        self.answer({"error": "Repository not found"}, 404)
+        self.says({"error": "Repository not found"}, 404)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         if self.headers["Authorization"] != "Bearer hf_right":
-            self.answer({"error": "Invalid username or password."}, 401)
+            self.says({"error": "Invalid username or password."}, 401)
         elif self.path == "/api/repos/create":
             self.server.made.append(json.loads(body))
-            self.answer({"url": f"{self.server.url}/owner/small", "name": "owner/small"})
+            self.says({"url": f"{self.server.url}/owner/small", "name": "owner/small"})
         elif "/preupload/" in self.path:
             files = [
                 {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
                 for each in json.loads(body)["files"]
             ]
-            self.answer({"files": files})
+            self.says({"files": files})
         elif "/commit/" in self.path:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            self.answer({"commitUrl": f"{self.server.url}/owner/small/commit/1", "commitOid": "1", "success": True})
+            self.says({"commitUrl": f"{self.server.url}/owner/small/commit/1", "commitOid": "1", "success": True})
         else:
-            self.answer({"valid": True, "message": "", "warnings": [], "errors": []})
+            self.says({"valid": True, "message": "", "warnings": [], "errors": []})
 
 
 @pytest.fixture
