@@ -13,7 +13,6 @@ from typing import Any
 import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from ppcl_ds import launch, memory
 from ppcl_ds.atomic import atomic_write
@@ -111,12 +110,6 @@ _LEAST = 128
 """Smaller images are enlarged to about this width, by a whole number, so that they can be seen."""
 _GAP, _TEXT = 8, 12
 """Pixels between columns, and of the letters' height."""
-
-
-def as_image(image: Tensor) -> Image.Image:
-    """An image (C, H, W) in [-1, 1], C = 1 or 3, as diffusers would save it."""
-    values = ((image.float().cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()  # (C, H, W)
-    return Image.fromarray(values.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
 def as_columns(images: Sequence[Image.Image], prompts: Sequence[str]) -> bytes:
