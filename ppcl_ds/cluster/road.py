@@ -83,13 +83,17 @@ class RunStatus:
         return asdict(self)
 
     @property
+    def faults(self) -> list[str]:
+        """What has ended steps, a line each."""
+        return [f"{step.name}: {step.fault}" for step in self.steps if step.fault]
+
+    @property
     def shown(self) -> RenderableType:
         """For a terminal."""
         table = Table("step", "state", "progress", "loss", "samples/s", "left", "newest checkpoint")
         for step in self.steps:
             table.add_row(*map(escape, step.cells))
-        lines = [f"{step.name}: {step.fault}" for step in self.steps if step.fault]
-        lines.append(f"{self.run}: {gigabytes(self.disk_bytes)} on disk")
+        lines = [*self.faults, f"{self.run}: {gigabytes(self.disk_bytes)} on disk"]
         if self.next:
             lines.append(f"next: {self.next}")
         elif all(step.state == "done" for step in self.steps):

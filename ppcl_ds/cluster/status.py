@@ -163,15 +163,16 @@ def _parts(recipe: Recipe) -> int:
 
 
 def _shown(recipe: Recipe, named: str) -> RenderableType:
-    parts = [look(recipe, named, _parts(recipe)).shown]
+    road = look(recipe, named, _parts(recipe))
+    parts = [road.shown]
     if read_chain(recipe.run) and not shutil.which("squeue"):
         parts.append(Text("jobs were submitted; of these, Slurm's commands tell, which are not on the PATH here"))
     elif chain := _jobs(recipe.run):
         table = Table(*_COLUMNS)
         for each in chain:
             table.add_row(*map(escape, each.cells))
-        faults = [f"{each.queued.step}: {fault}" for each in chain if (fault := each.last_fault)]
-        parts += [table, *map(Text, faults)]
+        lines = [f"{each.queued.step}: {each.last_fault}" for each in chain if each.last_fault]
+        parts += [table, *(Text(line) for line in lines if line not in road.faults)]
     return Group(*parts)
 
 

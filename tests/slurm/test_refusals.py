@@ -77,7 +77,7 @@ def test_a_sound_request_passes_every_check(path: Path, capsys: pytest.CaptureFi
     assert len(lines) == 7
     assert sum("--nodes=2" in line for line in lines) == 2  # probe and distill
     folder = path.parent / "my run" / "slurm"
-    assert (folder / "recipe.yaml").read_text() == path.read_text()
+    assert yaml.safe_load((folder / "recipe.yaml").read_text()) == yaml.safe_load(path.read_text())
     for script in (HERE / "slurm").iterdir():
         assert (folder / script.name).read_bytes() == script.read_bytes()
     environment = yaml.safe_load((folder / "environment.json").read_text())
