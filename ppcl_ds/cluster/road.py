@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -81,6 +81,11 @@ class RunStatus:
     @property
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def told(self, faults: Mapping[str, str]) -> RunStatus:
+        """The same, but of a step that has failed the fault that is known of all its ranks, not of the first alone."""
+        known = {step: faults.get(step.name, step.fault) if step.fault else "" for step in self.steps}
+        return replace(self, steps=tuple(replace(step, fault=fault) for step, fault in known.items()))
 
     @property
     def faults(self) -> list[str]:

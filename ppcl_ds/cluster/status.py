@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.road import look
+from ppcl_ds.cluster.road import RunStatus, look
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, load_recipe, open_run
@@ -67,7 +67,7 @@ class Jobs:
         """Whether nothing is wrong with them, as far as that is known."""
         if self.known:
             return all(job.state in ("RUNNING", "COMPLETED") for job in self.known)
-        return bool(self.reports) and self.step[0] == self.step[1]
+        return bool(self.reports) and self.step[0] == self.step[1] and not any(each.fault for each in self.reports)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -125,7 +125,7 @@ def status(path: Path, watch: bool = False, as_json: bool = False, changes: Sequ
     if as_json:
         chain = _jobs(recipe.run)
         jobs = [dict(zip(_COLUMNS, each.cells, strict=True)) | {"fault": each.last_fault} for each in chain]
-        print(json.dumps(look(recipe, named, _parts(recipe)).as_json | {"jobs": jobs}, indent=1))
+        print(json.dumps(_road(recipe, named, chain).as_json | {"jobs": jobs}, indent=1))
         return
     console = Console()
     if not watch:
@@ -162,12 +162,19 @@ def _parts(recipe: Recipe) -> int:
     return load_recipe(submitted).cluster.probe_parts or 1
 
 
+def _road(recipe: Recipe, named: str, chain: Sequence[Jobs]) -> RunStatus:
+    """How the run is; of what has ended a job, its logs know more than the report of its first rank."""
+    faults = {each.queued.step: each.last_fault for each in chain if each.last_fault}
+    return look(recipe, named, _parts(recipe)).told(faults)
+
+
 def _shown(recipe: Recipe, named: str) -> RenderableType:
-    road = look(recipe, named, _parts(recipe))
+    chain = _jobs(recipe.run)
+    road = _road(recipe, named, chain)
     parts = [road.shown]
     if read_chain(recipe.run) and not shutil.which("squeue"):
         parts.append(Text("jobs were submitted; of these, Slurm's commands tell, which are not on the PATH here"))
-    elif chain := _jobs(recipe.run):
+    elif chain:
         table = Table(*_COLUMNS)
         for each in chain:
             table.add_row(*map(escape, each.cells))

@@ -183,7 +183,7 @@ def test_of_submitted_jobs_slurm_is_asked_where_it_is(
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     status(path)
     lines = capsys.readouterr().out.splitlines()
-    assert lines.count("distill: error: no space left") == 2  # of the step, and of its job
+    assert lines.count("distill: error: no space left") == 1  # of the step and of its job
     assert any("FAILED" in line and "1 of 4" in line for line in lines)
     status(path, as_json=True)
     [job] = json.loads(capsys.readouterr().out)["jobs"]
