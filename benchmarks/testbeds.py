@@ -47,21 +47,24 @@ BATCH = 64
 Testbed = Annotated[str, typer.Option(help="Which teacher: the name of a demo's recipe, `digits` or `emoji`.")]
 
 
-def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", **plan: Any) -> Path:
+def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", teacher: int = 0, **plan: Any) -> Path:
     """A recipe for the demo's teacher and shards that trains one library in one process; returns its file.
 
     Args:
         testbed: name of the recipe that made teacher and shards.
+        teacher: 0 is the demo's own; others are those of `benchmarks.spread`, by their seeds.
         plan: what section `plan` says beside the variants.
 
     Raises:
         UserError: the demo has not been made.
     """
     recipe = yaml.safe_load(shipped(f"recipes/{testbed}.yaml").read_text())
-    demo = Path(recipe["run"])
+    demo, made_by = Path(recipe["run"]), f"ppcl demo recipes/{testbed}.yaml"
+    if teacher:
+        demo, made_by = demo.with_name(f"spread-{teacher}"), "python -m benchmarks.spread"
     for needed in (demo / "teacher" / "model_index.json", demo / "probe" / "report.json", demo / "shards" / "encoded"):
         if not needed.exists():
-            raise UserError(f"{needed} is missing; run `ppcl demo recipes/{testbed}.yaml` first")
+            raise UserError(f"{needed} is missing; run `{made_by}` first")
     recipe |= {"run": str(run), "seed": seed, "demo": None, "finetune": None, "topology": {"stages": 1}}
     recipe["teacher"]["path"] = str(demo / "teacher")
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
