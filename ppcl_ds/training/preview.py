@@ -186,7 +186,7 @@ def on_first_rank(own: Sequence[Tensor], group: dist.ProcessGroup | None) -> Ten
     Args:
         group: all ranks, over gloo.
     """
-    mine = torch.cat(list(own)) if own else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+    mine = torch.cat(list(own)).contiguous() if own else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
     shape, first = torch.tensor(mine.shape), dist.get_rank() == 0
     shapes = [torch.empty_like(shape) for _ in range(dist.get_world_size())]
     dist.gather(shape, shapes if first else None, group=group)
