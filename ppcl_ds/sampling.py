@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -80,6 +80,10 @@ class Trajectories(Section):
     """Each image is drawn with a scale of classifier-free guidance from this range, as the pipeline guides; then the
     teacher also reads every image with the other prompt. [1, 1]: without. A transformer that takes the scale as a
     number gets the pipeline's default, or that of `teacher.options`."""
+
+    of: Literal["teacher", "student"] = "teacher"
+    """Whose way it is. `student`, for fine-tuning: the variant's own, so that it learns where its own errors take it.
+    Where there is guidance, the branch that it is trained on is its own, and the other one the teacher's."""
 
     @property
     def forwards(self) -> int:

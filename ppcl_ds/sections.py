@@ -213,7 +213,7 @@ class Training(Section):
     """Micro-batches in one optimizer step, over all processes: a multiple of stages x replicas.
     The global batch is `micro_batch * micro_batches_per_step`, whatever the topology."""
     trajectories: Trajectories | None = None
-    """Train on the teacher's own trajectories instead of noisy images; captions are enough."""
+    """Train on trajectories, the teacher's own or the student's, instead of noisy images; captions are enough."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass (of each unit's attention and feed-forward; of whole blocks when
     fine-tuning): less memory, about a third more time."""
@@ -257,6 +257,8 @@ class Distill(Training):
 
     @model_validator(mode="after")
     def _has_both_branches(self) -> Distill:
+        if self.trajectories and self.trajectories.of == "student":
+            raise ValueError("trajectories.of: student is for finetune: units have no way of their own; leave it out")
         if self.branch_weight and self.trajectories:
             raise ValueError("branch_weight needs noisy images, which trajectories are not; leave one of them out")
         if self.branch_weight and self.micro_batch == 1:

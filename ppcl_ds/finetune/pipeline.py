@@ -96,6 +96,27 @@ class VariantEngine(StudentsEngine):
         self.train_batch(self._nothing())
         self.timers(TRAIN_BATCH_TIMER).reset()  # it would keep two events of every step for a report that is never made
 
+    def told_step(self, own: Sequence[Tensor]) -> list[Tensor]:
+        """`train_step`, and what the model has put out for this rank's own micro-batches.
+
+        Args:
+            own: for each of these, in their order, a tensor shaped like that.
+        """
+        stage, group, mine = self.module.stage, self.grid.get_pipe_parallel_group(), self.stage_id
+        stage.said = [] if stage.last else None
+        self.train_step()
+        if not stage.last:
+            last = self.grid.stage_to_global(self.num_stages - 1)
+            said = [torch.empty_like(like, memory_format=torch.contiguous_format) for like in own]
+            for each in said:
+                dist.recv(each, last, group=group)
+            return said
+        assert stage.said is not None
+        for place, each in enumerate(stage.said):  # in every round, each rank of the group had one of them
+            if (owner := place % self.num_stages) != mine:
+                dist.send(each.contiguous(), self.grid.stage_to_global(owner), group=group)
+        return stage.said[mine :: self.num_stages]
+
     @torch.no_grad()
     def output(self, arguments: Arguments, size: Size) -> Tensor:
         """One forward through all stages; collective, those of a pipe group with the same arguments.

@@ -146,6 +146,8 @@ class Stage(nn.Module):
         self.means = Means()
         self.reached: dict[int, Streams] = {}
         """What has left each block of this stage, while its forward runs."""
+        self.said: list[Tensor] | None = None
+        """What the model has put out while it was trained, (B, ...), on the last stage, if somebody wants to know."""
         first, stop = bounds[number], bounds[number + 1]
         self.last = number == len(bounds) - 2
         model: Any = empty_model(layout.config)
@@ -185,6 +187,8 @@ class Stage(nn.Module):
         given = batch.conditioning
         try:
             output = forward(self.model, given["arguments"])
+            if self.training and self.said is not None:
+                self.said.append(output.detach())
             return self._loss(self.call.stepped_by(output, given["size"]), batch) if self.training else output
         except EarlyExit:
             return self._sent(batch)

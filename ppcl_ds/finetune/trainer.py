@@ -17,7 +17,9 @@ from ppcl_ds.recipe import read_deepspeed_file
 from ppcl_ds.teacher.anatomy import Anatomy, Wanted
 from ppcl_ds.teacher.files import empty_model
 from ppcl_ds.teacher.noising import NoisyBatch
+from ppcl_ds.teacher.samples import other_branch
 from ppcl_ds.teacher.teacher import forward, text_mask
+from ppcl_ds.teacher.trajectories import TrajectoryStream
 from ppcl_ds.training.delivery import Deliveries
 from ppcl_ds.training.engine import StudentsEngine
 from ppcl_ds.training.flops import unit_passes
@@ -63,6 +65,9 @@ class FineTuner(Training):
         exits = frozenset(block for block, _ in self.boundaries.values())
         self.wanted = Wanted(calls=frozenset(), exits=exits, to_the_end=True)
         self.queue: deque[UnitBatch] = deque()
+        self.waiting: list[tuple[NoisyBatch, Tensor, Tensor | None]] = []
+        """Of a step, where trajectories are the variant's own: micro-batches of this rank, and what the teacher has put
+        out for their arguments and the other branch."""
         self.pipeline = Variant(
             self.bounds,
             whole,
@@ -128,7 +133,30 @@ class FineTuner(Training):
         own = self.stage_names[self.engine.stage_id]
         self.queue.extend(arrived[own] for arrived in self.arrivals(batches))
         with self.timer.phase("students"):
-            self.engine.train_step()
+            if not self.own_way:
+                self.engine.train_step()
+                return
+            said = self.engine.told_step([output for _, output, _ in self.waiting])
+        assert isinstance(self.data, TrajectoryStream)
+        with self.timer.phase("data"):
+            for (batch, _, other), output in zip(self.waiting, said, strict=True):
+                if batch.number is not None:
+                    self.data.advance(batch.number, output, other)
+            self.waiting.clear()
+
+    @property
+    def own_way(self) -> bool:
+        """Whether samples are of the variant's own trajectories."""
+        return self.tuning.trajectories is not None and self.tuning.trajectories.of == "student"
+
+    def advance(self, batch: NoisyBatch, output: Tensor | None) -> None:
+        """Trajectories of the variant's own wait for what it puts out."""
+        if not self.own_way:
+            super().advance(batch, output)
+            return
+        assert isinstance(self.data, TrajectoryStream)
+        assert output is not None, "the teacher runs to its end"
+        self.waiting.append((batch, output, other_branch(self.data, batch, self.sharded)))
 
     def total_loss(self, values: Mapping[str, float]) -> float:
         return float(weighted(values, self.weights))

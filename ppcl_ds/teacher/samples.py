@@ -56,9 +56,15 @@ def take_further(stream: TrajectoryStream, batch: NoisyBatch, output: Tensor | N
         output: of the transformer for the micro-batch's arguments.
         model: the transformer; where it is spread over ranks, all of them must call this together.
     """
-    other = None
-    if stream.guides:  # every rank reads something, whatever its micro-batch is of
-        other = forward(model, batch.arguments if batch.other is None else batch.other)
+    other = other_branch(stream, batch, model)
     if batch.number is not None:
         assert output is not None
         stream.advance(batch.number, output, other)
+
+
+def other_branch(stream: TrajectoryStream, batch: NoisyBatch, model: Any) -> Tensor | None:
+    """What the model says of a micro-batch with the other prompts, where guidance needs that; see `take_further`."""
+    if not stream.guides:
+        return None
+    # Every rank reads something, whatever its micro-batch is of.
+    return forward(model, batch.arguments if batch.other is None else batch.other)

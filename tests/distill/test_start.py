@@ -230,6 +230,7 @@ def test_what_cannot_be_started_from_is_one_line(new_run: Callable[..., Path]) -
         ({"level_weights": {0.5: 0}}, "all weights are 0"),
         ({"level_weights": {1.5: 1}}, "level_weights"),
         ({"branch_weight": 1, "trajectories": {}}, "branch_weight needs noisy images"),
+        ({"trajectories": {"of": "student"}}, "trajectories.of: student is for finetune"),
         ({"branch_weight": 1, "micro_batch": 1}, "set micro_batch to 2 or more"),
     ],
 )

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
 from ppcl_ds.teacher.noising import NoisyStream
 from ppcl_ds.teacher.teacher import open_teacher
+from ppcl_ds.teacher.trajectories import TrajectoryStream
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
 from ppcl_ds.units.variant import assembled
@@ -110,7 +111,10 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
         for place, block in enumerate(blocks_of(model)):
             block.register_forward_hook(partial(note, seen[name], place))
     count = settings.micro_batches_per_step
-    stream = NoisyStream(recipe, opened.call, "train", settings.micro_batch, count).take(0, 1)
+    arguments_of_stream = recipe, opened.call, "train", settings.micro_batch, count
+    way = settings.trajectories
+    data = TrajectoryStream(*arguments_of_stream, way) if way else NoisyStream(*arguments_of_stream)
+    stream = data.take(0, 1)
     for step in range(STEPS):
         sums: dict[str, float] = {}
         for _, batch in islice(stream, count):
@@ -119,13 +123,19 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
             )
             true, own = answer(teacher, arguments), called(student, arguments)
             mask = batch.arguments.get("encoder_hidden_states_mask")
-            losses = {"flow/loss": F.mse_loss(own, batch.target), "velocity/loss": F.mse_loss(own, true)}
+            losses = {"velocity/loss": F.mse_loss(own, true)}
+            if isinstance(data, NoisyStream):
+                losses["flow/loss"] = F.mse_loss(own, batch.target)
             for place, block in PLACES[family].items():
                 mine, theirs = seen["student"][place], seen["teacher"][block]
                 pairs = {"image": (mine[1], theirs[1], None), "text": (mine[0], theirs[0], mask)}
                 unit = next(unit for unit in plan.units if unit.span[1] == block)
                 for name in unit.streams:
                     losses[f"boundary/{place}/{name}/loss"] = distance(*pairs[name])
+            if isinstance(data, TrajectoryStream) and batch.number is not None:
+                assert way is not None
+                said = own.detach() if way.of == "student" else true
+                data.advance(batch.number, said, answer(teacher, batch.other))
             weights = {"flow": settings.flow_weight, "velocity": settings.velocity_weight, "boundary": 0.125}
             total = torch.stack([weights[name.split("/")[0]] * loss for name, loss in losses.items()]).sum()
             (total / count).backward()
@@ -197,6 +207,22 @@ def test_a_run_that_changes_its_topology_equals_a_plain_loop(new_run: Callable[.
         torch.testing.assert_close(tensors_of(recipe, "master"), found.weights, rtol=0, atol=1e-5)
         torch.testing.assert_close(tensors_of(recipe, "ema"), found.averages, rtol=0, atol=1e-5)
         torch.testing.assert_close(tensors_of(recipe, "exp_avg"), found.moments, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["teacher", "student"])
+def test_on_trajectories_too(new_run: Callable[..., Path], of: str) -> None:
+    """Of the variant's own, what it says of one branch is its own, and the teacher's of the other."""
+    plan = plan_of("qwen")
+    way = {"steps": [2, 4], "guidance": [1.5, 3.0], "of": of}
+    path = prepare(new_run, "qwen", plan, trajectories=way, flow_weight=0.0)
+    found = reference(load_recipe(path), plan, "qwen")
+    for step, (stages, replicas) in enumerate([(1, 1), (2, 1), (2, 2), (4, 1)]):
+        recipe = tune(path, step, stages, replicas)
+        curves = read_scalars(recipe.finetuning("small").board)
+        for name in found.losses[0]:
+            values = [value for _, value in curves[name]]
+            assert values == pytest.approx([losses[name] for losses in found.losses], rel=0, abs=1e-5), name
+        torch.testing.assert_close(tensors_of(recipe, "master"), found.weights, rtol=0, atol=1e-5)
 
 
 def part_norms(scalars: dict[str, list[tuple[int, float]]]) -> list[tuple[float, ...]]:
