@@ -111,9 +111,10 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
         for place, block in enumerate(blocks_of(model)):
             block.register_forward_hook(partial(note, seen[name], place))
     count = settings.micro_batches_per_step
-    arguments_of_stream = recipe, opened.call, "train", settings.micro_batch, count
-    way = settings.trajectories
-    data = TrajectoryStream(*arguments_of_stream, way) if way else NoisyStream(*arguments_of_stream)
+    way, size = settings.trajectories, settings.micro_batch
+    data: NoisyStream | TrajectoryStream = NoisyStream(recipe, opened.call, "train", size, count)
+    if way is not None:
+        data = TrajectoryStream(recipe, opened.call, "train", size, count, way)
     stream = data.take(0, 1)
     for step in range(STEPS):
         sums: dict[str, float] = {}
@@ -134,6 +135,7 @@ def reference(recipe: Recipe, plan: Plan, family: str) -> Reference:
                     losses[f"boundary/{place}/{name}/loss"] = distance(*pairs[name])
             if isinstance(data, TrajectoryStream) and batch.number is not None:
                 assert way is not None
+                assert batch.other is not None
                 said = own.detach() if way.of == "student" else true
                 data.advance(batch.number, said, answer(teacher, batch.other))
             weights = {"flow": settings.flow_weight, "velocity": settings.velocity_weight, "boundary": 0.125}
