@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -67,6 +69,14 @@ def draw(path: Path) -> dict[str, str]:
     return drawn(recipe)
 
 
+def figures(recipe: Recipe) -> dict[str, Any]:
+    """All that the report says, but for how long a forward took."""
+    report = json.loads((recipe.run / "report.json").read_text())
+    for row in report["models"]:
+        del row["latency_ms"]
+    return report
+
+
 def files(recipe: Recipe) -> dict[Path, int]:
     """Every image that was drawn -> when."""
     return {path: path.stat().st_mtime_ns for path in (recipe.run / "evaluate" / "words" / "drawn").rglob("*.png")}
@@ -98,13 +108,15 @@ def test_ranks_draw_what_one_process_draws(ready: Callable[..., Path], world: in
     path = ready("qwen", sharded=sharded or None)
     text = path.read_text()
     path.write_text(text.replace("sharded: true", "sharded: false"))
-    alone = draw(path)
     recipe = load_recipe(path)
+    command("evaluate", path)
+    alone, said = drawn(recipe), figures(recipe)
     for file in files(recipe):
         file.unlink()
     path.write_text(text)
     run_ranks("ppcl_ds.cli", "evaluate", path, world=world)
     assert drawn(recipe) == alone
+    assert figures(recipe) == said
     assert (recipe.run / "report.html").exists()
 
 
@@ -137,13 +149,19 @@ def test_it_stops_on_request_and_goes_on(ready: Callable[..., Path]) -> None:
 
 
 @pytest.mark.launcher
-def test_killed_in_the_middle_it_goes_on(ready: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_in_the_middle_it_goes_on(ready: Callable[..., Path], world: int) -> None:
     path = ready()
     recipe = load_recipe(path)
-    with subprocess.Popen(fresh("ppcl_ds.cli", "evaluate", path), env=environment(), cwd=ROOT) as process:
+    started = fresh("ppcl_ds.cli", "evaluate", path)
+    if world > 1:
+        started = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
+        started += ["-m", "ppcl_ds.cli", "evaluate", str(path)]
+    with subprocess.Popen(started, env=environment(), cwd=ROOT, start_new_session=True) as process:
         while len(files(recipe)) < 3 and process.poll() is None:
             time.sleep(0.01)
-        process.kill()
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
     before = files(recipe)
     assert 3 <= len(before) < 3 * len(PROMPTS) * 2
     found = draw(path)
