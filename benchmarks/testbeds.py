@@ -19,6 +19,7 @@ from torch import nn
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import Bench, ModelFigures
 from ppcl_ds.recipe import Recipe, load_recipe
+from ppcl_ds.recipe_file import read_recipe_file
 from ppcl_ds.shipped import shipped
 from ppcl_ds.teacher.encoding import Decoder
 from ppcl_ds.teacher.heldout import mean_squared
@@ -58,7 +59,7 @@ def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", teac
     Raises:
         UserError: the demo has not been made.
     """
-    recipe = yaml.safe_load(shipped(f"recipes/{testbed}.yaml").read_text())
+    recipe = read_recipe_file(shipped(f"recipes/{testbed}.yaml")).raw
     demo, made_by = Path(recipe["run"]), f"ppcl demo recipes/{testbed}.yaml"
     if teacher:
         demo, made_by = demo.with_name(f"spread-{teacher}"), "python -m benchmarks.spread"

@@ -13,6 +13,7 @@ from PIL import Image
 from ppcl_ds.demo.emoji import asked
 from ppcl_ds.demo.emoji_judge import judge_file, train
 from ppcl_ds.demo.testbeds import TESTBEDS, read_samples
+from ppcl_ds.recipe_file import read_recipe_file
 from ppcl_ds.shipped import shipped
 from tests.conftest import command
 from tests.demo.emoji_packages import WIDTH
@@ -22,7 +23,7 @@ SHORT = {"log_every": 2, "micro_batch": 4, "micro_batches_per_step": 2}
 
 def shortened(name: str, folder: Path, **config: Any) -> Path:
     """The recipe of that name with few steps, and a teacher of two blocks."""
-    recipe = yaml.safe_load(shipped(f"recipes/{name}.yaml").read_text())
+    recipe = read_recipe_file(shipped(f"recipes/{name}.yaml")).raw
     recipe["run"] = str(folder / "run")
     recipe["demo"] |= {"steps": 4, "batch_size": 8}
     recipe["demo"]["config"] |= {"num_layers": 2, "attention_head_dim": 16, "axes_dims_rope": [4, 6, 6], **config}
