@@ -330,8 +330,8 @@ def test_a_worker_that_was_killed_is_one_line(project: Path, ppcl_data: Command)
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH")]))},
     )
     assert done.returncode == 2, done.stderr
-    assert "error: a worker process was killed" in done.stderr
-    assert done.stderr.count("\n") == 1
+    [said] = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
+    assert said.startswith("error: a worker process was killed")
     ppcl_data("shard", project)
     assert len(members(project / "shards" / "raw")) == 2 * COUNT
 
