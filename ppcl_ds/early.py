@@ -132,10 +132,10 @@ def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: s
         check_lock(folder.path)
     try:
         before = json.loads(folder.recipe.read_bytes())
-        same = folder.plan.read_bytes() == recipe.plan_file.read_bytes()
-    except (OSError, ValueError):
+        same = folder.finished(steps) and _holds_plan(folder, recipe.plan_file)
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
         return False
-    if not (same and folder.finished(steps) and _read(before) == _read(recipe.model_dump(mode="json"))):
+    if not (same and _read(before) == _read(recipe.model_dump(mode="json"))):
         return False
     if launch.is_first_rank():
         print(f"{folder.command}: {steps} of {steps} steps are done, in {folder.checkpoints / checkpoint_tag(steps)}")
@@ -144,6 +144,16 @@ def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: s
         known = reporting.read_report(folder.progress).model_dump(include={"what", "loss", "samples_per_second"})
         reporting.own.update(**known, state="done", step=steps, total=steps)
     return True
+
+
+def _holds_plan(folder: TrainingFolder, path: Path) -> bool:
+    """Whether a training's newest checkpoint is of a plan: that of its start, or of a library, all units of it."""
+    if folder.command == "finetune":
+        return folder.plan.read_bytes() == path.read_bytes()
+    units, trained = (yaml.safe_load(plan.read_bytes())["units"] for plan in (path, folder.plan))
+    newest = folder.checkpoints / (folder.checkpoints / "latest").read_text().strip()
+    held = json.loads((newest / "checkpoint.json").read_bytes())["units"]
+    return all(unit in trained and unit["name"] in held for unit in units)
 
 
 def _read(recipe: Any) -> dict[str, Any]:

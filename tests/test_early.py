@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ppcl_ds import early
 from ppcl_ds.export import cli as export_cli
@@ -21,7 +23,7 @@ from ppcl_ds.reporting import read_report
 from tests.test_recipe import TEXT
 
 TUNED = "finetune: {steps: 2, micro_batch: 2, micro_batches_per_step: 1}\n"
-PLAN = "teacher: T\nblocks: 6\nunits: []\nvariants: {small: []}\n"
+PLAN = "teacher: T\nblocks: 6\nunits: [{name: a, span: [1, 2], streams: [image, text]}]\nvariants: {small: [a]}\n"
 
 
 @pytest.fixture
@@ -79,6 +81,8 @@ def finished(recipe: Recipe) -> None:
     folder = recipe.distillation
     (folder.checkpoints / checkpoint_tag(4)).mkdir(parents=True)
     (folder.checkpoints / "latest").write_text(checkpoint_tag(4))
+    held = {unit["name"]: {} for unit in yaml.safe_load(PLAN)["units"]}
+    (folder.checkpoints / checkpoint_tag(4) / "checkpoint.json").write_text(json.dumps({"units": held}))
     shutil.copy(recipe.plan_file, folder.plan)
     folder.recipe.write_text(recipe.model_dump_json())
 
@@ -99,7 +103,23 @@ def test_a_training_that_may_not_be_done_is_looked_at(path: Path, change: str) -
     finished(recipe)
     changed = load_recipe(path, [change])
     assert not early.is_finished(changed, changed.distillation, changed.distill.steps, "")
-    recipe.plan_file.write_text(PLAN + "# edited\n")
+
+
+def test_a_plan_of_units_that_are_trained_is_done_and_another_one_looked_at(path: Path) -> None:
+    """As after `ppcl plan --from-run`, which drops units, and after a plan that had them was restored."""
+    recipe = load_recipe(path)
+    finished(recipe)
+    newest = recipe.distillation.checkpoints / checkpoint_tag(4) / "checkpoint.json"
+    plan = yaml.safe_load(PLAN)
+    more = plan["units"][0] | {"name": "other"}
+    recipe.distillation.plan.write_text(yaml.safe_dump(plan | {"units": [*plan["units"], more]}))
+    assert early.is_finished(recipe, recipe.distillation, 4, "")
+    recipe.plan_file.write_text(yaml.safe_dump(plan | {"units": [*plan["units"], more]}))
+    assert not early.is_finished(recipe, recipe.distillation, 4, ""), "the checkpoint lacks it"
+    recipe.plan_file.write_text(yaml.safe_dump(plan | {"units": [plan["units"][0] | {"streams": ["image"]}]}))
+    assert not early.is_finished(recipe, recipe.distillation, 4, ""), "another unit of that name"
+    recipe.plan_file.write_text(PLAN)
+    newest.unlink()
     assert not early.is_finished(recipe, recipe.distillation, 4, "")
 
 
