@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -81,7 +82,7 @@ def finished(recipe: Recipe) -> None:
     folder = recipe.distillation
     (folder.checkpoints / checkpoint_tag(4)).mkdir(parents=True)
     (folder.checkpoints / "latest").write_text(checkpoint_tag(4))
-    held = {unit["name"]: {} for unit in yaml.safe_load(PLAN)["units"]}
+    held: dict[str, Any] = {unit["name"]: {} for unit in yaml.safe_load(PLAN)["units"]}
     (folder.checkpoints / checkpoint_tag(4) / "checkpoint.json").write_text(json.dumps({"units": held}))
     shutil.copy(recipe.plan_file, folder.plan)
     folder.recipe.write_text(recipe.model_dump_json())
