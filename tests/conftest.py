@@ -316,12 +316,14 @@ def mix_shapes(path: Path) -> None:
     encode(loaded)
 
 
-def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:
-    """Run `ppcl ARGUMENTS` as users do, check its exit code, return what it printed.
+def said(stderr: str) -> str:
+    """What a command has printed there, without what it says before it begins (see `tests/test_early.py`)."""
+    return "".join(line for line in stderr.splitlines(True) if not line.endswith(" ...\n"))
 
-    What it says before it begins (see `tests/test_early.py`) is left out.
-    """
+
+def command(*arguments: str | Path, program: str = "ppcl_ds.cli", code: int = 0) -> str:
+    """Run `ppcl ARGUMENTS` as users do, check its exit code, return what it printed, see `said`."""
     done = run(program, *arguments)
-    printed = done.stdout + "".join(line for line in done.stderr.splitlines(True) if not line.endswith(" ...\n"))
+    printed = done.stdout + said(done.stderr)
     assert done.returncode == code, printed
     return printed

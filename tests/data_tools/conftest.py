@@ -21,6 +21,7 @@ from PIL import Image
 
 from data_tools import cli
 from ppcl_ds.demo.pipeline import DigitsPipeline, PixelVae, WordTable
+from tests.conftest import said
 
 COUNT = 30
 
@@ -101,7 +102,7 @@ class Command:
         """Run a command that should fail; its one line on stderr behind those that say what it does."""
         code, _, err = self.run(name, target, *more)
         assert code == 2
-        err = "".join(line for line in err.splitlines(True) if not line.endswith(" ...\n"))
+        err = said(err)
         assert err.startswith("error: ")
         assert err.count("\n") == 1
         return err

@@ -18,6 +18,7 @@ from data_tools.shard import shard
 from ppcl_ds.data.images import as_rgb, decode
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import load_recipe
+from tests.conftest import said
 from tests.data.test_colours import by_hand, rgb_profile
 from tests.data_tools.conftest import COUNT, Command, abandon, index_of, members, png, tree, write_recipe
 
@@ -330,8 +331,8 @@ def test_a_worker_that_was_killed_is_one_line(project: Path, ppcl_data: Command)
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(project), os.environ.get("PYTHONPATH")]))},
     )
     assert done.returncode == 2, done.stderr
-    [said] = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
-    assert said.startswith("error: a worker process was killed")
+    [line] = said(done.stderr).splitlines()
+    assert line.startswith("error: a worker process was killed")
     ppcl_data("shard", project)
     assert len(members(project / "shards" / "raw")) == 2 * COUNT
 
