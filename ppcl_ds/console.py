@@ -51,6 +51,7 @@ def run(app: typer.Typer) -> None:
     memory.set_allocator()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, launch.leave_by_signal)
+    sys.unraisablehook = launch.lost
     if launch.is_rank():
         launch.end_with_launcher()
     reporting.keep_in(reporting.of_job()).update()  # what an earlier start left is over

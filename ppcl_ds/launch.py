@@ -48,6 +48,12 @@ def leave_by_signal(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
 
+def lost(what: sys.UnraisableHookArgs) -> None:
+    """For `sys.unraisablehook`: that Python has dropped an exit is nothing to print, as `signalled` knows of it."""
+    if not isinstance(what.exc_value, SystemExit):
+        sys.__unraisablehook__(what)
+
+
 def is_rank() -> bool:
     """Whether this process is already one of several (started by torchrun)."""
     return "RANK" in os.environ

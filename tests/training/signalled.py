@@ -2,7 +2,7 @@
 
 `ASKED=RANK:SIGNAL:COUNT` sends that rank the signal the COUNT-th time that it enters a function of ours, however busy
 the machine is. With `CALLS=FILE` it is sent none, and how often it entered one is written there at the end. With
-`SWALLOWED=1` the exception that the signal raises is lost, as where Python closes a generator.
+`SWALLOWED=1` that is while Python closes a generator, which loses the exception that the signal raises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,8 +29,17 @@ def count(frame: FrameType, event: str, _: Any) -> None:
         entered += 1
         if entered == COUNT and not CALLS:
             sys.setprofile(None)
-            with suppress(*[SystemExit] if SWALLOWED else []):
+            if SWALLOWED:
+                next(signalled())  # and is closed
+            else:
                 os.kill(os.getpid(), SIGNAL)
+
+
+def signalled() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        os.kill(os.getpid(), SIGNAL)
 
 
 if __name__ == "__main__":

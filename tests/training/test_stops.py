@@ -66,4 +66,5 @@ def test_a_signal_whose_exception_is_lost_ends_the_run_after_its_first_step(
     three_spans().save(recipe.plan_file)
     done = run("tests.training.signalled", "distill", path, env={"ASKED": f"1:{asked:d}:5000", "SWALLOWED": "1"})
     assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
     assert newest_checkpoint(recipe.distillation.checkpoints).contents.step == 1
