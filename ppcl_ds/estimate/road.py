@@ -29,6 +29,7 @@ from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.weightless import WithoutWeights
 from ppcl_ds.training.checks import checkpoint_bytes
 from ppcl_ds.training.meta_forward import MetaForward
+from ppcl_ds.units.kinds import parameters_saved
 
 _STORED = 2
 """Bytes of a number that is encoded: bfloat16."""
@@ -180,7 +181,7 @@ def _variants(walked: Walked) -> Iterator[tuple[str, float, int]]:
 
 
 def _names(walked: Walked) -> list[str]:
-    """Of the variants: the plan's, or those that the recipe asks for, where there is none yet."""
+    """Of the variants: those that the recipe asks for, or the plan's, where the recipe names none."""
     return list(walked.inputs.recipe.plan.variants or walked.inputs.plan.variants)
 
 
@@ -197,10 +198,16 @@ def _disk(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator[
         checkpoints += (recipe.finetune.keep_checkpoints + 1) * trained
     yield "checkpoints", checkpoints
     size, whole = DTYPES[recipe.teacher.precision].itemsize, found.teacher_parameters
-    blocks = inputs.teacher.anatomy.block_parameters
-    shares = {name: recipe.plan.variants.get(name, 0.0) for name in _names(walked)}
-    each = {name: int(size * (whole - shares[name] * blocks)) for name in shares}
+    each = {name: int(size * (whole - _given_up(walked, name))) for name in _names(walked)}
     yield "variants", sum(each[name] * (1 + (name in walked.tunings)) for name in each)
+
+
+def _given_up(walked: Walked, variant: str) -> float:
+    """Parameters of the teacher that a variant lacks: the share that the recipe asks for, else what its units save."""
+    teacher, shares, plan = walked.inputs.teacher, walked.inputs.recipe.plan.variants, walked.inputs.plan
+    if variant in shares:
+        return shares[variant] * teacher.anatomy.block_parameters
+    return sum(parameters_saved(unit, teacher) for unit in plan.units_of(variant))
 
 
 def _priced(step: RoadStep, price: float | None) -> RoadStep:
