@@ -23,6 +23,7 @@ from ppcl_ds.estimate.whole import IMAGES
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.planning.swaps import SETS
 from ppcl_ds.probing.costs import worthwhile_parts
+from ppcl_ds.teacher.comparison import measures_of
 from ppcl_ds.teacher.encoding import mean_of
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.pipeline_call import PipelineCall
@@ -133,10 +134,13 @@ def _steps(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator
             accelerators=world,
         )
     teacher = walked.forward.flops_until[-1] / settings.micro_batch
+    guided = drawing.guidance > 1 and not inputs.teacher.call.embeds_guidance
     if recipe.plan.width or recipe.plan.candidates:  # measured with --from-run
         units = len(inputs.plan.units) + len(width_candidates(recipe.plan, inputs.teacher))
-        batches = -(-drawing.velocity_batches // world) * world * drawing.batch_size
-        flops = (units + SETS + 2) * batches * teacher
+        asked = -(-drawing.velocity_batches // world) * world * drawing.batch_size
+        if "draw" in measures_of(recipe, inputs.teacher.call):
+            asked += drawing.few_steps * recipe.plan.prompts
+        flops = (units + SETS + 2) * asked * (1 + guided) * teacher
         work = f"--from-run: {units} units, {SETS} sets"
         yield RoadStep(name="plan", work=work, flops=flops, seconds=flops / rate / world, accelerators=world)
     else:
@@ -153,7 +157,6 @@ def _steps(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator
             accelerators=world,
         )
     models = 1 + sum(share * times for _, share, times in _variants(walked))
-    guided = drawing.guidance > 1 and not inputs.teacher.call.embeds_guidance
     forwards = drawing.samples * drawing.steps * (1 + guided) + drawing.velocity_batches * drawing.batch_size
     drawn = 1 + sum(times for _, _, times in _variants(walked))
     flops = models * forwards * teacher + drawn * drawing.samples * coding.decode

@@ -104,6 +104,21 @@ def test_an_unknown_accelerator_of_the_recipe_is_named_by_its_key(unprepared: Un
         accelerator_for(recipe)
 
 
+def test_measuring_a_library_is_counted_with_its_draws_and_both_branches(
+    unprepared: Unprepared, tmp_path: Path
+) -> None:
+    """By the sum in `docs/planning.md`: held-out samples and draws of a few steps, twice where there is guidance."""
+    drawing = {"guidance": 2.0, "velocity_batches": 2, "batch_size": 4, "few_steps": 3}
+    found = whole(unprepared("qwen", plan={"candidates": ["uniform"], "prompts": 5}, evaluate=drawing), tmp_path)
+    forward = meta_forward(
+        Teacher(load_recipe(tmp_path / "recipe.yaml").teacher.path, weights=False, size=Size(8, 8)), Size(8, 8)
+    )
+    [plan] = (step for step in found.road if step.name == "plan")
+    units = sum(len(stage.layers) for stage in found.stages)
+    ways = units + 32 + 2  # units, random sets of them, and the teacher once for each
+    assert plan.flops == pytest.approx(ways * (2 * 4 + 3 * 5) * 2 * forward.flops_until[-1])
+
+
 def test_encoders_and_vae_are_counted_as_a_real_forward_counts(unprepared: Unprepared) -> None:
     """FLUX.1's: a VAE of convolutions, CLIP and T5, counted by torch while they run with weights."""
     folder = load_recipe(unprepared("flux")).teacher.path
