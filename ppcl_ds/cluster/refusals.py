@@ -119,7 +119,8 @@ def parts_of(recipe: Recipe) -> int:
 def _sized(recipe: Recipe, variant: str | None, teacher: Teacher) -> Estimate:
     """The estimate of a training on the recipe's cluster."""
     nodes, name = nodes_of(recipe), recipe.cluster.accelerator
-    accelerator = accelerator_called(name) if name else ACCELERATORS["h100"]  # which does not matter for its sizes
+    # Sizes do not hang on it where nobody has named it.
+    accelerator = accelerator_called(name, "cluster.accelerator") if name else ACCELERATORS["h100"]
     return size(read_inputs(recipe, nodes, recipe.topology.world // nodes, variant, teacher=teacher), accelerator)
 
 

@@ -91,7 +91,8 @@ def accelerator_for(recipe: Recipe, name: str | None = None) -> tuple[Accelerato
     if name:
         return accelerator_called(name), ""
     if recipe.cluster.accelerator:
-        return accelerator_called(recipe.cluster.accelerator), "cluster.accelerator"
+        key = "cluster.accelerator"
+        return accelerator_called(recipe.cluster.accelerator, key), key
     if launch.device().type == "cuda":
         return _own_gpu(), "this machine's"
     if recipe.teacher.precision == "fp32":
@@ -125,8 +126,11 @@ def _own_cpu(processes: int) -> Accelerator:
     return Accelerator(name="CPU", memory_gib=memory, tflops=tflops, tflops64=tflops / 2, intra_gb=2, inter_gb=1.25)
 
 
-def accelerator_called(name: str) -> Accelerator:
+def accelerator_called(name: str, key: str = "--accelerator") -> Accelerator:
     """The accelerator of that name.
+
+    Args:
+        key: that names it.
 
     Raises:
         UserError: the table does not have it.
@@ -134,5 +138,5 @@ def accelerator_called(name: str) -> Accelerator:
     if name not in ACCELERATORS:
         near = difflib.get_close_matches(name, ACCELERATORS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(ACCELERATORS)}"
-        raise UserError(f"--accelerator {name}: not in the table; {hint}")
+        raise UserError(f"{key} {name}: not in the table; {hint}")
     return ACCELERATORS[name]

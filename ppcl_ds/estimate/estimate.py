@@ -225,7 +225,7 @@ def _notes(account: Account, cluster: Cluster, precision: Precision, accelerator
         yield from _places(account, cluster, accelerator)
     if cluster.world > 1:
         yield from _copies(account, cluster, accelerator)
-    if precision != "bf16":
+    if precision != "bf16" and accelerator.name != "CPU":  # whose speed is measured in float32
         yield "times are those of bf16; memory is that of the recipe's precision"
 
 

@@ -23,12 +23,14 @@ from ppcl_ds.estimate.whole import IMAGES
 from ppcl_ds.planning.choose import width_candidates
 from ppcl_ds.planning.swaps import SETS
 from ppcl_ds.probing.costs import worthwhile_parts
+from ppcl_ds.teacher.comparison import measures_of
 from ppcl_ds.teacher.encoding import mean_of
 from ppcl_ds.teacher.noising import DTYPES
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.weightless import WithoutWeights
 from ppcl_ds.training.checks import checkpoint_bytes
 from ppcl_ds.training.meta_forward import MetaForward
+from ppcl_ds.units.kinds import parameters_saved
 
 _STORED = 2
 """Bytes of a number that is encoded: bfloat16."""
@@ -132,10 +134,13 @@ def _steps(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator
             accelerators=world,
         )
     teacher = walked.forward.flops_until[-1] / settings.micro_batch
+    guided = drawing.guidance > 1 and not inputs.teacher.call.embeds_guidance
     if recipe.plan.width or recipe.plan.candidates:  # measured with --from-run
         units = len(inputs.plan.units) + len(width_candidates(recipe.plan, inputs.teacher))
-        batches = -(-drawing.velocity_batches // world) * world * drawing.batch_size
-        flops = (units + SETS + 2) * batches * teacher
+        asked = -(-drawing.velocity_batches // world) * world * drawing.batch_size
+        if "draw" in measures_of(recipe, inputs.teacher.call):
+            asked += drawing.few_steps * recipe.plan.prompts
+        flops = (units + SETS + 2) * asked * (1 + guided) * teacher
         work = f"--from-run: {units} units, {SETS} sets"
         yield RoadStep(name="plan", work=work, flops=flops, seconds=flops / rate / world, accelerators=world)
     else:
@@ -152,7 +157,6 @@ def _steps(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator
             accelerators=world,
         )
     models = 1 + sum(share * times for _, share, times in _variants(walked))
-    guided = drawing.guidance > 1 and not inputs.teacher.call.embeds_guidance
     forwards = drawing.samples * drawing.steps * (1 + guided) + drawing.velocity_batches * drawing.batch_size
     drawn = 1 + sum(times for _, _, times in _variants(walked))
     flops = models * forwards * teacher + drawn * drawing.samples * coding.decode
@@ -180,7 +184,7 @@ def _variants(walked: Walked) -> Iterator[tuple[str, float, int]]:
 
 
 def _names(walked: Walked) -> list[str]:
-    """Of the variants: the plan's, or those that the recipe asks for, where there is none yet."""
+    """Of the variants: those that the recipe asks for, or the plan's, where the recipe names none."""
     return list(walked.inputs.recipe.plan.variants or walked.inputs.plan.variants)
 
 
@@ -197,10 +201,16 @@ def _disk(walked: Walked, coding: Coding, samples: int, known: str) -> Iterator[
         checkpoints += (recipe.finetune.keep_checkpoints + 1) * trained
     yield "checkpoints", checkpoints
     size, whole = DTYPES[recipe.teacher.precision].itemsize, found.teacher_parameters
-    blocks = inputs.teacher.anatomy.block_parameters
-    shares = {name: recipe.plan.variants.get(name, 0.0) for name in _names(walked)}
-    each = {name: int(size * (whole - shares[name] * blocks)) for name in shares}
+    each = {name: int(size * (whole - _given_up(walked, name))) for name in _names(walked)}
     yield "variants", sum(each[name] * (1 + (name in walked.tunings)) for name in each)
+
+
+def _given_up(walked: Walked, variant: str) -> float:
+    """Parameters of the teacher that a variant lacks: the share that the recipe asks for, else what its units save."""
+    teacher, shares, plan = walked.inputs.teacher, walked.inputs.recipe.plan.variants, walked.inputs.plan
+    if variant in shares:
+        return shares[variant] * teacher.anatomy.block_parameters
+    return sum(parameters_saved(unit, teacher) for unit in plan.units_of(variant))
 
 
 def _priced(step: RoadStep, price: float | None) -> RoadStep:

@@ -72,7 +72,7 @@ def consolidate(
         ),
     ] = None,
     changes: Changes = None,
-) -> None:
+) -> early.Done:
     """Write trained variants as diffusers folders, from the newest checkpoint: pruned/VARIANT in the run folder.
 
     Each folder has transformer/, a model card, checksums, and the rest of the pipeline if the teacher is a pipeline
@@ -94,6 +94,7 @@ def consolidate(
 
     form = Form.checked(dtype, max_shard_size, single_file, gguf, quantize)
     consolidate(recipe, variant or [], form, plug or [], out)
+    return early.Done(recipe, "consolidate", out is None)
 
 
 @app.command("import")

@@ -18,8 +18,8 @@ def report(
 ) -> None:
     """Make the page of a whole run, RUN/report.html: verdict, pictures, figures, cost, plan, probe, training.
 
-    It is one file that needs no network and no other file. probe, plan, distill, finetune and evaluate renew it; what a
-    run does not have yet is left out, with the command that makes it.
+    It is one file that needs no network and no other file. probe, plan, distill, finetune, consolidate and evaluate
+    renew it; what a run does not have yet is left out, with the command that makes it.
     """
     recipe = open_any(source)
     print(f"reading {recipe.run}", flush=True)  # what the page is made with takes seconds to import

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,19 +49,24 @@ def section(run: Path, models: Sequence[str]) -> list[Prompt]:
     names = [name for name in models if name in pictures.files]
     found = []
     for number, text in enumerate(pictures.captions[:_SHOWN]):
-        shown: Mapping[str, Shown] = {
-            name: picture(pictures.files[name][number], name) for name in names if number < len(pictures.files[name])
-        }
-        used = [each for name, each in shown.items() if not name.endswith(UNDISTILLED)]
-        found.append(Prompt(text.strip(), used, [each for name, each in shown.items() if name.endswith(UNDISTILLED)]))
+        every = [picture(pictures.files[name][number], name) for name in names if number < len(pictures.files[name])]
+        shown = [each for each in every if each]
+        used = [each for each in shown if not each.model.endswith(UNDISTILLED)]
+        found.append(Prompt(text.strip(), used, [each for each in shown if each.model.endswith(UNDISTILLED)]))
     return found
 
 
-def picture(path: Path, model: str) -> Shown:
-    """A picture as the page holds it in itself: as it is where it is small, else at most 768 pixels a side, as JPEG."""
-    with Image.open(path) as opened:
-        coarse, buffer = max(opened.size) <= _COARSE, io.BytesIO()
-        image = opened.copy() if coarse else opened.convert("RGB")
+def picture(path: Path, model: str) -> Shown | None:
+    """A picture as the page holds it in itself: as it is where it is small, else at most 768 pixels a side, as JPEG.
+
+    None where it is gone or damaged.
+    """
+    try:
+        with Image.open(path) as opened:
+            coarse, buffer = max(opened.size) <= _COARSE, io.BytesIO()
+            image = opened.copy() if coarse else opened.convert("RGB")
+    except OSError:
+        return None
     if not coarse:
         image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
     image.save(buffer, "PNG" if coarse else "JPEG", quality=88)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.recipe import Recipe, TrainingFolder, written_recipe
 from ppcl_ds.report.charts import Axis, Curve, number, plot
 from ppcl_ds.report.record import Record
 from ppcl_ds.reporting import Report, read_report
@@ -157,11 +158,17 @@ def bills(recipe: Recipe, boards: Mapping[TrainingFolder, Scalars], record: Reco
     """What every command of the run took, as far as it is known, in the order of the road."""
     found = [_recorded(recipe, "probe", record)]
     for folder, scalars in boards.items():
-        section: Distill | Finetune | None = recipe.distill if folder.command == "distill" else recipe.finetune
-        if scalars and section is not None:
+        if scalars and (section := _section(folder, recipe)):
             found.append(_training(folder, scalars, section, record))
     found += [_recorded(recipe, name, record) for name in ("plan", "consolidate", "evaluate")]
     return [bill for bill in found if bill is not None]
+
+
+def _section(folder: TrainingFolder, recipe: Recipe) -> Distill | Finetune | None:
+    """What a training was begun with; where that is not written down, what the recipe says now."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        recipe = written_recipe(folder.recipe.read_bytes())
+    return recipe.distill if folder.command == "distill" else recipe.finetune
 
 
 def _recorded(recipe: Recipe, name: str, record: Record) -> Bill | None:

@@ -30,6 +30,7 @@ from ppcl_ds.recipe import load_recipe
 from ppcl_ds.teacher.pipeline_call import PipelineCall
 from ppcl_ds.teacher.teacher import Teacher
 from ppcl_ds.training.meta_forward import meta_forward
+from ppcl_ds.units.plan import Plan, UnitPlan
 from tests.conftest import command, make_recipe
 
 Unprepared = Callable[..., Path]
@@ -76,6 +77,46 @@ def test_what_the_disk_will_hold(unprepared: Unprepared, tmp_path: Path) -> None
     call = PipelineCall(load_recipe(tmp_path / "recipe.yaml").teacher.path)
     latents, text = 8 * 8, sum(tensor.numel() for tensor in call.example(Size(8, 8)).tensors())
     assert found.disk["encoded shards"] == 3 * 4 * 4 * 2 * (latents + text)
+
+
+def test_the_disk_holds_the_variants_of_a_plan_that_is_given(unprepared: Unprepared, tmp_path: Path) -> None:
+    """Against the teacher's parameters less those of the blocks that the span takes, counted by their names."""
+    teacher = Teacher(load_recipe(unprepared("qwen")).teacher.path, weights=False, size=Size(8, 8))
+    unit = UnitPlan(name="all", span=(0, len(teacher.blocks) - 1), streams=("image",))
+    plan = Plan(teacher=teacher.class_name, blocks=len(teacher.blocks), units=(unit,), variants={"tiny": ("all",)})
+    plan.save(tmp_path / "given.yaml")
+    given = {"rule": "given", "given": str(tmp_path / "given.yaml"), "variants": {}}
+    found = whole(unprepared("qwen", plan=given, topology={"stages": 1}), tmp_path)
+    gone = sum(block.parameters for block in teacher.blocks[1:])
+    assert found.disk["variants"] == 4 * (found.teacher_parameters - gone)
+
+
+def test_times_of_a_cpu_are_not_said_to_be_of_bf16(unprepared: Unprepared) -> None:
+    recipe = load_recipe(unprepared("qwen"))
+    inputs = read_inputs(recipe, 1, recipe.topology.world)
+    said = [" ".join(size(inputs, each).notes) for each in (accelerator_for(recipe)[0], ACCELERATORS["h100"])]
+    assert ["bf16" in notes for notes in said] == [False, True]
+
+
+def test_an_unknown_accelerator_of_the_recipe_is_named_by_its_key(unprepared: Unprepared) -> None:
+    recipe = load_recipe(unprepared("qwen", cluster={"accelerator": "h10"}))
+    with pytest.raises(UserError, match=r"^cluster\.accelerator h10: .* 'h100'"):
+        accelerator_for(recipe)
+
+
+def test_measuring_a_library_is_counted_with_its_draws_and_both_branches(
+    unprepared: Unprepared, tmp_path: Path
+) -> None:
+    """By the sum in `docs/planning.md`: held-out samples and draws of a few steps, twice where there is guidance."""
+    drawing = {"guidance": 2.0, "velocity_batches": 2, "batch_size": 4, "few_steps": 3}
+    found = whole(unprepared("qwen", plan={"candidates": ["uniform"], "prompts": 5}, evaluate=drawing), tmp_path)
+    forward = meta_forward(
+        Teacher(load_recipe(tmp_path / "recipe.yaml").teacher.path, weights=False, size=Size(8, 8)), Size(8, 8)
+    )
+    [plan] = (step for step in found.road if step.name == "plan")
+    units = sum(len(stage.layers) for stage in found.stages)
+    ways = units + 32 + 2  # units, random sets of them, and the teacher once for each
+    assert plan.flops == pytest.approx(ways * (2 * 4 + 3 * 5) * 2 * forward.flops_until[-1])
 
 
 def test_encoders_and_vae_are_counted_as_a_real_forward_counts(unprepared: Unprepared) -> None:

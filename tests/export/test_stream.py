@@ -25,6 +25,7 @@ from ppcl_ds.export.card import write_card
 from ppcl_ds.export.consolidate import Export, Form, consolidate, read_switches, replug
 from ppcl_ds.export.model_folder import shard_bytes, weights_digest
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
+from ppcl_ds.report.record import read_record
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan
@@ -79,6 +80,8 @@ def test_the_command_takes_a_recipe_or_a_run_folder_that_was_moved(new_run: NewR
     recipe = pretend_trained(path, "qwen")
     command("consolidate", path)
     assert {folder.name for folder in (recipe.run / "pruned").iterdir()} == {"small", "medium"}
+    assert "pruned/medium/" in (recipe.run / "report.html").read_text()
+    assert [each.name for each in read_record(recipe.run).commands] == ["consolidate"]
     copy = tmp_path / "elsewhere"
     recipe.run.rename(copy)  # with the teacher in it
     command("consolidate", copy, "--variant", "small", "--out", tmp_path / "mine", "--dtype", "bf16")

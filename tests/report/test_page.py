@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_ds.recipe import Recipe
+from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.report.page import write_page
 from ppcl_ds.report.probe import cheapest, in_words
 from ppcl_ds.report.record import open_any, read_record
@@ -314,3 +314,20 @@ def test_the_command_takes_a_run_folder(tmp_path: Path) -> None:
     assert "report.html" in command("report", recipe.run)
     assert (recipe.run / "report.html").exists()
     assert "is not the folder of a run" in command("report", tmp_path, code=2)
+
+
+def test_a_picture_that_cannot_be_read_is_left_out(tmp_path: Path) -> None:
+    recipe = make_run(tmp_path / "run")
+    shown = sum(given.get("data-model") == "small" for given in read(recipe).images)
+    (recipe.run / "samples" / "small" / "00.png").write_text("no picture")
+    assert sum(given.get("data-model") == "small" for given in read(recipe).images) == shown - 1
+
+
+def test_cost_is_counted_as_each_training_was_begun(tmp_path: Path) -> None:
+    recipe = make_run(tmp_path / "run")
+    before = read(recipe).rows("cost")
+    for folder in TrainingFolder.all_of(recipe.run):
+        folder.recipe.write_text(recipe.model_dump_json())
+    larger = recipe.distill.model_copy(update={"micro_batch": 400})
+    changed = recipe.model_copy(update={"distill": larger, "finetune": None})
+    assert read(changed).rows("cost") == before
