@@ -74,7 +74,8 @@ def shorten(path: Path) -> None:
         recipe["distill"]["trajectories"] |= {"steps": [2, 4]}
         recipe["finetune"] = None
     recipe["probe"] = {"batch_size": 1, "batches": 4}
-    recipe["evaluate"] |= {"samples": 2, "batch_size": 1, "steps": 2, "velocity_batches": 2}
+    recipe["evaluate"] |= {"samples": 2, "batch_size": 1, "steps": 2, "velocity_batches": 2, "few_steps": 2}
+    recipe["plan"]["prompts"] = 2
     path.write_text(yaml.safe_dump(recipe))
 
 

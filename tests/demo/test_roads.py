@@ -30,6 +30,9 @@ def shortened(name: str, folder: Path, **config: Any) -> Path:
     recipe["distill"] |= {"steps": 4, "sample_every": 2, "checkpoint_every": 2, **SHORT}
     recipe["finetune"] |= {"variants": ["half"], "steps": 2, "sample_every": 1, "checkpoint_every": 1, **SHORT}
     recipe["plan"]["variants"] = {"half": 0.5}
+    for training in ("distill", "finetune"):
+        if "trajectories" in recipe[training]:
+            recipe[training]["trajectories"]["steps"] = [2, 4]
     recipe["topology"] = {"stages": 1}
     recipe["probe"] = {"batch_size": 4, "batches": 2}
     recipe["evaluate"] |= {"samples": 8, "batch_size": 8, "steps": 2, "velocity_batches": 1}

@@ -184,7 +184,7 @@ class Case:
                     "blocks_at_once": self.at_once or None,
                     "max_span": 3,
                 },
-                "plan": {"variants": {"small": 0.4}, "max_span": 3},
+                "plan": {"variants": {"small": 0.4}, "max_span": 3, "prompts": 4},
                 "topology": {"stages": self.stages, "replicas": self.replicas},
                 "distill": training
                 | {
@@ -198,6 +198,7 @@ class Case:
                     "steps": self.drawing_steps,
                     "guidance": 4.0,
                     "velocity_batches": 2,
+                    "few_steps": 2,
                 },
                 "deepspeed": {"teacher": written} if written.exists() else {},
             }
