@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, inf, isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +127,12 @@ class Forecast:
         return replace(self, models={measure: model.grown(factors) for measure, model in self.models.items()})
 
     def value(self, errors: Errors) -> float:
-        """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs."""
+        """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs.
+
+        Infinite where one of them is not finite.
+        """
+        if not all(isfinite(errors[aim]) for aim in self.aims):
+            return inf
         return exp(sum(log(max(errors[aim], _LEAST)) for aim in self.aims) / len(self.aims))
 
     def saved(self, budget: Budget) -> Array:
@@ -178,7 +183,7 @@ def fitted_model(swaps: Swaps, measure: str) -> ErrorModel:
         sum_i g_ii + sum_{i<j} (2 a g_ij + (c_i + c_j) sqrt(g_ii g_jj)).
 
     With a = 1, c = 0 nothing bends. One a and a c for each unit are fitted to the measured sets by least squares of the
-    relative error, c with a ridge.
+    relative error, c with a ridge. Sets whose error is not finite say nothing of others.
     """
     products = np.array(swaps.products[measure])
     alone = products.diagonal().copy()
@@ -187,6 +192,8 @@ def fitted_model(swaps: Swaps, measure: str) -> ErrorModel:
     rows, sides = [], []
     for each in swaps.sets:
         chosen, error = [place[name] for name in each.units], each.errors[measure]
+        if not isfinite(error):
+            continue
         overlap = products[np.ix_(chosen, chosen)].sum() - alone[chosen].sum()
         bends = np.zeros(len(alone))
         bends[chosen] = roots[np.ix_(chosen, chosen)].sum(1) - alone[chosen]

@@ -53,6 +53,8 @@ def test_what_says_nothing_changes_nothing() -> None:
     units = [unit(0, 1), unit(2, 3)]
     assert exponents(units, {}) == [0.0, 0.0]
     assert exponents(units, {"0-1": [(10, 1.0), (20, 0.9)]}) == [0.0, 0.0]
+    spike = {"0-1": [(step, float("inf") if step == 100 else loss) for step, loss in curve(0.4)], "2-3": curve(0.4)}
+    assert exponents(units, spike) == pytest.approx([0.4, 0.4]), "a loss that is not finite says nothing"
     rising = exponents(units, {each.name: curve(-0.3) for each in units})
     assert rising == [0.0, 0.0], "no unit is expected to get worse"
     assert factors([0.5, 0.5], 0, 100).tolist() == [1.0, 1.0]
