@@ -114,6 +114,12 @@ _CHARGES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _SWEEPS = 2
 """Times that every variant is chosen at one charge; from the second on each knows what all others plug."""
 
+_PATIENCE = 900.0
+"""Seconds that all variants may be searched for: other ranks wait, and would be given up after an hour."""
+
+_SHORTEST = 4.0
+"""Seconds of one search, however many there are: in less, the solver may find no set at all."""
+
 Sets = dict[str, tuple[str, ...]]
 """Variant -> the units that it plugs."""
 
@@ -168,6 +174,8 @@ class Chooser:
 
     def __init__(self, section: PlanSection, swaps: Swaps, budget: Budget, now: Forecast, steps: float) -> None:
         self.section, self.swaps, self.budget, self.now = section, swaps, budget, now
+        charges = 1 if section.unit_steps is None else 2 * 2 * len(_CHARGES) * _SWEEPS  # each also without a charge
+        self._seconds = max(_SHORTEST, _PATIENCE / max(1, charges * len(section.variants)))
         self.then = now.grown(swaps.factors(steps))
         self.units = {unit.name: unit for unit in swaps.units}
         self.saved = dict(zip(self.units, self.now.saved(budget), strict=True))
@@ -207,7 +215,7 @@ class Chooser:
         asked = np.array([charges.get(name, 0.0) for name in self.units])
         # As near to the goal as units allow; where nothing is that near, half a block is near enough.
         for slack in (self.budget.tolerance(gains), self.budget.slack):
-            places = self.then.best(self.budget, goal - slack, goal + slack, asked)
+            places = self.then.best(self.budget, goal - slack, goal + slack, asked, seconds=self._seconds)
             if places is not None:
                 break
         else:

@@ -139,19 +139,22 @@ class Forecast:
         """(K,) what every unit gives up."""
         return np.array([budget.saved([unit]) for unit in self.units])
 
-    def best(self, budget: Budget, least: float, most: float, charge: Array | None = None) -> list[int] | None:
+    def best(
+        self, budget: Budget, least: float, most: float, charge: Array | None = None, **search: float
+    ) -> list[int] | None:
         """Places of the units of least objective that give up between `least` and `most`; None: no set does.
 
         Args:
             charge: (K,) what each unit adds to every error for being plugged at all, as a share of what the best set
                 without charges costs.
+            search: see `least_product`.
         """
         free = [self.models[aim].candidates(budget) for aim in self.aims]
-        chosen = least_product(free, least, most)
+        chosen = least_product(free, least, most, **search)
         if chosen is None or charge is None or not charge.any():
             return chosen
         charged = [replace(each, errors=each.errors + charge * each.total(chosen)) for each in free]
-        return least_product(charged, least, most)
+        return least_product(charged, least, most, **search)
 
 
 def probed(report: ProbeReport, teacher: Teacher) -> Forecast:
