@@ -124,7 +124,9 @@ Sets = dict[str, tuple[str, ...]]
 """Variant -> the units that it plugs."""
 
 
-def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) -> Sets:
+def choose_sets(
+    section: PlanSection, swaps: Swaps, budget: Budget, steps: int, kept: Mapping[str, tuple[str, ...]] | None = None
+) -> Sets:
     """The units of every variant: the best of the sets that were measured and the one that the forecast likes best.
 
     Errors are those that are forecast for the end of training. That is `steps` for every unit; or, where the recipe has
@@ -135,6 +137,7 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
 
     Args:
         steps: `distill.steps`.
+        kept: variants that stay as they are: their units are in the library, and are trained, too.
 
     Raises:
         UserError: no set of units reaches a variant's share.
@@ -158,8 +161,8 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
         sets: Sets = {}
         size = len(swaps.units)
         for _ in range(_SWEEPS):
-            sets = chooser(size).sets(charge, sets, smallest_first)
-            size = len(_used(sets))
+            sets = chooser(size).sets(charge, {**(kept or {}), **sets}, smallest_first)
+            size = len(_used({**(kept or {}), **sets}))
         plans.append((chooser(size).total(sets), sets))
     return min(plans, key=lambda plan: plan[0])[1]
 
@@ -231,6 +234,12 @@ def _used(sets: Mapping[str, tuple[str, ...]]) -> set[str]:
     return {name for names in sets.values() for name in names}
 
 
+def kept_variants(section: PlanSection, library: Plan, others: Mapping[str, tuple[str, ...]]) -> Sets:
+    """Those of the plan as it was that the recipe does not name, if the library has their units."""
+    known = {unit.name for unit in library.units}
+    return {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
+
+
 def choose_again(
     section: PlanSection, swaps: Swaps, library: Plan, budget: Budget, steps: int, others: Mapping[str, tuple[str, ...]]
 ) -> Plan:
@@ -238,11 +247,10 @@ def choose_again(
 
     Args:
         steps: `distill.steps`.
-        others: variants of the plan as it was that the recipe does not name; they stay if the library has their units.
+        others: variants of the plan as it was, see `kept_variants`.
     """
-    known = {unit.name for unit in library.units}
-    kept = {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
-    variants = kept | choose_sets(section, swaps, budget, steps)
+    kept = kept_variants(section, library, others)
+    variants = kept | choose_sets(section, swaps, budget, steps, kept)
     used = _used(variants)
     units = tuple(unit for unit in library.units if unit.name in used)
     return library.model_copy(update={"units": units, "variants": variants})
