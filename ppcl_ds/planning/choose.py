@@ -114,11 +114,19 @@ _CHARGES = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 _SWEEPS = 2
 """Times that every variant is chosen at one charge; from the second on each knows what all others plug."""
 
+_PATIENCE = 900.0
+"""Seconds that all variants may be searched for: other ranks wait, and would be given up after an hour."""
+
+_SHORTEST = 4.0
+"""Seconds of one search, however many there are: in less, the solver may find no set at all."""
+
 Sets = dict[str, tuple[str, ...]]
 """Variant -> the units that it plugs."""
 
 
-def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) -> Sets:
+def choose_sets(
+    section: PlanSection, swaps: Swaps, budget: Budget, steps: int, kept: Mapping[str, tuple[str, ...]] | None = None
+) -> Sets:
     """The units of every variant: the best of the sets that were measured and the one that the forecast likes best.
 
     Errors are those that are forecast for the end of training. That is `steps` for every unit; or, where the recipe has
@@ -129,6 +137,7 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
 
     Args:
         steps: `distill.steps`.
+        kept: variants that stay as they are: their units are in the library, and are trained, too.
 
     Raises:
         UserError: no set of units reaches a variant's share.
@@ -152,8 +161,8 @@ def choose_sets(section: PlanSection, swaps: Swaps, budget: Budget, steps: int) 
         sets: Sets = {}
         size = len(swaps.units)
         for _ in range(_SWEEPS):
-            sets = chooser(size).sets(charge, sets, smallest_first)
-            size = len(_used(sets))
+            sets = chooser(size).sets(charge, {**(kept or {}), **sets}, smallest_first)
+            size = len(_used({**(kept or {}), **sets}))
         plans.append((chooser(size).total(sets), sets))
     return min(plans, key=lambda plan: plan[0])[1]
 
@@ -168,6 +177,8 @@ class Chooser:
 
     def __init__(self, section: PlanSection, swaps: Swaps, budget: Budget, now: Forecast, steps: float) -> None:
         self.section, self.swaps, self.budget, self.now = section, swaps, budget, now
+        charges = 1 if section.unit_steps is None else 2 * 2 * len(_CHARGES) * _SWEEPS  # each also without a charge
+        self._seconds = max(_SHORTEST, _PATIENCE / max(1, charges * len(section.variants)))
         self.then = now.grown(swaps.factors(steps))
         self.units = {unit.name: unit for unit in swaps.units}
         self.saved = dict(zip(self.units, self.now.saved(budget), strict=True))
@@ -207,7 +218,7 @@ class Chooser:
         asked = np.array([charges.get(name, 0.0) for name in self.units])
         # As near to the goal as units allow; where nothing is that near, half a block is near enough.
         for slack in (self.budget.tolerance(gains), self.budget.slack):
-            places = self.then.best(self.budget, goal - slack, goal + slack, asked)
+            places = self.then.best(self.budget, goal - slack, goal + slack, asked, seconds=self._seconds)
             if places is not None:
                 break
         else:
@@ -223,6 +234,12 @@ def _used(sets: Mapping[str, tuple[str, ...]]) -> set[str]:
     return {name for names in sets.values() for name in names}
 
 
+def kept_variants(section: PlanSection, library: Plan, others: Mapping[str, tuple[str, ...]]) -> Sets:
+    """Those of the plan as it was that the recipe does not name, if the library has their units."""
+    known = {unit.name for unit in library.units}
+    return {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
+
+
 def choose_again(
     section: PlanSection, swaps: Swaps, library: Plan, budget: Budget, steps: int, others: Mapping[str, tuple[str, ...]]
 ) -> Plan:
@@ -230,11 +247,10 @@ def choose_again(
 
     Args:
         steps: `distill.steps`.
-        others: variants of the plan as it was that the recipe does not name; they stay if the library has their units.
+        others: variants of the plan as it was, see `kept_variants`.
     """
-    known = {unit.name for unit in library.units}
-    kept = {name: units for name, units in others.items() if known.issuperset(units) and name not in section.variants}
-    variants = kept | choose_sets(section, swaps, budget, steps)
+    kept = kept_variants(section, library, others)
+    variants = kept | choose_sets(section, swaps, budget, steps, kept)
     used = _used(variants)
     units = tuple(unit for unit in library.units if unit.name in used)
     return library.model_copy(update={"units": units, "variants": variants})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import exp, log
+from math import exp, inf, isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,26 +127,34 @@ class Forecast:
         return replace(self, models={measure: model.grown(factors) for measure, model in self.models.items()})
 
     def value(self, errors: Errors) -> float:
-        """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs."""
+        """The objective: the geometric mean of the errors that are aimed at, whose logarithm is the mean of theirs.
+
+        Infinite where one of them is not finite.
+        """
+        if not all(isfinite(errors[aim]) for aim in self.aims):
+            return inf
         return exp(sum(log(max(errors[aim], _LEAST)) for aim in self.aims) / len(self.aims))
 
     def saved(self, budget: Budget) -> Array:
         """(K,) what every unit gives up."""
         return np.array([budget.saved([unit]) for unit in self.units])
 
-    def best(self, budget: Budget, least: float, most: float, charge: Array | None = None) -> list[int] | None:
+    def best(
+        self, budget: Budget, least: float, most: float, charge: Array | None = None, **search: float
+    ) -> list[int] | None:
         """Places of the units of least objective that give up between `least` and `most`; None: no set does.
 
         Args:
             charge: (K,) what each unit adds to every error for being plugged at all, as a share of what the best set
                 without charges costs.
+            search: see `least_product`.
         """
         free = [self.models[aim].candidates(budget) for aim in self.aims]
-        chosen = least_product(free, least, most)
+        chosen = least_product(free, least, most, **search)
         if chosen is None or charge is None or not charge.any():
             return chosen
         charged = [replace(each, errors=each.errors + charge * each.total(chosen)) for each in free]
-        return least_product(charged, least, most)
+        return least_product(charged, least, most, **search)
 
 
 def probed(report: ProbeReport, teacher: Teacher) -> Forecast:
@@ -178,7 +186,7 @@ def fitted_model(swaps: Swaps, measure: str) -> ErrorModel:
         sum_i g_ii + sum_{i<j} (2 a g_ij + (c_i + c_j) sqrt(g_ii g_jj)).
 
     With a = 1, c = 0 nothing bends. One a and a c for each unit are fitted to the measured sets by least squares of the
-    relative error, c with a ridge.
+    relative error, c with a ridge. Sets whose error is not finite say nothing of others.
     """
     products = np.array(swaps.products[measure])
     alone = products.diagonal().copy()
@@ -187,6 +195,8 @@ def fitted_model(swaps: Swaps, measure: str) -> ErrorModel:
     rows, sides = [], []
     for each in swaps.sets:
         chosen, error = [place[name] for name in each.units], each.errors[measure]
+        if not isfinite(error):
+            continue
         overlap = products[np.ix_(chosen, chosen)].sum() - alone[chosen].sum()
         bends = np.zeros(len(alone))
         bends[chosen] = roots[np.ix_(chosen, chosen)].sum(1) - alone[chosen]

@@ -6,6 +6,7 @@ K units of the library.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,8 +55,8 @@ def exponents(units: Sequence[UnitPlan], curves: Mapping[str, Curve]) -> list[fl
 
 
 def _slope(curve: Curve) -> tuple[float, float] | None:
-    """A curve's exponent and how many points have told it; None where they are too few."""
-    points = [(step, loss) for step, loss in curve if loss > 0 and step * _TAIL >= curve[-1][0]]
+    """A curve's exponent and how many finite points have told it; None where they are too few."""
+    points = [(step, loss) for step, loss in curve if 0 < loss < inf and step * _TAIL >= curve[-1][0]]
     if len({step for step, _ in points}) < 3:
         return None
     steps, losses = np.log(np.array(points, dtype=float)).T

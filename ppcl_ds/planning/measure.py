@@ -281,7 +281,8 @@ def measure_swaps(
         sets = [names for names in wanted if swaps.errors_of(names) is None]
         if not sets:
             break
-    swaps.sets += bench.errors([names for names in wanted if len(names) == 1])  # so far without noise levels
+    # Units alone, so far without noise levels; and what was chosen last.
+    swaps.sets += bench.errors([names for names in wanted if swaps.set_of(names) is None])
     removed = {frozenset(each.units): each.removed for each in bench.errors(wanted, removed=True)}
     for each in swaps.sets:
         each.removed = removed.get(frozenset(each.units), {})

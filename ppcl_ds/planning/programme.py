@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -16,7 +17,10 @@ Array = NDArray[np.float64]
 Weights = tuple[float, float]
 
 _SECONDS = 60.0
-"""Longest search; what is found by then is within a fraction of a percent of the best."""
+"""Longest search of one programme; of a few dozen units what is found by then is within a percent of the best."""
+
+_AT_LEAST = 4
+"""Programmes that a search for the least product has time for."""
 
 _SAME = 1e-4
 """Errors that differ by less are the same, as the solver does not look closer."""
@@ -63,7 +67,9 @@ def weighted(candidates: Sequence[Candidates], weights: Sequence[float]) -> Cand
     return replace(candidates[0], errors=errors, pairs=products)
 
 
-def least_product(candidates: Sequence[Candidates], least: float, most: float) -> list[int] | None:
+def least_product(
+    candidates: Sequence[Candidates], least: float, most: float, seconds: float = _AT_LEAST * _SECONDS
+) -> list[int] | None:
     """The units whose errors by one or two measures have the least product, among those of `cheapest`.
 
     log v + log d is concave in (v, d). Over the points that sets can reach, its minimum is a vertex of their convex
@@ -73,15 +79,19 @@ def least_product(candidates: Sequence[Candidates], least: float, most: float) -
     weights have shown, so no better than the corner where these meet; where that is no better than what is known,
     nothing is searched. So the optimum is found, not only one that small changes of w do not better.
 
+    Args:
+        seconds: after so many nothing new is searched, and the best so far is taken; a quarter of it for a programme.
+
     Returns:
         Their places among the candidates; None where no set will do.
     """
     if len(candidates) == 1:
-        return cheapest(candidates[0], least, most)
+        return cheapest(candidates[0], least, most, seconds / _AT_LEAST)
+    end = time.monotonic() + seconds
     assert len(candidates) == 2, "a hull in the plane"
 
     def solved(weights: tuple[float, float]) -> _Vertex | None:
-        chosen = cheapest(weighted(candidates, weights), least, most)
+        chosen = cheapest(weighted(candidates, weights), least, most, seconds / _AT_LEAST)
         if chosen is None:
             return None
         return _Vertex(chosen, *(max(each.total(chosen), _LEAST) for each in candidates))
@@ -94,7 +104,7 @@ def least_product(candidates: Sequence[Candidates], least: float, most: float) -
         return (first or last or _Vertex(None, 0.0, 0.0)).chosen
     best = min(first, last, key=_Vertex.product)
     open_parts = [(first, ends[0], last, ends[1])]
-    while open_parts:
+    while open_parts and time.monotonic() < end:
         left, left_weights, right, right_weights = open_parts.pop()
         if right.v - left.v <= _SAME * right.v or left.d - right.d <= _SAME * left.d:
             continue
@@ -132,12 +142,15 @@ def _corner(left: _Vertex, left_weights: Weights, right: _Vertex, right_weights:
     return float(max(v, 0.0) * max(d, 0.0))
 
 
-def cheapest(candidates: Candidates, least: float, most: float) -> list[int] | None:
+def cheapest(candidates: Candidates, least: float, most: float, seconds: float = _SECONDS) -> list[int] | None:
     """The units of least total error among those sets that give up between `least` and `most`.
 
     Minimises `sum_i e_i x_i + sum_{i<j} p_ij x_i x_j` over binary x. Each product is a variable of its own, held to
     `x_i + x_j - 1 <= y_ij <= x_i, x_j` (McCormick's envelope), so that scipy's HiGHS can solve it as a linear programme
     over integers.
+
+    Args:
+        seconds: longest search, at most `_SECONDS`; then the best so far is taken.
 
     Returns:
         Their places among the candidates; None where no set will do. Never the empty set: that is the teacher.
@@ -162,7 +175,7 @@ def cheapest(candidates: Candidates, least: float, most: float) -> list[int] | N
         c=costs * (1e4 / (np.abs(costs).max() or 1.0)),
         integrality=np.concatenate([np.ones(count), np.zeros(len(first))]),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-9 if not len(first) else 1e-4, "time_limit": _SECONDS},
+        options={"mip_rel_gap": 1e-9 if not len(first) else 1e-4, "time_limit": min(seconds, _SECONDS)},
         constraints=constraints,
     )
     if solution.x is None:

@@ -12,7 +12,7 @@ from ppcl_ds.atomic import atomic_write
 from ppcl_ds.data.stream import check_data
 from ppcl_ds.errors import UserError
 from ppcl_ds.planning.budget import Budget
-from ppcl_ds.planning.choose import choose_again, choose_sets
+from ppcl_ds.planning.choose import choose_again, choose_sets, kept_variants
 from ppcl_ds.planning.error_model import MEASURES, fitted
 from ppcl_ds.planning.growth import exponents
 from ppcl_ds.planning.planner import budget_for, write
@@ -106,9 +106,7 @@ class Replan:
         if not launch.is_first_rank():
             return
         budget = self._budget(swaps)
-        now = self.recipe.plan_file
-        others = load_plan(now, self.teacher).variants if now.exists() else {}
-        plan = choose_again(self.recipe.plan, swaps, self.library, budget, self.recipe.distill.steps, others)
+        plan = choose_again(self.recipe.plan, swaps, self.library, budget, self.recipe.distill.steps, self._others())
         write(self.recipe, plan, self.teacher, fitted(swaps, self.recipe.plan.objective), budget, swaps)
 
     def _curves(self) -> dict[str, list[tuple[int, float]]]:
@@ -116,7 +114,14 @@ class Replan:
         return unit_losses(read_scalars(self.board)) if self.board.exists() else {}
 
     def _choose(self, swaps: Swaps) -> dict[str, tuple[str, ...]]:
-        return choose_sets(self.recipe.plan, swaps, self._budget(swaps), self.recipe.distill.steps)
+        section = self.recipe.plan
+        kept = kept_variants(section, self.library, self._others())
+        return choose_sets(section, swaps, self._budget(swaps), self.recipe.distill.steps, kept)
+
+    def _others(self) -> dict[str, tuple[str, ...]]:
+        """The variants of the plan as it was."""
+        now = self.recipe.plan_file
+        return load_plan(now, self.teacher).variants if now.exists() else {}
 
     def _budget(self, swaps: Swaps) -> Budget:
         return budget_for(self.recipe, self.library, self.teacher, swaps)

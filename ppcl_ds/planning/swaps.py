@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ppcl_ds.errors import UserError, brief
 from ppcl_ds.planning.growth import factors, steps_each
@@ -25,6 +25,10 @@ Errors = Mapping[str, float]
 """Measure -> mean squared difference from the teacher."""
 
 
+_AS_IT_IS = ConfigDict(ser_json_inf_nan="constants")
+"""What is not finite is written as such; as null it could not be read again."""
+
+
 class MeasuredSet(BaseModel):
     """Units that were plugged in together, and what came of it.
 
@@ -34,6 +38,8 @@ class MeasuredSet(BaseModel):
         removed: errors of the teacher without the blocks that these units take out, nothing trained; empty: not
             measured.
     """
+
+    model_config = _AS_IT_IS
 
     units: tuple[str, ...]
     errors: dict[str, float]
@@ -55,6 +61,8 @@ class Swaps(BaseModel):
         trained: steps that the units have been trained for.
         falls: (K,) how fast each one's error falls with its steps, see `growth.exponents`.
     """
+
+    model_config = _AS_IT_IS
 
     checkpoint: str
     units: tuple[UnitPlan, ...]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import numpy as np
 import pytest
 
-from ppcl_ds.planning.error_model import fitted_model
+from ppcl_ds.planning.error_model import fitted, fitted_model
 from ppcl_ds.planning.swaps import MeasuredSet, Swaps, draw_sets
 from ppcl_ds.units.plan import Plan, UnitPlan
 
@@ -76,3 +77,12 @@ def test_drawn_sets_fit_together_and_differ() -> None:
         spans = [unit.span for unit in UNITS if unit.name in names]
         assert all(a[1] < b[0] for a, b in pairwise(spans))
     assert sets == draw_sets(LIBRARY, seed=3, count=20) != draw_sets(LIBRARY, seed=4, count=20)
+
+
+def test_a_set_that_is_not_finite_says_nothing_and_is_written_as_it_is() -> None:
+    swaps = swaps_of(added_velocities(), np.zeros(6))
+    known = fitted_model(swaps, "velocity")
+    swaps.sets.append(MeasuredSet(units=tuple(unit.name for unit in UNITS[:2]), errors={"velocity": float("inf")}))
+    assert np.array_equal(fitted_model(swaps, "velocity").pairs, known.pairs)
+    assert fitted(swaps, "velocity").value({"velocity": float("nan")}) == float("inf"), "it is never the least"
+    assert Swaps.model_validate(json.loads(swaps.model_dump_json())) == swaps

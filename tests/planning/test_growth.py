@@ -53,6 +53,8 @@ def test_what_says_nothing_changes_nothing() -> None:
     units = [unit(0, 1), unit(2, 3)]
     assert exponents(units, {}) == [0.0, 0.0]
     assert exponents(units, {"0-1": [(10, 1.0), (20, 0.9)]}) == [0.0, 0.0]
+    spike = {"0-1": [(step, float("inf") if step == 100 else loss) for step, loss in curve(0.4)], "2-3": curve(0.4)}
+    assert exponents(units, spike) == pytest.approx([0.4, 0.4]), "a loss that is not finite says nothing"
     rising = exponents(units, {each.name: curve(-0.3) for each in units})
     assert rising == [0.0, 0.0], "no unit is expected to get worse"
     assert factors([0.5, 0.5], 0, 100).tolist() == [1.0, 1.0]
@@ -136,3 +138,13 @@ def test_where_steps_are_scarce_variants_share_units() -> None:
         chosen = choose_sets(section, swaps, budget, 1)
         sizes.append(len({name for names in chosen.values() for name in names}))
     assert sizes[0] <= sizes[1]
+
+
+def test_units_of_kept_variants_are_there_and_take_steps_too() -> None:
+    """Where steps are scarce, a new variant shares the units of one that stays, though others cost less alone."""
+    units = (unit(0, 1), unit(2, 3))
+    products = {measure: [[1.0, 0.0], [0.0, 0.99]] for measure in ("velocity", "draw")}
+    swaps = Swaps(checkpoint="", units=units, products=products, sets=[], seconds=[], trained=100, falls=[0.5, 0.5])
+    section, budget = PlanSection(variants={"new": 0.125}, unit_steps=1000), Budget("blocks", np.ones(BLOCKS), {})
+    assert choose_sets(section, swaps, budget, 1) == {"new": ("2-3",)}
+    assert choose_sets(section, swaps, budget, 1, {"kept": ("0-1",)}) == {"new": ("0-1",)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import combinations
 
@@ -104,3 +105,22 @@ def test_neither_end_has_to_be_the_best() -> None:
     assert least_product(measures[:1], 0.5, 1.5) == [0]
     hidden = [replace(each, errors=np.array([*each.errors[:2], 6.0])) for each in measures]  # above the line of both
     assert least_product(hidden, 0.5, 1.5) in ([0], [1])
+
+
+def test_a_search_ends_in_time_with_a_set_that_fits() -> None:
+    """Of a size at which no optimum is proven within a minute; held against the constraints."""
+    random, count = np.random.default_rng(0), 76
+    footprints = [frozenset({unit // 2, unit // 2 + 1}) for unit in range(count)]
+    measures = []
+    for _ in range(2):
+        added = random.normal(size=(count, 400)) + 0.4 * random.normal(size=400)
+        products = added @ added.T / 400
+        measures.append(
+            Candidates(footprints, np.ones(count), products.diagonal(), 2 * (products - np.diag(products.diagonal())))
+        )
+    began = time.monotonic()
+    found = least_product(measures, 9.5, 10.5, seconds=2.0)
+    assert time.monotonic() - began < 20, "as busy as the machine may be"
+    assert found is not None
+    assert len(found) == 10
+    assert sum(len(footprints[unit]) for unit in found) == len(frozenset.union(*(footprints[unit] for unit in found)))
