@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import time
 
 from pydantic import BaseModel, ConfigDict
@@ -94,20 +95,23 @@ def accelerator_for(recipe: Recipe, name: str | None = None) -> tuple[Accelerato
         key = "cluster.accelerator"
         return accelerator_called(recipe.cluster.accelerator, key), key
     if launch.device().type == "cuda":
-        return _own_gpu(), "this machine's"
+        return _own_gpu()
     if recipe.teacher.precision == "fp32":
         return _own_cpu(recipe.topology.world), "this machine's, shared by the processes; --accelerator for another"
     return ACCELERATORS[_USUAL], "assumed, as no GPU is here; --accelerator for another"
 
 
-def _own_gpu() -> Accelerator:
-    """Of the table, by its name, else the usual one; with the memory that it has."""
+def _own_gpu() -> tuple[Accelerator, str]:
+    """What the table has of the first GPU here, with the memory that it has, and what is to be said of it."""
     import torch
 
     found = torch.cuda.get_device_properties(0)
     words = found.name.lower().replace(" ", "")
-    known = next((each for name, each in ACCELERATORS.items() if name.split("-")[0] in words), ACCELERATORS[_USUAL])
-    return known.model_copy(update={"name": found.name, "memory_gib": found.total_memory / 2**30})
+    models = ((known.split("-")[0], each) for known, each in ACCELERATORS.items())
+    known = next((each for model, each in models if re.search(rf"{model}(?!\d)", words)), None)
+    said = "this machine's" if known else f"this machine's, taken to be as fast as {_USUAL}; --accelerator for another"
+    own = {"name": found.name, "memory_gib": found.total_memory / 2**30}
+    return (known or ACCELERATORS[_USUAL]).model_copy(update=own), said
 
 
 def _own_cpu(processes: int) -> Accelerator:

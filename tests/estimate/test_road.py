@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ppcl_ds import launch
 from ppcl_ds.cluster.refusals import parts_of
 from ppcl_ds.data.batch import Size
 from ppcl_ds.data.index import split_entries
@@ -211,6 +213,26 @@ def test_the_accelerator_is_the_recipes_or_this_machines(unprepared: Unprepared)
     named = load_recipe(unprepared("qwen", cluster={"accelerator": "l40s"}))
     assert accelerator_for(named) == (ACCELERATORS["l40s"], "cluster.accelerator")
     assert accelerator_for(named, "b200") == (ACCELERATORS["b200"], "")
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops", "words"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312, "this machine's"),
+        ("NVIDIA H100 80GB HBM3", 989, "this machine's"),
+        ("NVIDIA GeForce RTX 4090", 165, "this machine's"),
+        ("NVIDIA RTX A1000", 989, "taken to be as fast as h100"),
+    ],
+)
+def test_a_gpu_that_is_here_is_known_by_its_name(
+    name: str, tflops: float, words: str, unprepared: Unprepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name=name, total_memory=10 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(launch, "device", lambda: torch.device("cuda"))
+    found, said = accelerator_for(load_recipe(unprepared("qwen")))
+    assert (found.name, found.memory_gib, found.tflops) == (name, 10, tflops)
+    assert words in said
 
 
 def test_probing_is_one_job_unless_it_takes_hours_or_the_recipe_says(unprepared: Unprepared) -> None:
