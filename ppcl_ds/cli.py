@@ -19,6 +19,7 @@ from ppcl_ds.evaluate.cli import app as evaluate_app
 from ppcl_ds.export.cli import app as export_app
 from ppcl_ds.options import Changes, RecipePath, program
 from ppcl_ds.recipe import load_recipe
+from ppcl_ds.recipe_file import typed
 from ppcl_ds.report.cli import app as report_app
 from ppcl_ds.report.renew import renew
 from ppcl_ds.shipped import shipped
@@ -229,8 +230,8 @@ def distill(
     loaded = load_recipe(recipe, changes or ())
     early.check_training(loaded, ())
     if not dry_run:
-        steps = loaded.distill.steps
-        if early.is_finished(loaded, loaded.distillation, steps, f"ppcl consolidate {recipe}"):
+        named = typed(recipe, changes or ())
+        if early.is_finished(loaded, loaded.distillation, loaded.distill.steps, named):
             return None
         launch.on_ranks(loaded.topology.world)
     early.say("distill: checks recipe, plan, shards and teacher")
@@ -271,11 +272,10 @@ def finetune(
     finetune/VARIANT of the run folder. `ppcl consolidate` then also writes pruned/VARIANT-finetuned.
     """
     loaded = load_recipe(recipe, changes or ())
-    steps = loaded.tuning.steps
     early.check_training(loaded, [variant])
     if not dry_run:
-        following = f"ppcl consolidate {recipe}"
-        if early.is_finished(loaded, loaded.finetuning(variant), steps, following):
+        named = typed(recipe, changes or ())
+        if early.is_finished(loaded, loaded.finetuning(variant), loaded.tuning.steps, named):
             return None
         launch.on_ranks(loaded.topology.world)
     early.say("finetune: checks recipe, plan, shards, units and teacher")

@@ -117,13 +117,13 @@ def check_training(recipe: Recipe, variants: Collection[str]) -> None:
     check_package(recipe)
 
 
-def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: str) -> bool:
+def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, named: str) -> bool:
     """Whether a training has done its last step, with this recipe and plan; says so.
 
     What makes that doubtful, such as another plan or changed settings, is for the training's own check.
 
     Args:
-        following: the command that comes next.
+        named: the recipe, as it is typed.
 
     Raises:
         UserError: somebody trains in the folder now.
@@ -139,7 +139,7 @@ def is_finished(recipe: Recipe, folder: TrainingFolder, steps: int, following: s
         return False
     if launch.is_first_rank():
         print(f"{folder.command}: {steps} of {steps} steps are done, in {folder.checkpoints / checkpoint_tag(steps)}")
-        print(f"next: {following}")
+        print(f"next: ppcl consolidate {named}")
         reporting.keep_in(folder.progress)
         known = reporting.read_report(folder.progress).model_dump(include={"what", "loss", "samples_per_second"})
         reporting.own.update(**known, state="done", step=steps, total=steps)

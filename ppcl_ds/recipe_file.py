@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +140,11 @@ def _with_bases(path: Path) -> list[tuple[Path, dict[Any, Any], dict[Place, int]
             raise UserError(f"{place}: {fault}") from None
         if path.resolve() in (file.resolve() for file, _, _ in files):
             raise UserError(f"{place}: {shown(base)} builds on this file itself; leave one of the two out")
+
+
+def typed(path: Path, changes: Sequence[str] = ()) -> str:
+    """A recipe and its changes as they are typed behind a command."""
+    return shlex.join([str(path), *(word for change in changes for word in (SET, change))])
 
 
 def as_one_file(path: Path, changes: Sequence[str] = ()) -> str:

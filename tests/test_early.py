@@ -93,7 +93,7 @@ def test_a_training_that_is_done_says_so_without_torch(path: Path) -> None:
     finished(recipe)
     said = without_torch("distill", path, "--set", "evaluate.samples=3", code=0)
     assert f"distill: 4 of 4 steps are done, in {recipe.distillation.checkpoints}/step-000004" in said
-    assert f"next: ppcl consolidate {path}" in said
+    assert f"next: ppcl consolidate {path} --set evaluate.samples=3" in said
     report = read_report(recipe.distillation.progress)
     assert (report.state, report.step, report.total) == ("done", 4, 4)
 

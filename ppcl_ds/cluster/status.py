@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,7 @@ from ppcl_ds.cluster.road import RunStatus, look
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, load_recipe, open_run
-from ppcl_ds.recipe_file import SET
+from ppcl_ds.recipe_file import typed
 from ppcl_ds.reporting import Report, last_words, read_report
 
 _COLUMNS = ("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
@@ -141,17 +140,12 @@ def _open(path: Path, changes: Sequence[str]) -> tuple[Recipe, str]:
     """The recipe of a run, and how it is typed."""
     submitted = folder_of(path) / "recipe.yaml"
     if not path.is_dir() or changes:
-        return open_run(path, changes), " ".join(map(shlex.quote, [str(path), *_options(changes)]))
+        return open_run(path, changes), typed(path, changes)
     if submitted.exists():
         return load_recipe(submitted, [f"run={json.dumps(str(path))}"]), "RECIPE"
     if any(folder.recipe.exists() for folder in TrainingFolder.all_of(path)):
         return open_run(path), "RECIPE"
     raise UserError(f"{path}: nothing has been trained or submitted here; give the recipe file")
-
-
-def _options(changes: Sequence[str]) -> Iterator[str]:
-    for change in changes:
-        yield from (SET, change)
 
 
 def _parts(recipe: Recipe) -> int:
