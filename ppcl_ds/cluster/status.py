@@ -24,6 +24,7 @@ from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, load_recipe, open_run
 from ppcl_ds.recipe_file import typed
+from ppcl_ds.record import open_any, read_record
 from ppcl_ds.reporting import Report, last_words, read_report
 
 _COLUMNS = ("step", "job", "state", "progress", "samples/s", "left", "limit in", "starts")
@@ -143,9 +144,9 @@ def _open(path: Path, changes: Sequence[str]) -> tuple[Recipe, str]:
         return open_run(path, changes), typed(path, changes)
     if submitted.exists():
         return load_recipe(submitted, [f"run={json.dumps(str(path))}"]), "RECIPE"
-    if any(folder.recipe.exists() for folder in TrainingFolder.all_of(path)):
-        return open_run(path), "RECIPE"
-    raise UserError(f"{path}: nothing has been trained or submitted here; give the recipe file")
+    if read_record(path).recipe or any(folder.recipe.exists() for folder in TrainingFolder.all_of(path)):
+        return open_any(path), "RECIPE"
+    raise UserError(f"{path}: no command has left its recipe here; give the recipe file")
 
 
 def _parts(recipe: Recipe) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ppcl_ds.report.record import open_any
+from ppcl_ds.record import open_any
 
 app = typer.Typer()
 

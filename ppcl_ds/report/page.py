@@ -22,9 +22,9 @@ from ppcl_ds.evaluate.speed import gains, read_speed
 from ppcl_ds.pages import inline, render
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.record import read_record, this_command
 from ppcl_ds.report import pictures, plan, probe, training
 from ppcl_ds.report.charts import COLOURS, HEAT, Curve, number, plot
-from ppcl_ds.report.record import read_record, this_command
 from ppcl_ds.report.verdict import chosen, headline, judge, share_in_words
 
 PAGE = "report.html"

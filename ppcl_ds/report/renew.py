@@ -5,7 +5,7 @@ from __future__ import annotations
 from ppcl_ds import launch
 from ppcl_ds.errors import brief
 from ppcl_ds.recipe import Recipe
-from ppcl_ds.report.record import write_down
+from ppcl_ds.record import write_down
 
 
 def renew(recipe: Recipe, command: str, page: bool = True) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from ppcl_ds.recipe import Recipe, TrainingFolder, written_recipe
+from ppcl_ds.record import Record
 from ppcl_ds.report.charts import Axis, Curve, number, plot
-from ppcl_ds.report.record import Record
 from ppcl_ds.reporting import Report, read_report
 from ppcl_ds.sections import Distill, Finetune
 from ppcl_ds.watch.tensorboard import read_scalars, unit_losses

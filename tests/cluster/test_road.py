@@ -17,6 +17,7 @@ from ppcl_ds.cluster.road import RunStatus, disk_bytes, gigabytes, look
 from ppcl_ds.cluster.status import status
 from ppcl_ds.cluster.submitted import Queued, write_chain
 from ppcl_ds.recipe import Recipe, checkpoint_tag, load_recipe
+from ppcl_ds.record import write_down
 from ppcl_ds.reporting import Report
 from ppcl_ds.watch.lock import FolderLock, holder
 from tests.test_recipe import TEXT
@@ -143,7 +144,10 @@ def test_it_is_a_table_or_json_of_a_recipe_or_a_run_folder(recipe: Recipe, path:
     found = json.loads(ppcl("status", path, "--json"))
     assert found["next"] == f"ppcl distill '{path}'"
     assert [step["state"] for step in found["steps"]][:5] == ["done", "done", "done", "done", "failed"]
-    assert "nothing has been trained or submitted here; give the recipe file" in ppcl("status", recipe.run, code=2)
+    assert "no command has left its recipe here; give the recipe file" in ppcl("status", recipe.run, code=2)
+    write_down(recipe, "probe")
+    assert json.loads(ppcl("status", recipe.run, "--json"))["next"] == "ppcl distill RECIPE"
+    (recipe.run / "commands.jsonl").unlink()
     write(recipe.distillation.recipe, recipe.model_dump_json())
     assert json.loads(ppcl("status", recipe.run, "--json"))["next"] == "ppcl distill RECIPE"
     assert "give one of them" in ppcl("status", path, "--watch", "--json", code=2)

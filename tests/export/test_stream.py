@@ -25,7 +25,7 @@ from ppcl_ds.export.card import write_card
 from ppcl_ds.export.consolidate import Export, Form, consolidate, read_switches, replug
 from ppcl_ds.export.model_folder import shard_bytes, weights_digest
 from ppcl_ds.recipe import Recipe, load_recipe, open_run
-from ppcl_ds.report.record import read_record
+from ppcl_ds.record import read_record
 from ppcl_ds.teacher.teacher import open_teacher
 from ppcl_ds.training.checkpoint import newest_checkpoint
 from ppcl_ds.units.plan import Plan, UnitPlan

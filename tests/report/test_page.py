@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from ppcl_ds.recipe import Recipe, TrainingFolder
+from ppcl_ds.record import open_any, read_record
 from ppcl_ds.report.page import write_page
 from ppcl_ds.report.probe import cheapest, in_words
-from ppcl_ds.report.record import open_any, read_record
 from ppcl_ds.report.renew import renew
 from ppcl_ds.report.training import smoothed
 from ppcl_ds.report.verdict import newcombe, share_in_words

@@ -15,8 +15,8 @@ from PIL import Image
 from ppcl_ds.evaluate.compared import ScoreFigures, SetFigures, Worst
 from ppcl_ds.evaluate.paired import interval, paired
 from ppcl_ds.evaluate.speed import Speed
+from ppcl_ds.record import write_down
 from ppcl_ds.report.page import write_page
-from ppcl_ds.report.record import write_down
 from tests.report.runs import make_run
 
 pytestmark = pytest.mark.slurm

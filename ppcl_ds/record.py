@@ -108,7 +108,7 @@ def _versions() -> dict[str, str]:
 
 
 def _revision() -> str:
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return ""
     try:
