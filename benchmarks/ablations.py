@@ -26,7 +26,7 @@ import typer
 import yaml
 
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
-from benchmarks.testbeds import Judge, Library, cell, ppcl, units_of, write_recipe
+from benchmarks.testbeds import TITLES, Judge, Library, cell, ppcl, units_of, write_recipe
 from ppcl_ds.console import track
 from ppcl_ds.recipe import load_recipe
 from ppcl_ds.sections import Distill
@@ -45,15 +45,6 @@ LENGTHS = (2, 3, 4, 6)
 STARTS: tuple[str, ...] = get_args(Distill.model_fields["start"].annotation)
 PROCESSES = 2
 """Libraries that are trained at a time, each on one CPU thread."""
-
-TITLES = {
-    "velocity_mse": "velocity MSE",
-    "guided_mse": "guided velocity MSE",
-    "short_mse": "4-step MSE",
-    "frechet": "Fréchet",
-    "accuracy": "accuracy",
-    "sample_mse": "sample MSE",
-}
 
 Figures = dict[str, float]
 """Column of the table -> value."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any, get_args
@@ -26,7 +27,9 @@ import matplotlib.pyplot as plt
 
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
 from benchmarks.testbeds import (
+    COLUMNS,
     SIZES,
+    TITLES,
     Judge,
     Testbed,
     cell,
@@ -49,7 +52,6 @@ SEEDS = 3
 PROCESSES = 2
 """Libraries that are trained at a time, each on one CPU thread."""
 
-TITLES = {"velocity_mse": "velocity MSE", "frechet": "Fréchet", "accuracy": "accuracy", "sample_mse": "sample MSE"}
 PICTURES = ("frechet", "accuracy", "sample_mse")
 """Figures by which rules are ranked."""
 
@@ -103,13 +105,13 @@ def of(results: Results, pairs: list[Pair], rule: str, size: str, column: str) -
 
 def print_figures(results: Results, pairs: list[Pair], teachers: dict[int, ModelFigures]) -> None:
     """Mean and spread over the pairs, a row each rule and size, as Markdown."""
-    print(f"| size | rule | {' | '.join(TITLES.values())} |\n|{'---|' * 6}")
+    print(f"| size | rule | {' | '.join(TITLES[column] for column in COLUMNS)} |\n|{'---|' * 6}")
     own = [teachers[teacher] for teacher in sorted({teacher for teacher, _ in pairs})]
     accuracy = cell([float(each.accuracy or 0) for each in own])
     print(f"| | teacher | 0 | {cell([float(each.frechet or 0) for each in own])} | {accuracy} | 0 |")
     for size in SIZES:
         for rule in ALL:
-            cells = [cell(of(results, pairs, rule, size, column)) for column in TITLES]
+            cells = [cell(of(results, pairs, rule, size, column)) for column in COLUMNS]
             print(f"| {size} | {rule} | {' | '.join(cells)} |")
 
 
@@ -123,14 +125,13 @@ def print_verdicts(results: Results, pairs: list[Pair]) -> None:
     """Where `planned` stands among the rules, in standard deviations of both, as Markdown."""
     print("\n| size | figure | the best rule | planned is behind it by | planned is better than `ppcl` by |")
     print(f"|{'---|' * 5}")
-    for size in SIZES:
-        for column in PICTURES:
-            values = {rule: of(results, pairs, rule, size, column) for rule in ALL}
-            sign = -1 if column == "accuracy" else 1
-            best = min(values, key={rule: sign * mean(own) for rule, own in values.items()}.__getitem__)
-            first, paper = (sign * apart(values[PLANNED], values[other]) for other in (best, "ppcl"))
-            behind = PLANNED if best == PLANNED else f"{first:.1f} sd"
-            print(f"| {size} | {TITLES[column]} | {best} | {behind} | {-paper:.1f} sd |")
+    for size, column in product(SIZES, PICTURES):
+        values = {rule: of(results, pairs, rule, size, column) for rule in ALL}
+        sign = -1 if column == "accuracy" else 1
+        best = min(values, key={rule: sign * mean(own) for rule, own in values.items()}.__getitem__)
+        first, paper = (sign * apart(values[PLANNED], values[other]) for other in (best, "ppcl"))
+        behind = PLANNED if best == PLANNED else f"{first:.1f} sd"
+        print(f"| {size} | {TITLES[column]} | {best} | {behind} | {-paper:.1f} sd |")
 
 
 def draw(results: Results, pairs: list[Pair], path: Path) -> None:
@@ -152,12 +153,10 @@ def draw(results: Results, pairs: list[Pair], path: Path) -> None:
 def rows_of(results: Results, pairs: list[Pair], unit_steps: int) -> list[Row]:
     """The planned variant's figures over each rule's."""
     rows = []
-    for size in SIZES:
-        for rule in ALL[:-1]:
-            for column in PICTURES:
-                ours, other = (of(results, pairs, each, size, column) for each in (PLANNED, rule))
-                note = f"{TITLES[column]} of the planned variant over {rule}'s, {unit_steps} unit-steps each"
-                rows.append(row_of_pairs(f"{size}: planned / {rule}", ours, other, TITLES[column], note))
+    for size, rule, column in product(SIZES, ALL[:-1], PICTURES):
+        ours, other = (of(results, pairs, each, size, column) for each in (PLANNED, rule))
+        note = f"{TITLES[column]} of the planned variant over {rule}'s, {unit_steps} unit-steps each"
+        rows.append(row_of_pairs(f"{size}: planned / {rule}", ours, other, TITLES[column], note))
     return rows
 
 

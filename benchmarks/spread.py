@@ -21,7 +21,7 @@ import typer
 import yaml
 
 from benchmarks.table import JsonFile, Quick, Row, row
-from benchmarks.testbeds import ppcl
+from benchmarks.testbeds import TITLES, ppcl
 from ppcl_ds.atomic import atomic_write
 from ppcl_ds.console import track
 from ppcl_ds.evaluate.figures import ModelFigures
@@ -31,7 +31,6 @@ from ppcl_ds.shipped import shipped
 SEEDS = (0, 1, 2)
 COLUMNS = {"accuracy": "%", "frechet": "-", "velocity_mse": "-", "sample_mse": "-"}
 """Figures of a model, and their units."""
-TITLES = {"accuracy": "accuracy", "frechet": "Fréchet", "velocity_mse": "velocity MSE", "sample_mse": "sample MSE"}
 FEW: dict[str, dict[str, Any]] = {
     "demo": {"steps": 20},
     "distill": {"steps": 6, "log_every": 2, "sample_every": 3, "checkpoint_every": 3, "micro_batch": 8},

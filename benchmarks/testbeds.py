@@ -32,8 +32,18 @@ from ppcl_ds.units.variant import assembled
 SIZES = {"-33 %": 0.33, "-50 %": 0.5, "-75 %": 0.75}
 """Variants by the share of block parameters that they give up."""
 
+TITLES = {
+    "velocity_mse": "velocity MSE",
+    "guided_mse": "guided velocity MSE",
+    "short_mse": "4-step MSE",
+    "frechet": "Fréchet",
+    "accuracy": "accuracy",
+    "sample_mse": "sample MSE",
+}
+"""Figures of a model, and what tables call them."""
+
 COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
-"""Figures of a model that its tables show."""
+"""Those that most tables show."""
 
 SCOUTED = 1 / 3
 """Share of the unit-steps that a planned library spends on candidates."""

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppcl_ds.cluster import slurm
-from ppcl_ds.cluster.road import RunStatus, look
+from ppcl_ds.cluster.road import look
 from ppcl_ds.cluster.submitted import Queued, folder_of, read_chain
 from ppcl_ds.errors import UserError
 from ppcl_ds.recipe import Recipe, TrainingFolder, load_recipe, open_run
@@ -124,8 +124,12 @@ def status(path: Path, watch: bool = False, as_json: bool = False, changes: Sequ
     recipe, named = _open(path, changes)
     if as_json:
         chain = _jobs(recipe.run)
-        jobs = [dict(zip(_COLUMNS, each.cells, strict=True)) | {"fault": each.last_fault} for each in chain]
-        print(json.dumps(_road(recipe, named, chain).as_json | {"jobs": jobs}, indent=1))
+        faults = _faults(chain)
+        jobs = [
+            dict(zip(_COLUMNS, each.cells, strict=True)) | {"fault": faults.get(each.queued.step, "")} for each in chain
+        ]
+        road = look(recipe, named, _parts(recipe)).told(faults)
+        print(json.dumps(road.as_json | {"jobs": jobs}, indent=1))
         return
     console = Console()
     if not watch:
@@ -157,15 +161,15 @@ def _parts(recipe: Recipe) -> int:
     return load_recipe(submitted).cluster.probe_parts or 1
 
 
-def _road(recipe: Recipe, named: str, chain: Sequence[Jobs]) -> RunStatus:
-    """How the run is; of what has ended a job, its logs know more than the report of its first rank."""
-    faults = {each.queued.step: each.last_fault for each in chain if each.last_fault}
-    return look(recipe, named, _parts(recipe)).told(faults)
+def _faults(chain: Sequence[Jobs]) -> dict[str, str]:
+    """What has ended jobs, by their step: their logs know more of it than the report of the first rank."""
+    return {each.queued.step: fault for each in chain if (fault := each.last_fault)}
 
 
 def _shown(recipe: Recipe, named: str) -> RenderableType:
     chain = _jobs(recipe.run)
-    road = _road(recipe, named, chain)
+    faults = _faults(chain)
+    road = look(recipe, named, _parts(recipe)).told(faults)
     parts = [road.shown]
     if read_chain(recipe.run) and not shutil.which("squeue"):
         parts.append(Text("jobs were submitted; of these, Slurm's commands tell, which are not on the PATH here"))
@@ -173,7 +177,7 @@ def _shown(recipe: Recipe, named: str) -> RenderableType:
         table = Table(*_COLUMNS)
         for each in chain:
             table.add_row(*map(escape, each.cells))
-        lines = [f"{each.queued.step}: {each.last_fault}" for each in chain if each.last_fault]
+        lines = [f"{step}: {fault}" for step, fault in faults.items()]
         parts += [table, *(Text(line) for line in lines if line not in road.faults)]
     return Group(*parts)
 

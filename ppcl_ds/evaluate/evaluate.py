@@ -204,15 +204,8 @@ def _facts(recipe: Recipe, teacher: Teacher, device: torch.device, whole: bool) 
 
 
 def _show(rows: list[ModelFigures]) -> None:
-    columns = (
-        "params",
-        "blocks",
-        "ms",
-        "acc.",
-        "Fréchet",
-        "velocity",
-        "sample",
-    )  # 80 letters hold no more; the page does
+    # 80 letters hold no more; the page does.
+    columns = ("params", "blocks", "ms", "acc.", "Fréchet", "velocity", "sample")
     table = Table("model", *columns, box=SIMPLE, padding=(0, 1), collapse_padding=True, pad_edge=False)
     for m in rows:
         table.add_row(

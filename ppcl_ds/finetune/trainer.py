@@ -144,11 +144,6 @@ class FineTuner(Training):
                     self.data.advance(batch.number, output, other)
             self.waiting.clear()
 
-    @property
-    def own_way(self) -> bool:
-        """Whether samples are of the variant's own trajectories."""
-        return self.tuning.trajectories is not None and self.tuning.trajectories.of == "student"
-
     def advance(self, batch: NoisyBatch, output: Tensor | None) -> None:
         """Trajectories of the variant's own wait for what it puts out."""
         if not self.own_way:

@@ -156,13 +156,13 @@ def choose_sets(
 
     if section.unit_steps is None:
         return chooser(len(swaps.units)).sets(0.0)
-    plans = []
+    plans, staying = [], dict(kept or {})
     for charge, smallest_first in product(_CHARGES, (True, False)):
         sets: Sets = {}
         size = len(swaps.units)
         for _ in range(_SWEEPS):
-            sets = chooser(size).sets(charge, {**(kept or {}), **sets}, smallest_first)
-            size = len(_used({**(kept or {}), **sets}))
+            sets = chooser(size).sets(charge, staying | sets, smallest_first)
+            size = len(_used(staying | sets))
         plans.append((chooser(size).total(sets), sets))
     return min(plans, key=lambda plan: plan[0])[1]
 

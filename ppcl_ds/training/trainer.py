@@ -119,6 +119,12 @@ class Training(ABC):
         return TrajectoryStream(self.recipe, call, "train", size, lanes, trajectories, kept, images)
 
     @property
+    def own_way(self) -> bool:
+        """Whether samples are of the students' own trajectories, so that what comes next hangs on the step before."""
+        trajectories = self.settings.trajectories
+        return trajectories is not None and trajectories.of == "student"
+
+    @property
     def paired(self) -> bool:
         """Whether noisy samples without prompt are twins of others, see `Batch.drop_captions`."""
         return False
@@ -204,13 +210,12 @@ class Training(ABC):
     def batches(self, step: int) -> Deliveries:
         """This rank's micro-batches after `step`: of the numbers in a reading, each rank takes every world-th."""
         rank, world, readings = dist.get_rank(), dist.get_world_size(), self.readings(step)
-        trajectories = self.settings.trajectories
         first = readings.start * self.settings.micro_batches_per_step + rank
         stream = map(itemgetter(1), self.data.take(first, world))
         # The first one is read now, before anybody watches the time: the way to it may be long after a restart.
         rounds = self.engine.micro_batches // self.engine.num_stages
-        known = trajectories is None or trajectories.of == "teacher"  # else what comes next hangs on the step
-        return Deliveries(chain([next(stream)], stream), self.device, len(readings) * rounds if known else 0)
+        ahead = 0 if self.own_way else len(readings) * rounds
+        return Deliveries(chain([next(stream)], stream), self.device, ahead)
 
     def arrivals(self, batches: Deliveries, readings: int = 1) -> Iterator[dict[str, UnitBatch]]:
         """What this stage reads in so many readings, one micro-batch after the other.
