@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +82,15 @@ def shorten(path: Path) -> None:
 
 
 def walk(folder: Path, lines: str) -> None:
-    """Run the lines of a block in a folder, as somebody types them."""
+    """Run the lines of a block in a folder, as somebody types them whose environment is the one of this Python."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", lines], cwd=folder, capture_output=True, text=True, timeout=580
+        ["bash", "-euo", "pipefail", "-c", lines],
+        cwd=folder,
+        env=os.environ | {"PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=580,
     )
     assert done.returncode == 0, f"{lines}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 

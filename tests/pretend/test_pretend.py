@@ -130,11 +130,11 @@ def test_what_has_to_be_there_altogether_is_sent_by_all_at_once() -> None:
 def test_looks_are_shared_over_the_ranks() -> None:
     """Eight samples, of which each rank of eight has one, and its prompt.
 
-    Forwards for each model: one as in training, one for each branch, two for each of the few steps; and of images two
-    for each step.
+    Forwards for each model: one as in training, one for each branch, two for each of two steps; and of images two for
+    each step.
     """
     case = replace(NARROW, blocks=8, stages=2, replicas=4, then=("look",))
-    models, compared, drawn = 2, 1 + 2 + 2 * 4, 2 * 2  # guided, in two steps
+    models, compared, drawn = 2, 1 + 2 + 2 * 2, 2 * 2  # guided, in two steps
     for rank in observe(case, (0, 7)):
         assert rank.notes["figures"]["samples"] == models * compared
         assert rank.notes["look"]["samples"] <= models * (1 + compared + drawn)
