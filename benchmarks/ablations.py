@@ -88,18 +88,16 @@ class Bed:
     Args:
         folder: where everything is trained.
         name: of the recipe that made the teacher.
-        samples: that each model draws; None: as many as that recipe says.
+        quick: judges few images.
     """
 
-    def __init__(self, folder: Path, name: str, samples: int | None = None) -> None:
+    def __init__(self, folder: Path, name: str, quick: bool = False) -> None:
         self.folder, self.name = folder, name
         self.first_round = Lock()  # several levers share it
         self.plan = self._planned("plan", variants=SIZES)
         self.pairs = self._planned("pairs", **PAIRS)
         self.lengths = self._lengths()
-        recipe = load_recipe(self.plan)
-        drawn = recipe.evaluate.model_copy(update={"samples": samples or recipe.evaluate.samples})
-        self.judge = Judge(recipe.model_copy(update={"evaluate": drawn}))
+        self.judge = Judge(load_recipe(self.plan), quick)
 
     def _planned(self, name: str, **options: Any) -> Path:
         path = write_recipe(self.folder / name, 0, 1, self.name, **options)
@@ -217,7 +215,7 @@ def main(
         seeds, unit_steps = 1, 40
     folder = Path(f"runs/ablations-{testbed}-{unit_steps}")
     levers, starts = ((LEVERS[0], LEVERS[1], LEVERS[5]), STARTS[:2]) if quick else (LEVERS, STARTS)
-    bed = Bed(folder, testbed, 50 if quick else None)
+    bed = Bed(folder, testbed, quick)
     jobs = [(lever, seed) for seed in range(seeds) for lever in levers]
     found: dict[str, list[dict[str, Figures]]] = {}
     lengths: dict[str, list[dict[int, float]]] = {}

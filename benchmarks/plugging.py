@@ -188,7 +188,7 @@ def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "d
     """Print how well the forecast ranks sets of units, and the figures of the planner's sets at every size."""
     run = folder_of("plugging", testbed, quick)
     library = train_library(run, 20 if quick else 300, testbed)
-    judge = Judge(library.recipe)
+    judge = Judge(library.recipe, quick)
     swaps = load_swaps(library.recipe.swaps_file)
     assert swaps is not None
     forecast = fitted(swaps, library.recipe.plan.objective)

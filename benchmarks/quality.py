@@ -52,6 +52,9 @@ SEEDS = 3
 PROCESSES = 2
 """Libraries that are trained at a time, each on one CPU thread."""
 
+FEW = {"prompts": 8}
+"""What a quick planner draws with."""
+
 PICTURES = ("frechet", "accuracy", "sample_mse")
 """Figures by which rules are ranked."""
 
@@ -62,13 +65,13 @@ Results = dict[Pair, dict[tuple[str, str], ModelFigures]]
 """Pair -> rule and size -> figures."""
 
 
-def train(folder: Path, rule: str, pair: Pair, unit_steps: int, testbed: str) -> Path:
+def train(folder: Path, rule: str, pair: Pair, unit_steps: int, testbed: str, quick: bool) -> Path:
     """Plan by a rule and train its library, unless that has been judged; returns the recipe file."""
     teacher, seed = pair
     run = folder / f"{rule.replace(', ', '-')}-{f'{teacher}.' if teacher else ''}{seed}"
     if (run / "figures.json").exists():
         return run / "recipe.yaml"
-    options: dict[str, Any] = {"testbed": testbed, "teacher": teacher}
+    options: dict[str, Any] = {"testbed": testbed, "teacher": teacher, **(FEW if quick else {})}
     if rule.startswith(PLANNED):
         options |= {"rule": "error", "candidates": [each for each in RULES if each != "random"]}
         options |= {"unit_steps": unit_steps} if rule == PLANNED else {"objective": "velocity"}
@@ -80,18 +83,20 @@ def train(folder: Path, rule: str, pair: Pair, unit_steps: int, testbed: str) ->
     return path
 
 
-def compare(folder: Path, pairs: list[Pair], unit_steps: int, testbed: str) -> tuple[Results, dict[int, ModelFigures]]:
+def compare(
+    folder: Path, pairs: list[Pair], unit_steps: int, testbed: str, quick: bool
+) -> tuple[Results, dict[int, ModelFigures]]:
     """Train and judge every rule with every pair; also the teachers' own figures."""
     jobs = [(rule, pair) for pair in pairs for rule in ALL]
 
     @cache
     def judge(teacher: int) -> Judge:
-        return Judge(load_recipe(write_recipe(folder / f"teacher-{teacher}", 0, 1, testbed, teacher)))
+        return Judge(load_recipe(write_recipe(folder / f"teacher-{teacher}", 0, 1, testbed, teacher)), quick)
 
     teachers = {teacher: judge(teacher).teacher for teacher in sorted({teacher for teacher, _ in pairs})}
     results: Results = {pair: {} for pair in pairs}
     with ThreadPoolExecutor(PROCESSES) as pool:
-        paths = pool.map(lambda job: train(folder, job[0], job[1], unit_steps, testbed), jobs)
+        paths = pool.map(lambda job: train(folder, job[0], job[1], unit_steps, testbed, quick), jobs)
         for (rule, pair), path in track(zip(jobs, paths, strict=True), "train and judge libraries", len(jobs)):
             for size, figures in judged(path, judge(pair[0])).items():
                 results[pair][rule, size] = figures
@@ -168,10 +173,10 @@ def main(
 ) -> None:
     """Print every rule's figures, and the planned variant's over each rule's."""
     folder = folder_of("quality", testbed, quick)
-    seeds, unit_steps = (1, 100) if quick else (SEEDS, 3600)
+    seeds, unit_steps = (1, 100) if quick else (SEEDS, 2400)
     one = [(0, seed) for seed in range(seeds)]
     several = [(teacher, teacher) for teacher in range(teachers)]
-    results, own = compare(folder, list(dict.fromkeys([*one, *several])), unit_steps, testbed)
+    results, own = compare(folder, list(dict.fromkeys([*one, *several])), unit_steps, testbed, quick)
     for title, pairs in (("One teacher, seeds of training", one), ("A training of each teacher", several)):
         if len(pairs) > 1 or pairs is one:
             print(f"\n### {title}: {len(pairs)}\n")

@@ -22,7 +22,7 @@ import typer
 import yaml
 
 from benchmarks.table import JsonFile, Quick, Row, row_of_pairs, show
-from benchmarks.testbeds import Judge, Library, Testbed, cell, folder_of, ppcl, write_recipe
+from benchmarks.testbeds import TITLES, Judge, Library, Testbed, cell, folder_of, ppcl, write_recipe
 from data_tools.encode import encode
 from data_tools.shard import shard
 from ppcl_ds.console import track
@@ -37,8 +37,6 @@ DRAWN_STEPS = 20
 """Of the images that are drawn first."""
 
 VARIANT = "-50 %"
-COLUMNS = ("velocity_mse", "guided_mse", "short_mse", "sample_mse", "frechet", "accuracy")
-TITLES = ("velocity MSE", "guided velocity MSE", "4-step MSE", "20-step MSE", "Fréchet", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def measured(path: Path, judge: Judge) -> dict[str, float]:
     if not file.exists():
         library = Library(path)
         figures = judge.of(library.model(library.plan.variants[VARIANT]))
-        found = {name: float(getattr(figures, name)) for name in COLUMNS}
+        found = {name: float(getattr(figures, name)) for name in TITLES}
         file.write_text(json.dumps(found, indent=1))
     return dict(json.loads(file.read_text())) | {"seconds": json.loads(path.with_name("seconds.json").read_text())}
 
@@ -154,10 +152,10 @@ def _rows(found: dict[str, list[dict[str, float]]]) -> list[Row]:
 
 def print_figures(found: dict[str, list[dict[str, float]]], sources: Sequence[Source], steps: int) -> None:
     """Mean and spread over seeds, a row each source, as Markdown."""
-    print(f"| trained on | {' | '.join(TITLES)} | teacher forwards | seconds |\n|{'---|' * (len(TITLES) + 3)}")
+    print(f"| trained on | {' | '.join(TITLES.values())} | teacher forwards | seconds |\n|{'---|' * (len(TITLES) + 3)}")
     for source in sources:
         each = found[source.name]
-        cells = [cell([own[column] for own in each]) for column in COLUMNS]
+        cells = [cell([own[column] for own in each]) for column in TITLES]
         forwards = round(steps * source.forwards_a_step)
         seconds = mean(own["seconds"] for own in each)
         print(f"| {source.name} | {' | '.join(cells)} | {forwards} | {seconds:.0f} |")
@@ -171,7 +169,7 @@ def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "d
     if any(source.drawn for source in sources):
         draw_first(folder, testbed)
     first = write_recipe(folder / "teacher", 0, 1, testbed)
-    judge = Judge(load_recipe(first))
+    judge = Judge(load_recipe(first), quick)
     found: dict[str, list[dict[str, float]]] = {}
     jobs = [(source, seed) for seed in range(seeds) for source in sources]
     for source, seed in track(jobs, "train and judge libraries", len(jobs)):

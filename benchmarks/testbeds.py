@@ -159,10 +159,15 @@ class Library:
 
 
 class Judge:
-    """The demo's own figures, on the same samples and noise for every model, whatever it was trained on."""
+    """The demo's own figures, on the same samples and noise for every model, whatever it was trained on.
 
-    def __init__(self, recipe: Recipe) -> None:
-        recipe = recipe.model_copy(update={"seed": 0})
+    Args:
+        quick: draws a tenth of the images, whose figures say little.
+    """
+
+    def __init__(self, recipe: Recipe, quick: bool = False) -> None:
+        drawn = recipe.evaluate.model_copy(update={"samples": recipe.evaluate.samples // (10 if quick else 1)})
+        recipe = recipe.model_copy(update={"seed": 0, "evaluate": drawn})
         teacher = open_teacher(recipe)
         self.dtype = DTYPES[recipe.teacher.precision]
         self.bench = Bench(recipe, teacher, torch.device("cpu"))

@@ -29,10 +29,10 @@ KINDS = {"depth": [], "depth and width": ["text", "ffn", "narrow"]}
 UNITS = {"velocity_mse": "MSE", "frechet": "distance", "accuracy": "share", "sample_mse": "MSE"}
 
 
-def compare(folder: Path, seeds: int, unit_steps: int, testbed: str) -> dict[str, list[ModelFigures]]:
+def compare(folder: Path, seeds: int, unit_steps: int, testbed: str, quick: bool) -> dict[str, list[ModelFigures]]:
     """Figures of both kinds, with each seed; latencies are taken last, when nothing is trained beside them."""
     jobs = [(kind, seed) for seed in range(seeds) for kind in KINDS]
-    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1, testbed)))
+    judge = Judge(load_recipe(write_recipe(folder / "teacher", 0, 1, testbed)), quick)
 
     def train(job: tuple[str, int]) -> Path:
         kind, seed = job
@@ -71,8 +71,8 @@ def compare(folder: Path, seeds: int, unit_steps: int, testbed: str) -> dict[str
 def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print the figures of both, and the one over the other."""
     folder = folder_of("width", testbed, quick)
-    seeds, unit_steps = (1, 200) if quick else (3, 3600)
-    results = compare(folder, seeds, unit_steps, testbed)
+    seeds, unit_steps = (1, 200) if quick else (3, 2400)
+    results = compare(folder, seeds, unit_steps, testbed, quick)
     note = f"depth and width over depth alone at {SIZE}, {unit_steps} unit-steps each"
     ours, other = results["depth and width"], results["depth"]
 
