@@ -19,6 +19,7 @@ from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.figures import ModelFigures
 from ppcl_ds.evaluate.report import Figures, read_report
 from ppcl_ds.evaluate.speed import gains, read_speed
+from ppcl_ds.export.card import reported
 from ppcl_ds.pages import inline, render
 from ppcl_ds.probing.report import load_report
 from ppcl_ds.recipe import Recipe, TrainingFolder
@@ -79,6 +80,7 @@ def _values(recipe: Recipe) -> dict[str, Any]:
         "times": times,
         "facts": figures.facts,
         "sets": figures.sets,
+        "reported": reported(planned.plan.teacher, planned.plan.blocks) if planned else "",
         "picture": lambda name: pictures.picture(run / name, ""),
         "speed": speed,
         "gains": gains(speed),

@@ -18,6 +18,7 @@ import pytest
 from ppcl_ds.errors import UserError
 from ppcl_ds.export.card import Facts, write_card
 from ppcl_ds.export.consolidate import Form, consolidate
+from ppcl_ds.export.model_folder import weights_digest
 from ppcl_ds.export.push import push
 from tests.export.trained import pretend_trained
 from tests.local_hub import LocalAnswers, LocalHub
@@ -124,3 +125,20 @@ def test_a_licence_that_restricts_is_passed_on_with_a_warning(folder: Path) -> N
     (folder / "variant.json").write_text(facts.model_copy(update={"license": "apache-2.0"}).model_dump_json())
     write_card(folder, [])
     assert "may forbid" not in (folder / "README.md").read_text()
+
+
+def test_the_card_of_a_pruned_qwen_image_has_the_papers_own_figures(folder: Path) -> None:
+    facts = Facts.model_validate_json((folder / "variant.json").read_bytes())
+    figures = {"params": 1, "block_params_ratio": 0.5, "latency_ms": 1.0, "accuracy": None, "frechet": None}
+    row = {"name": facts.variant, "weights": weights_digest(folder), **figures}
+    scores = [{"score": "psnr", "values": {facts.variant: 30.0}, "differences": {}}]
+    official = {"teacher": {"overall": 87.0}, facts.variant: {"overall": 85.0}}
+    settings = {"size": [64, 64], "steps": 4, "guidance": 4.0}
+    own = {"name": "dpg", "prompts": 4, "per_prompt": 4, "settings": settings, "scores": scores, "official": official}
+    for blocks, said in ((60, True), (facts.teacher_blocks, False)):
+        changes = {"teacher_blocks": blocks, "model_class": "QwenImageTransformer2DModel"}
+        (folder / "variant.json").write_text(facts.model_copy(update=changes).model_dump_json())
+        write_card(folder, [row], [own])
+        card = (folder / "README.md").read_text()
+        assert "own overall: 85\n" in card
+        assert ("\n\nThe paper's own models of Qwen-Image lose 0.4 %" in card) == said

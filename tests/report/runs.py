@@ -69,7 +69,7 @@ def probe_of(blocks: int) -> ProbeReport:
     )  # fmt: skip
 
 
-def plan_of(blocks: int, variants: Sequence[str] = ("large", "small"), tag: str = "") -> Plan:
+def plan_of(blocks: int, variants: Sequence[str] = ("large", "small"), tag: str = "", teacher: str = TEACHER) -> Plan:
     """Depth units over the second half, and one narrowed block, in two variants."""
     half, third = blocks // 2, blocks // 3
     units = (
@@ -81,7 +81,7 @@ def plan_of(blocks: int, variants: Sequence[str] = ("large", "small"), tag: str 
         variants[0]: (units[0].name, units[2].name),
         variants[1]: (units[0].name, units[1].name),
     }
-    return Plan(teacher=TEACHER, blocks=blocks, units=units, variants=chosen)
+    return Plan(teacher=teacher, blocks=blocks, units=units, variants=chosen)
 
 
 def outlook_of(plan: Plan) -> Outlook:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ppcl_ds.evaluate.compared import SetFigures
 from ppcl_ds.recipe import Recipe, TrainingFolder
 from ppcl_ds.record import open_any, read_record
 from ppcl_ds.report.page import write_page
@@ -20,7 +21,7 @@ from ppcl_ds.report.training import smoothed
 from ppcl_ds.report.verdict import newcombe, share_in_words
 from ppcl_ds.units.plan import Plan
 from tests.conftest import command
-from tests.report.runs import LONGEST, STAGES, make_run, plan_of, probe_of
+from tests.report.runs import LONGEST, STAGES, TEACHER, make_run, plan_of, probe_of
 
 VOID = {"meta", "link", "br", "img", "input"}
 OPEN_AT_WILL = {"tr", "td", "th", "html", "body", "head", "p", "li"}
@@ -142,6 +143,25 @@ def test_figures_are_those_of_the_files(tmp_path: Path) -> None:
     assert "no worse than the teacher in prompt accuracy within 2.0 points (99.0 %, the teacher 99.0 %" in said
     assert "small worse: a quarter of the block parameters, 4.0 times as fast" in said
     assert [row[2] for row in page.rows("folders")[1:]] == ["pruned/large/", "pruned/large-finetuned/", "pruned/small/"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "blocks", "said"),
+    [("QwenImageTransformer2DModel", 60, True), ("QwenImageTransformer2DModel", 12, False), (TEACHER, 60, False)],
+)
+def test_the_papers_own_figures_stand_beside_official_ones(
+    tmp_path: Path, teacher: str, blocks: int, said: bool
+) -> None:
+    """Of its own teacher alone, 60 blocks of Qwen-Image; the same class has other sizes."""
+    own = SetFigures(
+        name="dpg", layout="dpg", prompts=4, per_prompt=4, settings={"size": [64, 64]}, weights={}, scores=[], worst=[],
+        official={"teacher": {"overall": 87.0}, "small": {"overall": 85.0}},
+    )  # fmt: skip
+    recipe = make_run(tmp_path, blocks, sets=[own])
+    plan_of(blocks, teacher=teacher).save(recipe.plan_file)
+    text = write_page(recipe).read_text()
+    assert "-2.30 %" in text
+    assert ("lose 0.4 % with 14 B parameters" in text) == said
 
 
 def test_cost_is_what_was_logged(tmp_path: Path) -> None:
