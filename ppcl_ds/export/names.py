@@ -46,7 +46,7 @@ class Names:
     swapped: Sequence[str] = ()
     flat: Sequence[str] = ()
     marks: Mapping[str, str] = field(default_factory=dict)
-    taken: Mapping[str, Mapping[str, list[int] | str]] = field(default_factory=dict)
+    taken: Mapping[str, Mapping[str, list[int] | str | Mapping[str, list[int]]]] = field(default_factory=dict)
     lack: Sequence[str] = ()
 
     def places(self, ours: Iterable[str]) -> list[Place]:

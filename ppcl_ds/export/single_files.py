@@ -60,9 +60,13 @@ def single_file_tensors(layout: Layout, tool: str = "comfyui") -> Sources:
         raise UserError(f"--single-file: {family}: {fault}") from None
 
 
-def _check_taken(family: str, taken: Mapping[str, list[int] | str], config: Mapping[str, Any], tool: str) -> None:
+def _check_taken(family: str, taken: Mapping[str, Any], config: Mapping[str, Any], tool: str) -> None:
     """Refuse a model in which what the tool takes for granted is not so."""
     for key, value in taken.items():
+        if isinstance(value, Mapping):
+            [(condition, value)] = value.items()
+            if config.get(condition) is False:  # not there: the class's default, which is true
+                continue
         if config.get(key) not in ([config.get(value)] if isinstance(value, str) else value):
             words = value if isinstance(value, str) else " or ".join(map(str, value))
             raise UserError(

@@ -25,8 +25,8 @@ RUN = 'it\'s "my" run'
 FIGURES = ("params", "block_params_ratio", "accuracy", "frechet", "velocity_mse", "sample_mse", "weights")
 
 
-def recipe(run: str) -> dict[str, Any]:
-    """The demo's recipe, shortened."""
+def recipe(run: str, prompts: Path) -> dict[str, Any]:
+    """The demo's recipe, shortened, and with a prompt set."""
     short = yaml.safe_load(shipped("recipes/digits.yaml").read_text())
     short["run"] = run
     short["demo"]["steps"] = 20
@@ -34,6 +34,7 @@ def recipe(run: str) -> dict[str, Any]:
     short["finetune"] |= {"steps": 4, "log_every": 2, "sample_every": 0, "checkpoint_every": 100, "micro_batch": 8}
     short["probe"] = {"batch_size": 16, "batches": 2}
     short["evaluate"] |= {"samples": 16, "batch_size": 16, "steps": 2, "velocity_batches": 1}
+    short["evaluate"]["sets"] = [{"name": "mine", "prompts": str(prompts), "per_prompt": 2}]
     return short
 
 
@@ -42,7 +43,8 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of the demo on this machine alone."""
     folder = tmp_path_factory.mktemp("local")
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe(str(folder / "run"))))
+    (folder / "prompts.txt").write_text('the digit one\nthe digit "two"\nit\'s a three\n')
+    path.write_text(yaml.safe_dump(recipe(str(folder / "run"), folder / "prompts.txt")))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "ppcl_ds.cli", "demo", path], check=True, timeout=900, env=environment)
     return folder / "run"
@@ -53,7 +55,7 @@ def account(tmp_path_factory: pytest.TempPathFactory, daemons: Daemons, local: P
     """After one `ppcl submit`, with the demo's pictures and teacher as what a user has."""
     account = Account(tmp_path_factory.mktemp("home") / "ann's home", daemons, RUN)
     account.types("prepare")
-    account.edits(recipe(f"runs/{RUN}") | {"cluster": CLUSTER})
+    account.edits(recipe(f"runs/{RUN}", local.parent / "prompts.txt") | {"cluster": CLUSTER})
     for name in ("images", "teacher"):
         shutil.copytree(local / name, account.run / name)
     account.types("submit")
@@ -70,6 +72,18 @@ def test_the_chain_gives_the_numbers_of_a_single_machine(account: Account, local
     assert found.keys() == expected.keys()
     for name, row in expected.items():
         assert {key: found[name][key] for key in FIGURES} == {key: row[key] for key in FIGURES}, name
+
+
+def test_prompt_sets_are_drawn_by_several_processes_as_by_one(account: Account, local: Path) -> None:
+    drawn, expected = (
+        {path.relative_to(run).as_posix(): path.read_bytes() for path in run.glob("evaluate/mine/**/*.png")}
+        for run in (account.run, local)
+    )
+    assert len(expected) == 2 * 3 * 2 * 5  # twice, where it is kept and as scorers read it; prompts, images, models
+    assert drawn == expected
+    own, other = (json.loads((run / "report.json").read_text())["sets"] for run in (account.run, local))
+    assert own == other
+    assert "2 processes" in next((account.run / "slurm" / "logs").glob("evaluate-*.out")).read_text()
 
 
 def test_each_step_ran_as_its_jobs(account: Account) -> None:
