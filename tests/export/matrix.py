@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ppcl_ds.atomic import atomic_write
@@ -10,11 +11,14 @@ from ppcl_ds.teacher.families import load_verdicts
 from tests.export.test_comfyui import CASES, WIDER
 from tests.export.test_gguf import MODELS
 from tests.export.test_names import CONVERTERS
+from tests.export.test_sd_cpp import DRAWN
 from tests.families.teachers import TEACHERS
 from tests.families.verdicts import with_table
 
 PAGE = Path(__file__).parents[2] / "docs" / "exports.md"
-VERSIONS = "diffusers 0.42.1, ComfyUI 0.30.0, gguf 0.19.0; stable-diffusion.cpp of August 2026, which was only read."
+VERSIONS = """\
+diffusers 0.42.1, ComfyUI 0.30.0, gguf 0.19.0; stable-diffusion.cpp of its Python package 0.4.7, and of August 2026 for
+what is only written."""
 
 
 def table() -> str:
@@ -34,6 +38,8 @@ def table() -> str:
             rows.append(f"| {verdicts[class_name].family} | - | refused | refused | - | - |")
             continue
         refused = dict.fromkeys(names.taken, "refused") | dict.fromkeys(names.lack, "-")
+        if isinstance(limit := next(iter(names.taken.get("sd.cpp", {}).values()), None), Mapping):
+            refused["sd.cpp"] = f"written; refused with `{next(iter(limit))}`"
         if class_name in drawn and isinstance(names.taken.get("comfyui", {}).get("num_layers"), str):
             refused["comfyui"] = "refused; drawn with all its blocks"
         cells = (
@@ -41,8 +47,8 @@ def table() -> str:
             "loaded" if class_name in converted else "-",
             refused.get("comfyui", "drawn" if class_name in drawn else "written"),
             refused.get("comfyui", "drawn" if class_name in scaled else "written").partition(";")[0],
-            refused.get("sd.cpp", "written"),
-            "drawn" if class_name in ggufs else "written",
+            refused.get("sd.cpp", "drawn" if class_name in DRAWN else "written"),
+            ("drawn" if class_name in ggufs else "written") + "; stable-diffusion.cpp: drawn" * (class_name in DRAWN),
         )
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + f"\n\n{VERSIONS}\n"
