@@ -46,7 +46,7 @@ def clip(pooled: Tensor) -> dict[str, Tensor]:
     return state | {"text_model.final_layer_norm.bias": pooled}
 
 
-def drawn(model: nn.Module, vae: nn.Module, pooled: Tensor) -> np.ndarray[Any, Any]:
+def drawn(model: nn.Module, vae: Any, pooled: Tensor) -> np.ndarray[Any, Any]:
     """The image of one Euler step from pure noise, (SIDE, SIDE, 3), by diffusers' models; T5's prompt is zero."""
     side = SIDE // 8
     noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(SEED))
