@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.main import get_command
 
 import data_tools.cli
 import ppcl_ds.cli
+from tests.clips import long_enough
 from tests.conftest import WORDS
 from tests.families.test_call import made
 from tests.start.test_init import draw_images
@@ -65,8 +67,12 @@ def test_a_slip_on_a_page_is_noticed(tmp_path: Path) -> None:
             test_every_command_on_a_page_is_one(tmp_path / "page.md")
 
 
-def shorten(path: Path) -> None:
-    """A recipe as `ppcl init` writes it, with a handful of steps, and with its section `finetune` where it has one."""
+def shorten(path: Path, call: Mapping[str, Any]) -> None:
+    """A recipe as `ppcl init` writes it, with a handful of steps, and with its section `finetune` where it has one.
+
+    Args:
+        call: what the tiny pipeline is asked for: height, width and frames.
+    """
     recipe = yaml.safe_load(re.sub(r"^# (finetune:|  )", r"\1", path.read_text(), flags=re.MULTILINE))
     for name in ("distill", "finetune"):
         recipe[name] |= {"steps": 2, "log_every": 1, "sample_every": 0, "checkpoint_every": 2}
@@ -75,6 +81,8 @@ def shorten(path: Path) -> None:
     if recipe["distill"].get("trajectories"):
         recipe["distill"]["trajectories"] |= {"steps": [2, 4]}
         recipe["finetune"] = None
+    if recipe["data"].get("sizes"):
+        recipe["data"]["sizes"] = {"x".join(str(call[key]) for key in ("height", "width", "num_frames")): 1}
     recipe["probe"] = {"batch_size": 1, "batches": 4}
     recipe["evaluate"] |= {"samples": 2, "batch_size": 1, "steps": 2, "velocity_batches": 2, "few_steps": 2}
     recipe["plan"]["prompts"] = 2
@@ -95,19 +103,27 @@ def walk(folder: Path, lines: str) -> None:
     assert done.returncode == 0, f"{lines}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize(("page", "pipeline", "folder"), [("qwen_image", "qwen_image", "Qwen-Image")])
+@pytest.mark.parametrize(
+    ("page", "pipeline", "folder"), [("qwen_image", "qwen_image", "Qwen-Image"), ("wan", "wan", "Wan2.1-T2V")]
+)
 def test_a_road_is_walked_as_its_page_says(page: str, pipeline: str, folder: str, tmp_path: Path) -> None:
-    """A tiny pipeline of the same classes stands for the teacher, and a few steps for thousands."""
+    """A tiny pipeline of the same classes stands for the teacher, a few steps for thousands, few pixels for a clip."""
     family, pipe = made(pipeline)
+    smaller = {"--gpus 8 --gpu-memory 80": "--gpus 0"}
+    if "num_frames" in family.call:
+        smaller["--out cat.png"] = f"--out cat.png --size {family.call['height']}"
+        long_enough(pipe)
     pipe.save_pretrained(tmp_path / "models" / folder)
     draw_images(tmp_path / "my_images", 24, int(family.call["height"]), int(family.call["width"]))
     (tmp_path / "captions.txt").write_text("".join(f"a tiny {WORDS[number % 4]}\n" for number in range(24)))
     recipe = tmp_path / f"{page.partition('_')[0]}.yaml"
     shortened = False
     for lines in blocks(REPOSITORY / "docs" / f"{page}.md", page):
-        walk(tmp_path, lines.replace("--gpus 8 --gpu-memory 80", "--gpus 0"))
+        for said, small in smaller.items():
+            lines = lines.replace(said, small)
+        walk(tmp_path, lines)
         if recipe.exists() and not shortened:
-            shorten(recipe)
+            shorten(recipe, family.call)
             shortened = True
     pruned = tmp_path / "runs" / recipe.stem / "pruned" / "small"
     assert (pruned / "model_index.json").exists()

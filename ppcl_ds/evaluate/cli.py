@@ -89,7 +89,7 @@ def sample(
         typer.Option(min=1, help="Height and width in pixels.", show_default="the pipeline's own"),
     ] = None,
 ) -> None:
-    """Draw images with the teacher or with a variant, one column a prompt.
+    """Draw images with the teacher or with a variant, one column a prompt; of a clip, the frame in its middle.
 
     It is drawn with as diffusers does. A GPU is used if there is one.
     """

@@ -33,7 +33,7 @@ def sample(
     guidance: float | None = None,
     size: int | None = None,
 ) -> None:
-    """Draw one image a prompt and write them side by side.
+    """Draw one image a prompt and write them side by side; of a clip, the frame in its middle.
 
     Every prompt starts from the same noise and is drawn by itself, so that its image does not depend on the others.
 
@@ -73,6 +73,8 @@ def _by_pipeline(
             raise UserError(f"--size {size} is not possible: {folder} draws multiples of {multiple} pixels")
         options |= {"height": size, "width": size}
     options |= guided(pipeline, pipeline.transformer, guidance)
+    if "output_type" in known:
+        options["output_type"] = "pil"
     pipeline.set_progress_bar_config(disable=True)
     images = []
     with _explained(folder, size), progress("steps", len(prompts) * options["num_inference_steps"]) as advance:
@@ -88,9 +90,12 @@ def _by_pipeline(
             drawn = pipeline(prompt, generator=torch.Generator().manual_seed(seed), **watched, **options)
             if not watched:
                 advance(options["num_inference_steps"])
-            if not hasattr(drawn, "images"):
-                raise UserError(f"{folder} is a {type(pipeline).__name__}, which draws no images")
-            images.append(drawn.images[0])
+            if hasattr(drawn, "frames"):
+                images.append(drawn.frames[0][len(drawn.frames[0]) // 2])
+            elif hasattr(drawn, "images"):
+                images.append(drawn.images[0])
+            else:
+                raise UserError(f"{folder} is a {type(pipeline).__name__}, which draws neither images nor clips")
     return images
 
 

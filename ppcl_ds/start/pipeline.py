@@ -95,10 +95,9 @@ def frames_of(call: PipelineCall, side: int, known: Size, source: Look) -> Becau
     if not call.draws_clips or (source.frames is None and not source.captions):
         return None
     own = _own(call, known).frames
-    wanted = own if source.frames is None else min(own, source.frames)
-    found = frames_read(call, Size(side, side, wanted))
-    if wanted == own:
-        return Because(found, f"as {name} draws by itself")
+    if source.frames is None or source.frames >= own:  # the VAE is not asked: an encoder takes a minute for a clip
+        return Because(own, f"as {name} draws by itself")
+    found = frames_read(call, Size(side, side, source.frames))
     return Because(found, f"nine in ten clips have {source.frames}, of which its VAE reads so many; {name} draws {own}")
 
 

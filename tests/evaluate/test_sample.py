@@ -17,7 +17,9 @@ from PIL import Image
 import ppcl_ds
 from ppcl_ds.errors import UserError
 from ppcl_ds.evaluate.sample import as_columns, sample
+from tests.clips import long_enough
 from tests.conftest import command
+from tests.families.test_call import made
 from tests.pipelines import make, make_pipeline
 
 
@@ -66,6 +68,21 @@ def test_a_pipeline_draws_as_stock_diffusers_does(pipeline: Path, tmp_path: Path
     assert np.abs(columns(out, 16, 1)[0] - pixels(expected)).max() <= 1
     sample(pipeline, ["a dog", "a tiny red cat"], tmp_path / "again.png", seed=5, steps=2, size=16)
     assert (columns(tmp_path / "again.png", 16, 2)[1] == columns(out, 16, 1)[0]).all()
+
+
+def test_of_a_clip_the_frame_in_its_middle_is_drawn(tmp_path: Path) -> None:
+    _, wan = made("wan")
+    long_enough(wan)
+    wan.save_pretrained(tmp_path / "pipeline")
+    out = tmp_path / "out.png"
+    arguments = ["--prompt", "a tiny red cat", "--steps", "1", "--guidance", "1", "--size", "16", "--seed", "3"]
+    command("sample", tmp_path / "pipeline", *arguments, "--out", out)
+    options = {"height": 16, "width": 16, "num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "pil"}
+    frames = wan("a tiny red cat", generator=torch.Generator().manual_seed(3), **options).frames[0]
+    [found] = columns(out, 16, 1)
+    assert len(frames) == 81
+    assert np.abs(found - pixels(frames[40])).max() <= 1
+    assert np.abs(found - pixels(frames[0])).max() > 1
 
 
 def test_guidance_reaches_the_pipeline(pipeline: Path, tmp_path: Path) -> None:
