@@ -49,7 +49,7 @@ def train(run: Path, size: str, share: float, seed: int, block_steps: int) -> Pa
     local, whole = max(1, round(block_steps * share / units)), round(block_steps * (1 - share) / blocks)
     write_recipe(run, seed, max(local, 2), **options)
     if whole:
-        tuning = {"steps": whole, "micro_batch": BATCH, "micro_batches_per_step": 1, "optimizer": OPTIMIZER}
+        tuning = {"steps": whole, "micro_batch": BATCH["digits"], "micro_batches_per_step": 1, "optimizer": OPTIMIZER}
         recipe = yaml.safe_load(path.read_text())
         recipe["finetune"] = tuning | {"log_every": 50, "checkpoint_every": 10**6}
         path.write_text(yaml.safe_dump(recipe, sort_keys=False))

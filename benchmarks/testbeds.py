@@ -51,8 +51,11 @@ SCOUTED = 1 / 3
 PROMPTS = 128
 """That the planner draws with every unit and set of units."""
 
-BATCH = 64
-"""Samples in an optimizer step."""
+BATCH = {"digits": 64, "emoji": 32}
+"""Samples in an optimizer step, by testbed; the emoji's teacher takes ten times as long for one."""
+
+JUDGED = {"digits": 500, "emoji": 150}
+"""Images that each model draws, by testbed."""
 
 
 Testbed = Annotated[str, typer.Option(help="Which teacher: the name of a demo's recipe, `digits` or `emoji`.")]
@@ -80,8 +83,9 @@ def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", teac
     recipe["teacher"]["path"] = str(demo / "teacher")
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
     recipe["plan"] = {"variants": SIZES, "prompts": PROMPTS, **plan}
-    recipe["distill"] |= {"steps": steps, "micro_batch": BATCH, "micro_batches_per_step": 1, "sample_every": 0}
+    recipe["distill"] |= {"steps": steps, "micro_batch": BATCH[testbed], "micro_batches_per_step": 1, "sample_every": 0}
     recipe["distill"] |= {"log_every": 50, "checkpoint_every": 10**6}
+    recipe.setdefault("evaluate", {})["samples"] = JUDGED[testbed]
     (run / "probe").mkdir(parents=True, exist_ok=True)
     shutil.copy(demo / "probe" / "report.json", run / "probe" / "report.json")
     path = run / "recipe.yaml"
