@@ -115,24 +115,24 @@ def units_of(path: Path) -> int:
     return len(yaml.safe_load(load_recipe(path).plan_file.read_text())["units"])
 
 
-def train_planned(run: Path, seed: int, unit_steps: int, **options: Any) -> Path:
+def train_planned(run: Path, seed: int, budget: int, **options: Any) -> Path:
     """Train candidates a little, plan anew, train what is left; returns the recipe file.
 
     Args:
-        unit_steps: a unit-step is one optimizer step of one unit.
+        budget: in unit-steps, of which each is one optimizer step of one unit.
         options: what section `plan` of the recipe says, and which testbed it is.
     """
     path = write_recipe(run, seed, 1, **options)
     ppcl("plan", path)
     scouts = units_of(path)
-    scouted = round(unit_steps * SCOUTED / scouts)
+    scouted = round(budget * SCOUTED / scouts)
     # How many units will be left, and so how long they can be trained, is known only when the scouts are measured. The
     # learning rate follows the last step, which is taken for that of a library a third as large.
-    steps = scouted + (unit_steps - scouted * scouts) * 3 // scouts
+    steps = scouted + (budget - scouted * scouts) * 3 // scouts
     write_recipe(run, seed, steps, **options)
     ppcl("distill", path, "--until", str(scouted))
     ppcl("plan", path, "--from-run", run)
-    steps = scouted + (unit_steps - scouted * scouts) // units_of(path)
+    steps = scouted + (budget - scouted * scouts) // units_of(path)
     write_recipe(run, seed, steps, **options)
     ppcl("distill", path)
     return path
