@@ -48,7 +48,7 @@ COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
 SCOUTED = 1 / 3
 """Share of the unit-steps that a planned library spends on candidates."""
 
-PROMPTS = 128
+PROMPTS = 64
 """That the planner draws with every unit and set of units."""
 
 BATCH = {"digits": 64, "emoji": 32}
@@ -84,7 +84,7 @@ def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", teac
     recipe["data"] |= {"source": str(demo / "images"), "shards": str(demo / "shards"), "workers": 0}
     recipe["plan"] = {"variants": SIZES, "prompts": PROMPTS, **plan}
     recipe["distill"] |= {"steps": steps, "micro_batch": BATCH[testbed], "micro_batches_per_step": 1, "sample_every": 0}
-    recipe["distill"] |= {"log_every": 50, "checkpoint_every": 10**6}
+    recipe["distill"] |= {"log_every": 5, "checkpoint_every": 10**6}  # how errors fall is read from few steps
     recipe.setdefault("evaluate", {})["samples"] = JUDGED[testbed]
     (run / "probe").mkdir(parents=True, exist_ok=True)
     shutil.copy(demo / "probe" / "report.json", run / "probe" / "report.json")

@@ -23,6 +23,9 @@ _TAIL = 4
 _POINTS = 8.0
 """So many points of a unit's own curve weigh as much as what units of its length have in common."""
 
+_USUAL = 0.5
+"""What all units are taken to have in common before a curve says anything: errors fall with the root of the steps."""
+
 _STEEPEST = 1.5
 """No exponent is larger: what falls faster has only begun."""
 
@@ -31,19 +34,19 @@ def exponents(units: Sequence[UnitPlan], curves: Mapping[str, Curve]) -> list[fl
     """How fast every unit's error falls: after n steps it is that after n_0 times (n / n_0) ** -a.
 
     The a of a unit is the slope of its own logarithmic curve, by least squares over the tail, drawn towards the mean of
-    the units that replace as many blocks as it does, and these towards the mean of all: noise of a few points is not
-    taken for a gift. Training losses and errors of pictures are both squares of what a unit does wrong, so one stands
+    the units that replace as many blocks as it does, these towards the mean of all, and that towards a half: noise of a
+    few points is not taken for a gift, and a run that has logged too few is not taken for one that no step improves. Training losses and errors of pictures are both squares of what a unit does wrong, so one stands
     for the other. Power laws of training are as in Kaplan et al., arXiv 2001.08361.
 
     Args:
         curves: unit -> its curve; units without one get what the others have in common.
 
     Returns:
-        (K,) in 0 to `_STEEPEST`; all 0 where no curve says anything.
+        (K,) in 0 to `_STEEPEST`.
     """
     own = [_slope(curves.get(unit.name, ())) for unit in units]
     lengths = [unit.span[1] - unit.span[0] if unit.takes_blocks else -1 for unit in units]
-    common = _mean([each for each in own if each], (0.0, 0.0))
+    common = _mean([each for each in own if each], (_USUAL, _POINTS))
     priors = {
         length: _mean([each for each, other in zip(own, lengths, strict=True) if each and other == length], common)
         for length in set(lengths)
@@ -73,8 +76,7 @@ def _mean(slopes: Sequence[tuple[float, float]], prior: tuple[float, float]) -> 
 
 
 def _drawn(own: tuple[float, float], prior: tuple[float, float]) -> float:
-    weight = _POINTS if prior[1] else 0.0
-    return (own[0] * own[1] + prior[0] * weight) / (own[1] + weight)
+    return (own[0] * own[1] + prior[0] * _POINTS) / (own[1] + _POINTS)
 
 
 def factors(falls: Sequence[float], trained: int, steps: float) -> Array:

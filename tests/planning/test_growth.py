@@ -31,7 +31,7 @@ def curve(exponent: float, noise: float = 0.0, seed: int = 0) -> list[tuple[int,
 def test_a_power_law_is_found() -> None:
     units = [unit(0, 1), unit(2, 3), unit(4, 7)]
     found = exponents(units, {each.name: curve(0.4) for each in units})
-    assert found == pytest.approx([0.4, 0.4, 0.4])
+    assert found == pytest.approx([0.4, 0.4, 0.4], abs=0.01)
     mixed = exponents(units, {"0-1": curve(0.2), "2-3": curve(0.6), "4-7": curve(1.0)})
     assert mixed[0] < mixed[1] < mixed[2], "each one's own curve counts"
     assert mixed[0] > 0.2, "drawn towards what all have in common"
@@ -46,15 +46,22 @@ def test_noise_is_drawn_towards_units_of_the_same_length() -> None:
     steps, losses = np.log(np.array(few)).T
     alone = -np.polyfit(steps, losses, 1)[0]
     assert abs(found[1] - 0.5) < abs(alone - 0.5)
-    assert exponents([*units, unit(0, 3)], curves)[3] == pytest.approx(found[2], abs=0.01), "that of its length"
+    assert exponents([*units, unit(0, 3)], curves)[3] == pytest.approx(found[2], abs=0.02), "that of its length"
+
+
+def test_before_a_curve_says_anything_errors_fall_with_the_root_of_the_steps() -> None:
+    units = [unit(0, 1), unit(2, 3)]
+    assert exponents(units, {}) == [0.5, 0.5]
+    assert exponents(units, {"0-1": [(10, 1.0), (20, 0.9)]}) == [0.5, 0.5]
+    few = {"0-1": curve(1.0)[-3:], "2-3": curve(1.0)[-3:]}
+    assert 0.5 < exponents(units, few)[0] < 1.0, "a few points say a little"
+    assert factors([0.5, 0.5], 100, 400).tolist() == [0.5, 0.5]
 
 
 def test_what_says_nothing_changes_nothing() -> None:
     units = [unit(0, 1), unit(2, 3)]
-    assert exponents(units, {}) == [0.0, 0.0]
-    assert exponents(units, {"0-1": [(10, 1.0), (20, 0.9)]}) == [0.0, 0.0]
     spike = {"0-1": [(step, float("inf") if step == 100 else loss) for step, loss in curve(0.4)], "2-3": curve(0.4)}
-    assert exponents(units, spike) == pytest.approx([0.4, 0.4]), "a loss that is not finite says nothing"
+    assert exponents(units, spike) == pytest.approx([0.4, 0.4], abs=0.01), "a loss that is not finite says nothing"
     rising = exponents(units, {each.name: curve(-0.3) for each in units})
     assert rising == [0.0, 0.0], "no unit is expected to get worse"
     assert factors([0.5, 0.5], 0, 100).tolist() == [1.0, 1.0]
