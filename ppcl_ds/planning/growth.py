@@ -35,8 +35,9 @@ def exponents(units: Sequence[UnitPlan], curves: Mapping[str, Curve]) -> list[fl
 
     The a of a unit is the slope of its own logarithmic curve, by least squares over the tail, drawn towards the mean of
     the units that replace as many blocks as it does, these towards the mean of all, and that towards a half: noise of a
-    few points is not taken for a gift, and a run that has logged too few is not taken for one that no step improves. Training losses and errors of pictures are both squares of what a unit does wrong, so one stands
-    for the other. Power laws of training are as in Kaplan et al., arXiv 2001.08361.
+    few points is not taken for a gift, and a run that has logged too few is not taken for one that no step improves.
+    Training losses and errors of pictures are both squares of what a unit does wrong, so one stands for the other.
+    Power laws of training are as in Kaplan et al., arXiv 2001.08361.
 
     Args:
         curves: unit -> its curve; units without one get what the others have in common.
