@@ -3,7 +3,7 @@
     python -m benchmarks.quality [--teachers 3] [--json FILE] [--quick] [--testbed digits]
 
 A unit-step is one optimizer step of one unit. A rule's library holds the spans of its variants at -33, -50 and -75 %; a
-library of fewer units trains each of them for longer, so that all rules cost the same. `planned` spends a third of its
+library of fewer units trains each of them for longer, so that all rules cost the same. `planned` spends a sixth of its
 unit-steps on all rules' spans, is then planned anew from what these units cost, and spends the rest on those it keeps;
 `planned, velocity` likewise, but by one-step errors alone and without asking how many units there are to train. Needs
 the testbed's teacher (`make demo`, `make showcase`), and for more teachers those of `benchmarks.spread`; what is
@@ -173,7 +173,7 @@ def main(
 ) -> None:
     """Print every rule's figures, and the planned variant's over each rule's."""
     folder = folder_of("quality", testbed, quick)
-    seeds, unit_steps = (1, 100) if quick else (SEEDS, 2400)
+    seeds, unit_steps = (1, 200) if quick else (SEEDS, 4800)
     one = [(0, seed) for seed in range(seeds)]
     several = [(teacher, teacher) for teacher in range(teachers)]
     results, own = compare(folder, list(dict.fromkeys([*one, *several])), unit_steps, testbed, quick)

@@ -45,7 +45,7 @@ TITLES = {
 COLUMNS = ("velocity_mse", "frechet", "accuracy", "sample_mse")
 """Those that most tables show."""
 
-SCOUTED = 1 / 3
+SCOUTED = 1 / 6
 """Share of the unit-steps that a planned library spends on candidates."""
 
 PROMPTS = 64

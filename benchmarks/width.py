@@ -71,7 +71,7 @@ def compare(folder: Path, seeds: int, unit_steps: int, testbed: str, quick: bool
 def main(json_file: JsonFile = None, quick: Quick = False, testbed: Testbed = "digits") -> None:
     """Print the figures of both, and the one over the other."""
     folder = folder_of("width", testbed, quick)
-    seeds, unit_steps = (1, 200) if quick else (3, 2400)
+    seeds, unit_steps = (1, 400) if quick else (3, 4800)
     results = compare(folder, seeds, unit_steps, testbed, quick)
     note = f"depth and width over depth alone at {SIZE}, {unit_steps} unit-steps each"
     ours, other = results["depth and width"], results["depth"]
