@@ -85,7 +85,7 @@ def write_recipe(run: Path, seed: int, steps: int, testbed: str = "digits", teac
     recipe["plan"] = {"variants": SIZES, "prompts": PROMPTS, **plan}
     recipe["distill"] |= {"steps": steps, "micro_batch": BATCH[testbed], "micro_batches_per_step": 1, "sample_every": 0}
     recipe["distill"] |= {"log_every": 5, "checkpoint_every": 10**6}  # how errors fall is read from few steps
-    recipe.setdefault("evaluate", {})["samples"] = JUDGED[testbed]
+    recipe["evaluate"]["samples"] = JUDGED[testbed]
     (run / "probe").mkdir(parents=True, exist_ok=True)
     shutil.copy(demo / "probe" / "report.json", run / "probe" / "report.json")
     path = run / "recipe.yaml"

@@ -14,7 +14,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from einops import rearrange
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -23,6 +22,7 @@ from ppcl_ds.export.gguf_file import write_gguf
 from ppcl_ds.export.model_folder import write_file
 from ppcl_ds.export.names import load_names, to_file
 from ppcl_ds.teacher.files import held
+from tests.export.test_comfyui import IDS, packed, unpacked
 from tests.families.teachers import shake
 
 pytestmark = pytest.mark.tools
@@ -48,21 +48,19 @@ def clip(pooled: Tensor) -> dict[str, Tensor]:
 
 def drawn(model: nn.Module, vae: Any, pooled: Tensor) -> np.ndarray[Any, Any]:
     """The image of one Euler step from pure noise, (SIDE, SIDE, 3), by diffusers' models; T5's prompt is zero."""
-    side = SIDE // 8
-    noise = torch.randn(1, 16, side, side, generator=torch.Generator().manual_seed(SEED))
-    ids = torch.cartesian_prod(torch.zeros(1), torch.arange(side / 2), torch.arange(side / 2))
+    noise = torch.randn(1, 16, SIDE // 8, SIDE // 8, generator=torch.Generator().manual_seed(SEED))
     with torch.no_grad():
         velocity = model(
-            hidden_states=rearrange(noise, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2),
+            hidden_states=packed(noise),
             encoder_hidden_states=torch.zeros(1, 256, 4096),
             pooled_projections=pooled[None],
             timestep=torch.ones(1),
-            img_ids=ids,
+            img_ids=IDS,
             txt_ids=torch.zeros(256, 3),
             guidance=torch.tensor([3.5]),
             return_dict=False,
         )[0]
-        latents = noise - rearrange(velocity, "b (h w) (c p q) -> b c (h p) (w q)", h=side // 2, p=2, q=2)
+        latents = noise - unpacked(velocity)
         image = vae.decode(latents, return_dict=False)[0]
     return np.asarray((image[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1) * 255)
 
